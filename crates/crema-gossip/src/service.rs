@@ -1,0 +1,1348 @@
+//! The tokio shell around chitchat: the only place of this crate with clocks, sockets and tasks.
+//!
+//! ```text
+//!   every interval: snapshot --> View::tick    --> events, members, Gone        \
+//!   a claim or goodbye arrives: --> View::observe, then claims --> tracker       > one watch task
+//!   publish_leaders: wait 10 ms for more --> set keys --> gossip to 16 peers    /
+//!   host:port seeds: look up, keep the last good answer, gossip to one          -> one seed task
+//! ```
+//!
+//! Chitchat calls back while it holds its lock, so the callback only leaves a permit; the watch task then reads a snapshot. It
+//! reads only what has changed, and everything again every few seconds, so that nothing depends on a notification.
+//!
+//! Chitchat stops for good when it panics or its socket breaks, while the process lives on. [`Gossip::health`] tells; start a
+//! new `Gossip` then, which has a higher generation. Its name is all that a peer needs to recognise the node.
+
+use crate::config::{ConfigError, GossipConfig, Seeds};
+use crate::events::{EventHub, EventReceiver, GossipUpdate, UpdateHub, UpdateReceiver};
+use crate::keys::{
+    KeyError, LEADER_PREFIX, LeaderClaim, MAX_METADATA_ENTRIES, METADATA_PREFIX, NODE_PREFIX,
+    NodeMeta, ParsedNode, STATE_KEY, STATE_LEFT, encode_claim, encode_metadata, encode_node,
+    parse_claim, parse_node,
+};
+use crate::rng::SplitMix;
+use crate::tracker::{ClaimOutcome, ShardLeaderTracker};
+use crate::transport::{OpenedTransport, Traffic};
+use crate::view::{Member, MemberState, Observed, View, ViewConfig};
+use chitchat::{
+    Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, Heartbeat,
+    ListenerHandle, NodeState, ProtocolVersion, spawn_chitchat,
+};
+use crema_core::{Epoch, MonoTime, NodeId, ShardId, Term};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+
+/// How long published claims wait for further ones, so that an election of many shards makes one round.
+const PUBLISH_DEBOUNCE: Duration = Duration::from_millis(10);
+/// Most peers that are told of new claims at once; the rest learn by ordinary rounds.
+const PUBLISH_PEERS: usize = 16;
+/// Least time between two snapshots taken because something arrived. Bounds what a flood of news can cost.
+const SCAN_GAP: Duration = Duration::from_millis(5);
+/// Every so many ticks all claims are read again, whatever was read before.
+const FULL_SCAN_TICKS: u64 = 20;
+/// Most lives of nodes that one snapshot considers.
+const MAX_LIVES: usize = 8_192;
+/// Rounds in which a leaving node tells every peer, and the pause after each.
+const LEAVE_ROUNDS: u32 = 2;
+const LEAVE_PAUSE: Duration = Duration::from_millis(100);
+/// Most time that saying goodbye may take.
+const LEAVE_LIMIT: Duration = Duration::from_millis(500);
+/// Most time for chitchat's task to end by itself.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
+/// Seed names are looked up again this often, and sooner while one of them has never been found.
+const RESOLVE_PERIOD: Duration = Duration::from_secs(15);
+const RESOLVE_RETRY: Duration = Duration::from_secs(1);
+const RESOLVE_LIMIT: Duration = Duration::from_secs(5);
+/// A node that knows live peers still contacts a seed this often, so that parts of a cluster that forgot each other merge.
+const SEED_PERIOD: Duration = Duration::from_secs(15);
+/// Most addresses of one seed name, and most that the caller may offer.
+const MAX_SEED_ADDRS: usize = 64;
+
+/// Why gossip does not start, or refuses.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GossipError {
+    /// The configuration cannot work: correct it.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The socket cannot be opened: free the port or choose another address.
+    #[error("gossip cannot listen on {addr} (UDP): {reason}")]
+    Bind {
+        /// The address.
+        addr: SocketAddr,
+        /// What the system says.
+        reason: String,
+    },
+    /// Chitchat did not start.
+    #[error("gossip cannot start: {0}")]
+    Start(String),
+    /// The value cannot be carried: correct it.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// Gossip has stopped; nothing is heard or told any more.
+    #[error("gossip has stopped")]
+    Stopped,
+}
+
+/// Counters since the start, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GossipStats {
+    /// Values of other nodes that were ignored because they do not parse.
+    pub malformed_values: u64,
+    /// Duplicate node ids that were noticed.
+    pub conflicts: u64,
+    /// Sightings of nodes beyond the most that are held.
+    pub refused_members: u64,
+    /// Datagrams that decoded.
+    pub received_datagrams: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Datagrams sent.
+    pub sent_datagrams: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    claims: BTreeMap<ShardId, (Term, Epoch)>,
+    metadata: BTreeMap<String, String>,
+}
+
+struct Shared {
+    handle: ChitchatHandle,
+    this: NodeId,
+    generation: u64,
+    tracker: Arc<ShardLeaderTracker>,
+    events: EventHub,
+    updates: UpdateHub,
+    members: Mutex<Vec<Member>>,
+    pending: Mutex<Pending>,
+    metadata_names: Mutex<HashSet<String>>,
+    offered_seeds: Mutex<Vec<SocketAddr>>,
+    /// Something is pending.
+    publish: Notify,
+    /// Something arrived.
+    heard: Arc<Notify>,
+    healthy: watch::Sender<bool>,
+    stop: watch::Sender<bool>,
+    superseded_by: AtomicU64,
+    malformed_values: AtomicU64,
+    conflicts: AtomicU64,
+    refused_members: AtomicU64,
+    traffic: Arc<Traffic>,
+}
+
+/// Running gossip of one node. Dropping it stops at once and without a goodbye, as a crash would; peers then see this node
+/// fail. Call [`Gossip::leave`] for a planned end.
+pub struct Gossip {
+    shared: Arc<Shared>,
+    advertise: SocketAddr,
+    // Dropping these would end the callbacks.
+    _listeners: [ListenerHandle; 2],
+}
+
+impl std::fmt::Debug for Gossip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gossip")
+            .field("node", &self.shared.this)
+            .field("addr", &self.advertise)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Gossip {
+    /// Binds the socket and begins to gossip. Returns without waiting for peers or for DNS.
+    ///
+    /// Errors: a configuration that cannot work, or an address that cannot be bound. Needs a tokio runtime with time and I/O.
+    pub async fn start(config: GossipConfig) -> Result<Gossip, GossipError> {
+        config.validate()?;
+        let seeds = config.split_seeds()?;
+        let traffic = Arc::new(Traffic::default());
+        let (transport, bound) = OpenedTransport::open(config.bind, traffic.clone())
+            .await
+            .map_err(|error| GossipError::Bind {
+                addr: config.bind,
+                reason: error.root_cause().to_string(),
+            })?;
+        let mut advertise = config.advertise;
+        if advertise.port() == 0 {
+            advertise.set_port(bound.port());
+        }
+        let wall_ns = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(1, |d| d.as_nanos() as u64);
+        let generation = config.generation.unwrap_or(wall_ns).max(1);
+        let pairs = encode_node(&config.meta(advertise))?;
+        let handle = spawn_chitchat(
+            chitchat_config(&config, &seeds, generation, bound, advertise),
+            pairs,
+            &transport,
+        )
+        .await
+        .map_err(|error| GossipError::Start(format!("{error:#}")))?;
+
+        let heard = Arc::new(Notify::new());
+        let chitchat = handle.chitchat();
+        let listeners = {
+            let chitchat = chitchat.lock().await;
+            [LEADER_PREFIX, STATE_KEY].map(|prefix| {
+                let heard = heard.clone();
+                chitchat.subscribe_event(prefix, move |_| heard.notify_one())
+            })
+        };
+        let shared = Arc::new(Shared {
+            handle,
+            this: config.node_id,
+            generation,
+            tracker: Arc::new(ShardLeaderTracker::new()),
+            events: EventHub::default(),
+            updates: UpdateHub::new(),
+            members: Mutex::new(Vec::new()),
+            pending: Mutex::new(Pending::default()),
+            metadata_names: Mutex::new(config.metadata.keys().cloned().collect()),
+            offered_seeds: Mutex::new(Vec::new()),
+            publish: Notify::new(),
+            heard,
+            healthy: watch::channel(true).0,
+            stop: watch::channel(false).0,
+            superseded_by: AtomicU64::new(0),
+            malformed_values: AtomicU64::new(0),
+            conflicts: AtomicU64::new(0),
+            refused_members: AtomicU64::new(0),
+            traffic,
+        });
+        let mut watcher = Watcher::new(shared.clone(), &config);
+        // This node is a member before anybody can ask.
+        watcher.scan(true).await;
+        tokio::spawn(watcher.run(config.interval));
+        tokio::spawn(seed_loop(shared.clone(), seeds, config.interval));
+        tracing::info!(node = %config.node_id, %bound, %advertise, generation, cluster = %config.cluster, "gossip started");
+        Ok(Gossip {
+            shared,
+            advertise,
+            _listeners: listeners,
+        })
+    }
+
+    /// Where others reach this node's gossip; the real port if port 0 was asked for.
+    pub fn addr(&self) -> SocketAddr {
+        self.advertise
+    }
+
+    /// The generation of this life of the node, for the next one to exceed.
+    pub fn generation(&self) -> u64 {
+        self.shared.generation
+    }
+
+    /// Membership events from now on, for this caller alone: first a Join for each present member, this node included.
+    pub fn events(&self) -> EventReceiver {
+        self.shared.events.subscribe()
+    }
+
+    /// News for the node's driver, for this caller alone: first [`GossipUpdate::Resync`].
+    pub fn leader_updates(&self) -> UpdateReceiver {
+        self.shared.updates.subscribe()
+    }
+
+    /// All members by ascending id: this node, and all that were ever alive and are not forgotten yet.
+    pub fn members(&self) -> Vec<Member> {
+        self.shared
+            .members
+            .lock()
+            .expect("no panic while held")
+            .clone()
+    }
+
+    /// Who leads which shard, as far as is known here.
+    pub fn tracker(&self) -> Arc<ShardLeaderTracker> {
+        self.shared.tracker.clone()
+    }
+
+    /// Tells the cluster that this node leads these shards. Returns at once; peers are told after 10 ms together with what
+    /// else is published until then. An older term than was published before for a shard changes nothing, and neither does a
+    /// claim that cannot be true (an unknown shard, term 0).
+    pub fn publish_leaders(&self, led: &[(ShardId, Term, Epoch)]) {
+        let mut claims = Vec::with_capacity(led.len());
+        for &(shard, term, epoch) in led {
+            match self
+                .shared
+                .tracker
+                .claim(shard, self.shared.this, term, epoch)
+            {
+                ClaimOutcome::Changed | ClaimOutcome::Known => claims.push((shard, (term, epoch))),
+                // Somebody else leads by now.
+                ClaimOutcome::Stale => {}
+                outcome @ (ClaimOutcome::Conflict | ClaimOutcome::Invalid) => {
+                    tracing::error!(%shard, %term, ?outcome, "own claim to lead a shard was refused");
+                }
+            }
+        }
+        if claims.is_empty() {
+            return;
+        }
+        let mut pending = self.shared.pending.lock().expect("no panic while held");
+        for (shard, claim) in claims {
+            let newest = pending.claims.entry(shard).or_insert(claim);
+            *newest = (*newest).max(claim);
+        }
+        drop(pending);
+        self.shared.publish.notify_one();
+    }
+
+    /// Sets one entry of this node's metadata; peers see it within a few rounds. Entries can be changed, never removed.
+    ///
+    /// Errors: a name or value that gossip cannot carry, or too many entries.
+    pub fn set_metadata(&self, name: &str, value: &str) -> Result<(), GossipError> {
+        if !self.health() {
+            return Err(GossipError::Stopped);
+        }
+        let (key, value) = encode_metadata(name, value)?;
+        let mut names = self
+            .shared
+            .metadata_names
+            .lock()
+            .expect("no panic while held");
+        if !names.contains(name) && names.len() >= MAX_METADATA_ENTRIES {
+            return Err(KeyError::TooManyMetadata.into());
+        }
+        names.insert(name.to_owned());
+        drop(names);
+        self.shared
+            .pending
+            .lock()
+            .expect("no panic while held")
+            .metadata
+            .insert(key, value);
+        self.shared.publish.notify_one();
+        Ok(())
+    }
+
+    /// Replaces the seed addresses that the caller resolved by itself, for instance from SRV records; at most 64 are kept. They
+    /// are contacted like the configured ones.
+    pub fn offer_seeds(&self, addrs: &[SocketAddr]) {
+        let fitting = addrs
+            .iter()
+            .copied()
+            .filter(|addr| addr.is_ipv4() == self.advertise.is_ipv4());
+        *self
+            .shared
+            .offered_seeds
+            .lock()
+            .expect("no panic while held") = fitting.take(MAX_SEED_ADDRS).collect();
+    }
+
+    /// Whether gossip runs. Once false it stays false: start anew.
+    pub fn health(&self) -> bool {
+        *self.shared.healthy.borrow()
+    }
+
+    /// Follows [`Gossip::health`]; changes once, to false.
+    pub fn health_watch(&self) -> watch::Receiver<bool> {
+        self.shared.healthy.subscribe()
+    }
+
+    /// The generation of a later process that is alive under this node's id, if one was seen: peers ignore this one.
+    pub fn superseded_by(&self) -> Option<u64> {
+        match self.shared.superseded_by.load(Ordering::Relaxed) {
+            0 => None,
+            generation => Some(generation),
+        }
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> GossipStats {
+        let shared = &self.shared;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        GossipStats {
+            malformed_values: get(&shared.malformed_values),
+            conflicts: get(&shared.conflicts),
+            refused_members: get(&shared.refused_members),
+            received_datagrams: get(&shared.traffic.received_datagrams),
+            received_bytes: get(&shared.traffic.received_bytes),
+            sent_datagrams: get(&shared.traffic.sent_datagrams),
+            sent_bytes: get(&shared.traffic.sent_bytes),
+        }
+    }
+
+    /// Says goodbye to every peer, so that they see this node as left and not as failed, and stops. Takes at most half a second
+    /// and the time to stop. Best effort: a peer that hears nothing learns of it from others.
+    pub async fn leave(&self) {
+        if self.health()
+            && timeout(LEAVE_LIMIT, self.shared.say_goodbye())
+                .await
+                .is_err()
+        {
+            tracing::warn!("gossip: not all peers may have heard the goodbye");
+        }
+        self.shutdown().await;
+    }
+
+    /// Stops without a goodbye: peers will see this node fail. The socket is closed when this returns.
+    pub async fn shutdown(&self) {
+        self.stop_tasks();
+        if timeout(STOP_LIMIT, self.shared.handle.termination_watcher())
+            .await
+            .is_err()
+        {
+            self.shared.handle.abort();
+        }
+        self.shared.end();
+    }
+
+    fn stop_tasks(&self) {
+        self.shared.stop.send_replace(true);
+        // An error means that it has stopped already.
+        let _ = self.shared.handle.initiate_shutdown();
+    }
+}
+
+impl Drop for Gossip {
+    fn drop(&mut self) {
+        self.stop_tasks();
+    }
+}
+
+fn chitchat_config(
+    config: &GossipConfig,
+    seeds: &Seeds,
+    generation: u64,
+    bound: SocketAddr,
+    advertise: SocketAddr,
+) -> ChitchatConfig {
+    ChitchatConfig {
+        chitchat_id: ChitchatId::new(config.node_id.to_string(), generation, advertise),
+        cluster_id: config.cluster.clone(),
+        gossip_interval: config.interval,
+        listen_addr: bound,
+        // Names are resolved here and not by chitchat, which forgets a name's addresses when one lookup fails.
+        seed_nodes: seeds.addrs.iter().map(SocketAddr::to_string).collect(),
+        failure_detector_config: FailureDetectorConfig::new(
+            config.phi,
+            config.window,
+            config.max_interval,
+            config.initial_interval,
+            config.grace,
+        ),
+        marked_for_deletion_grace_period: config.grace,
+        catchup_callback: None,
+        extra_liveness_predicate: None,
+        protocol_version: ProtocolVersion::V1,
+    }
+}
+
+impl Shared {
+    /// Tells everybody who can listen, twice, because datagrams get lost.
+    async fn say_goodbye(&self) {
+        let away: HashSet<SocketAddr> = {
+            let members = self.members.lock().expect("no panic while held");
+            let addrs = |present| {
+                let some = members
+                    .iter()
+                    .filter(move |m| m.state.is_present() == present);
+                some.map(|m| m.meta.gossip_addr).collect::<HashSet<_>>()
+            };
+            // A living node may have taken over the address of a dead one.
+            &addrs(false) - &addrs(true)
+        };
+        let chitchat = self.handle.chitchat();
+        let peers: HashSet<SocketAddr> = {
+            let mut chitchat = chitchat.lock().await;
+            chitchat.self_node_state().set(STATE_KEY, STATE_LEFT);
+            let own = chitchat.self_chitchat_id();
+            let others = chitchat
+                .node_states()
+                .keys()
+                .filter(|id| *id != own)
+                .take(MAX_LIVES);
+            others
+                .map(|id| id.gossip_advertise_addr)
+                .filter(|addr| !away.contains(addr))
+                .collect()
+        };
+        if peers.is_empty() {
+            return;
+        }
+        for _ in 0..LEAVE_ROUNDS {
+            for peer in &peers {
+                if self.handle.gossip(*peer).is_err() {
+                    return;
+                }
+            }
+            // The news itself goes out with the answer to the peer's answer, 1.5 round trips from now.
+            sleep(LEAVE_PAUSE).await;
+        }
+    }
+
+    /// Sets what is pending and tells some peers at once. Nothing is told if nothing is new.
+    async fn flush(&self, rng: &mut SplitMix) {
+        let Pending { claims, metadata } =
+            std::mem::take(&mut *self.pending.lock().expect("no panic while held"));
+        let chitchat = self.handle.chitchat();
+        let mut chitchat = chitchat.lock().await;
+        let own = chitchat.self_node_state();
+        let before = own.max_version();
+        for (shard, (term, epoch)) in claims {
+            let Some((key, value)) = encode_claim(LeaderClaim { shard, term, epoch }) else {
+                continue;
+            };
+            let told = own
+                .get(&key)
+                .and_then(|value| parse_claim(&key[LEADER_PREFIX.len()..], value));
+            if told.is_none_or(|told| (told.term, told.epoch) < (term, epoch)) {
+                own.set(key, value);
+            }
+        }
+        for (key, value) in metadata {
+            own.set(key, value);
+        }
+        if own.max_version() == before {
+            return;
+        }
+        let own = chitchat.self_chitchat_id();
+        let mut peers: Vec<SocketAddr> = chitchat
+            .live_nodes()
+            .filter(|id| *id != own)
+            .map(|id| id.gossip_advertise_addr)
+            .collect();
+        drop(chitchat);
+        rng.keep_random(&mut peers, PUBLISH_PEERS);
+        for peer in peers {
+            // An error means that chitchat has stopped, which the watch task sees by itself.
+            let _ = self.handle.gossip(peer);
+        }
+        self.heard.notify_one();
+    }
+
+    fn end(&self) {
+        self.healthy
+            .send_if_modified(|healthy| std::mem::replace(healthy, false));
+        self.events.close();
+        self.updates.close();
+    }
+}
+
+/// Whatever ends the watch task, be it a panic, ends gossip visibly.
+struct EndGuard(Arc<Shared>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.end();
+        let _ = self.0.handle.initiate_shutdown();
+    }
+}
+
+/// What was read of one life of a node.
+#[derive(Default)]
+struct Life {
+    heartbeat: Option<Heartbeat>,
+    beats: u64,
+    /// Chitchat's version of its keys when they were read last.
+    version: u64,
+    /// Claims up to this version were read and taken.
+    claims_upto: u64,
+    /// Claims up to this version were read, taken or not: bad ones among them are counted.
+    claims_counted: u64,
+    node: Option<(NodeMeta, bool)>,
+}
+
+/// Claims of one life, read but not yet taken.
+struct HeardClaims {
+    id: ChitchatId,
+    node: NodeId,
+    claims: Vec<LeaderClaim>,
+    upto: u64,
+}
+
+/// The watch task: turns chitchat's state into members, events and routes.
+struct Watcher {
+    shared: Arc<Shared>,
+    view: View,
+    lives: HashMap<ChitchatId, Life>,
+    started: Instant,
+    ticks: u64,
+    rng: SplitMix,
+}
+
+impl Watcher {
+    fn new(shared: Arc<Shared>, config: &GossipConfig) -> Self {
+        let view = View::new(ViewConfig {
+            this: config.node_id,
+            generation: shared.generation,
+            interval: config.interval,
+            dead_ticks: config.dead_ticks,
+        });
+        let rng = SplitMix::new(shared.generation ^ config.node_id.0);
+        Watcher {
+            shared,
+            view,
+            lives: HashMap::new(),
+            started: Instant::now(),
+            ticks: 0,
+            rng,
+        }
+    }
+
+    async fn run(mut self, period: Duration) {
+        let shared = self.shared.clone();
+        let _end = EndGuard(shared.clone());
+        let termination = shared.handle.termination_watcher();
+        tokio::pin!(termination);
+        let mut stop = shared.stop.subscribe();
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last_scan = Instant::now();
+        let (mut flush_at, mut scan_at): (Option<Instant>, Option<Instant>) = (None, None);
+        loop {
+            let next = [flush_at, scan_at].into_iter().flatten().min();
+            tokio::select! {
+                // In this order: a wanted stop is not reported as a failure, and a flood of news cannot delay what is due.
+                biased;
+                () = until(&mut stop, true) => return,
+                ended = &mut termination => {
+                    let reason = ended.err().map_or_else(|| "stopped".to_owned(), |error| error.to_string());
+                    tracing::error!(node = %shared.this, reason, "gossip ended unexpectedly");
+                    return;
+                }
+                _ = ticks.tick() => {
+                    self.scan(true).await;
+                    last_scan = Instant::now();
+                }
+                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
+                    let now = Instant::now();
+                    if flush_at.is_some_and(|at| at <= now) {
+                        flush_at = None;
+                        shared.flush(&mut self.rng).await;
+                    }
+                    if scan_at.is_some_and(|at| at <= now) {
+                        scan_at = None;
+                        self.scan(false).await;
+                        last_scan = Instant::now();
+                    }
+                }
+                () = shared.publish.notified() => {
+                    flush_at.get_or_insert_with(|| Instant::now() + PUBLISH_DEBOUNCE);
+                }
+                () = shared.heard.notified() => {
+                    scan_at.get_or_insert_with(|| Instant::now().max(last_scan + SCAN_GAP));
+                }
+            }
+        }
+    }
+
+    /// Reads a snapshot and passes on what it changes.
+    async fn scan(&mut self, tick: bool) {
+        if tick {
+            self.ticks += 1;
+            if self.ticks.is_multiple_of(FULL_SCAN_TICKS) {
+                self.lives
+                    .values_mut()
+                    .for_each(|life| life.claims_upto = 0);
+            }
+        }
+        let (snapshot, heard) = {
+            let chitchat = self.shared.handle.chitchat();
+            let chitchat = chitchat.lock().await;
+            self.read(&chitchat)
+        };
+        // Taken after the lock: a scan that had to wait is late, and the view must know.
+        let now = MonoTime(self.started.elapsed().as_nanos() as u64);
+        let step = if tick {
+            self.view.tick(now, &snapshot)
+        } else {
+            self.view.observe(&snapshot)
+        };
+
+        let shared = self.shared.clone();
+        for conflict in &step.conflicts {
+            shared.conflicts.fetch_add(1, Ordering::Relaxed);
+            tracing::error!(
+                node = %conflict.node, ignored = conflict.lower, counted = conflict.higher,
+                "two processes run under one node id; stop one of them"
+            );
+        }
+        shared
+            .superseded_by
+            .store(self.view.superseded_by().unwrap_or(0), Ordering::Relaxed);
+        shared
+            .refused_members
+            .store(self.view.refused(), Ordering::Relaxed);
+        // State first, then the news about it: whoever hears the news finds it true.
+        if !step.changed.is_empty() || !step.gone.is_empty() || tick {
+            *shared.members.lock().expect("no panic while held") = self.view.members();
+        }
+        for node in &step.gone {
+            shared.tracker.node_gone(*node);
+            // Should the same life come back, its claims count again.
+            let lives = self.lives.values_mut();
+            lives
+                .filter(|life| life.is_of(*node))
+                .for_each(|life| life.claims_upto = 0);
+            shared.updates.publish(&GossipUpdate::Gone(*node));
+        }
+        for member in step.changed {
+            tracing::debug!(node = %member.meta.node_id, state = ?member.state, "member changed");
+            shared.updates.publish(&GossipUpdate::Member(member));
+        }
+        shared.events.publish(&step.events);
+        for claims in heard {
+            self.take_claims(claims);
+        }
+    }
+
+    fn read(&mut self, chitchat: &Chitchat) -> (Vec<Observed>, Vec<HeardClaims>) {
+        let states = chitchat.node_states();
+        self.lives.retain(|id, _| states.contains_key(id));
+        let own = chitchat.self_chitchat_id();
+        let alive: HashSet<&ChitchatId> = chitchat.live_nodes().collect();
+        let (mut snapshot, mut heard) = (Vec::with_capacity(states.len()), Vec::new());
+        let mut malformed = 0;
+        for (id, state) in states.iter().take(MAX_LIVES) {
+            let life = match self.lives.get_mut(id) {
+                Some(life) => life,
+                None => self.lives.entry(id.clone()).or_default(),
+            };
+            malformed += life.refresh(id, state);
+            let Some((meta, left)) = &life.node else {
+                continue;
+            };
+            let chitchat_alive = alive.contains(id);
+            // Claims of the dead are not news; what they led is for others to claim.
+            if chitchat_alive && id != own && life.claims_upto < state.max_version() {
+                let (claims, bad) = read_claims(state, life.claims_upto, life.claims_counted);
+                malformed += bad;
+                life.claims_counted = life.claims_counted.max(state.max_version());
+                heard.push(HeardClaims {
+                    id: id.clone(),
+                    node: meta.node_id,
+                    claims,
+                    upto: state.max_version(),
+                });
+            }
+            snapshot.push(Observed {
+                meta: meta.clone(),
+                generation: id.generation_id,
+                chitchat_alive,
+                left: *left,
+                beats: life.beats,
+            });
+        }
+        self.shared
+            .malformed_values
+            .fetch_add(malformed, Ordering::Relaxed);
+        (snapshot, heard)
+    }
+
+    fn take_claims(&mut self, heard: HeardClaims) {
+        let counts = self
+            .view
+            .standing(heard.node)
+            .is_some_and(|(generation, state)| {
+                generation == heard.id.generation_id && state == MemberState::Alive
+            });
+        if !counts {
+            return;
+        }
+        for LeaderClaim { shard, term, epoch } in heard.claims {
+            match self.shared.tracker.claim(shard, heard.node, term, epoch) {
+                ClaimOutcome::Changed => {
+                    self.shared.updates.publish(&GossipUpdate::Leader {
+                        shard,
+                        leader: heard.node,
+                        term,
+                        epoch,
+                    });
+                }
+                ClaimOutcome::Conflict => {
+                    tracing::warn!(%shard, %term, claimant = %heard.node, "a second leader claims this term");
+                }
+                ClaimOutcome::Known | ClaimOutcome::Stale | ClaimOutcome::Invalid => {}
+            }
+        }
+        if let Some(life) = self.lives.get_mut(&heard.id) {
+            life.claims_upto = heard.upto;
+        }
+    }
+}
+
+impl Life {
+    fn is_of(&self, node: NodeId) -> bool {
+        self.node
+            .as_ref()
+            .is_some_and(|(meta, _)| meta.node_id == node)
+    }
+
+    /// Reads what has changed; returns how many values were ignored.
+    fn refresh(&mut self, id: &ChitchatId, state: &NodeState) -> u64 {
+        let heartbeat = state.heartbeat();
+        if self.heartbeat.is_none_or(|last| last < heartbeat) {
+            self.heartbeat = Some(heartbeat);
+            self.beats += 1;
+        }
+        let version = state.max_version();
+        if version == self.version {
+            return 0;
+        }
+        if version < self.version {
+            // Chitchat has reset its copy and fills it again.
+            self.claims_upto = 0;
+        }
+        self.version = version;
+        let about = [NODE_PREFIX, METADATA_PREFIX]
+            .into_iter()
+            .flat_map(|prefix| state.iter_prefix(prefix));
+        let about = about.map(|(key, value)| (key, value.value.as_str()));
+        let pairs = about.chain(state.get(STATE_KEY).map(|value| (STATE_KEY, value)));
+        match parse_node(&id.node_id, id.gossip_advertise_addr, pairs) {
+            // What a life once said stays true while chitchat's copy is incomplete: nodes take nothing back.
+            ParsedNode::Incomplete => 0,
+            ParsedNode::Malformed(what) => {
+                tracing::debug!(node = ?id, what, "gossip about a node does not parse");
+                1
+            }
+            ParsedNode::Complete {
+                meta,
+                left,
+                ignored,
+            } => {
+                self.node = Some((*meta, left));
+                ignored.into()
+            }
+        }
+    }
+}
+
+/// The claims of a node with versions above `upto`, and how many above `counted_upto` do not parse.
+fn read_claims(state: &NodeState, upto: u64, counted_upto: u64) -> (Vec<LeaderClaim>, u64) {
+    let mut malformed = 0;
+    let mut claims = Vec::new();
+    for (key, value) in state
+        .iter_prefix(LEADER_PREFIX)
+        .filter(|(_, value)| value.version > upto)
+    {
+        match parse_claim(&key[LEADER_PREFIX.len()..], &value.value) {
+            Some(claim) => claims.push(claim),
+            None => malformed += u64::from(value.version > counted_upto),
+        }
+    }
+    (claims, malformed)
+}
+
+/// Looks up seed names and contacts seeds that chitchat does not know: each period while this node is alone, seldom later.
+async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration) {
+    let mut stop = shared.stop.subscribe();
+    let mut health = shared.healthy.subscribe();
+    let mut ticks = interval(period.max(Duration::from_millis(100)));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut known: HashMap<String, Vec<SocketAddr>> = HashMap::new();
+    let (mut resolve_at, mut contact_at) = (Instant::now(), Instant::now());
+    let ipv4 = shared.handle.chitchat_id().gossip_advertise_addr.is_ipv4();
+    let own = shared.handle.chitchat_id().gossip_advertise_addr;
+    let mut turn = 0_usize;
+    loop {
+        tokio::select! {
+            () = until(&mut stop, true) => return,
+            () = until(&mut health, false) => return,
+            _ = ticks.tick() => {}
+        }
+        if !seeds.hosts.is_empty() && resolve_at <= Instant::now() {
+            tokio::select! {
+                () = until(&mut stop, true) => return,
+                () = resolve(&seeds.hosts, ipv4, &mut known) => {}
+            }
+            let wait = if known.len() < seeds.hosts.len() {
+                RESOLVE_RETRY
+            } else {
+                RESOLVE_PERIOD
+            };
+            resolve_at = Instant::now() + wait;
+        }
+        let alone = {
+            let members = shared.members.lock().expect("no panic while held");
+            !members
+                .iter()
+                .any(|m| m.meta.node_id != shared.this && m.state == MemberState::Alive)
+        };
+        if !alone && Instant::now() < contact_at {
+            continue;
+        }
+        let offered = shared
+            .offered_seeds
+            .lock()
+            .expect("no panic while held")
+            .clone();
+        let mut targets: Vec<SocketAddr> = known
+            .values()
+            .flatten()
+            .copied()
+            .chain(offered)
+            .filter(|a| *a != own)
+            .collect();
+        targets.sort_unstable();
+        targets.dedup();
+        if targets.is_empty() {
+            continue;
+        }
+        let _ = shared.handle.gossip(targets[turn % targets.len()]);
+        turn = turn.wrapping_add(1);
+        contact_at = Instant::now() + SEED_PERIOD;
+    }
+}
+
+/// Looks the names up one after the other. A name that is not found now keeps the addresses that it had.
+async fn resolve(hosts: &[String], ipv4: bool, known: &mut HashMap<String, Vec<SocketAddr>>) {
+    for host in hosts {
+        match timeout(RESOLVE_LIMIT, tokio::net::lookup_host(host.as_str())).await {
+            Ok(Ok(found)) => {
+                let fitting: Vec<SocketAddr> = found
+                    .filter(|addr| addr.is_ipv4() == ipv4)
+                    .take(MAX_SEED_ADDRS)
+                    .collect();
+                if fitting.is_empty() {
+                    tracing::warn!(
+                        host,
+                        ipv4,
+                        "gossip seed has no address of the socket's family"
+                    );
+                } else {
+                    known.insert(host.clone(), fitting);
+                }
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(host, %error, "gossip seed not found; kept as it was")
+            }
+            Err(_) => tracing::debug!(
+                host,
+                "looking up a gossip seed takes too long; kept as it was"
+            ),
+        }
+    }
+}
+
+/// Waits for the value; also ends when nobody can set it any more.
+async fn until(watched: &mut watch::Receiver<bool>, value: bool) {
+    let _ = watched.wait_for(|now| *now == value).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::encode_node;
+    use crate::testing::Rng;
+    use crate::view::MemberEvent;
+    use chitchat::transport::UdpTransport;
+    use crema_core::Incarnation;
+    use std::net::UdpSocket;
+
+    /// Generous, because the machine may be busy; every wait ends as soon as its condition holds.
+    const PATIENCE: Duration = Duration::from_secs(15);
+
+    fn config(node: u64, seeds: &[SocketAddr]) -> GossipConfig {
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let raft_addr = format!("127.0.0.1:{}", 9000 + node);
+        let mut config = GossipConfig::new(
+            NodeId(node),
+            Incarnation(node.into()),
+            raft_addr,
+            "test",
+            bind,
+        );
+        config.seeds = seeds.iter().map(ToString::to_string).collect();
+        config.interval = Duration::from_millis(50);
+        config.initial_interval = Duration::from_millis(50);
+        config
+    }
+
+    async fn start(node: u64, seeds: &[SocketAddr]) -> Gossip {
+        Gossip::start(config(node, seeds)).await.unwrap()
+    }
+
+    async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !holds() {
+            assert!(Instant::now() < deadline, "still not so: {what}");
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn next(events: &mut EventReceiver) -> MemberEvent {
+        timeout(PATIENCE, events.recv())
+            .await
+            .expect("an event")
+            .expect("gossip runs")
+    }
+
+    fn state(gossip: &Gossip, node: u64) -> Option<MemberState> {
+        gossip
+            .members()
+            .iter()
+            .find(|m| m.meta.node_id == NodeId(node))
+            .map(|m| m.state)
+    }
+
+    fn join(node: u64) -> MemberEvent {
+        MemberEvent::Join {
+            node: NodeId(node),
+            raft_addr: format!("127.0.0.1:{}", 9000 + node),
+        }
+    }
+
+    async fn all_see(all: &[&Gossip], nodes: &[u64]) {
+        eventually("all see each other alive", || {
+            all.iter().all(|g| {
+                nodes
+                    .iter()
+                    .all(|n| state(g, *n) == Some(MemberState::Alive))
+            })
+        })
+        .await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn three_nodes_meet_tell_leaders_leave_and_die() {
+        let a = start(1, &[]).await;
+        let mut events = a.events();
+        let mut updates = a.leader_updates();
+        assert_eq!(next(&mut events).await, join(1));
+        assert_eq!(
+            timeout(PATIENCE, updates.recv()).await.unwrap(),
+            Some(GossipUpdate::Resync)
+        );
+        let b = start(2, &[a.addr()]).await;
+        let c = start(3, &[a.addr()]).await;
+        all_see(&[&a, &b, &c], &[1, 2, 3]).await;
+        let mut joined = [next(&mut events).await, next(&mut events).await];
+        joined.sort_by_key(MemberEvent::node);
+        assert_eq!(joined, [join(2), join(3)]);
+
+        // Claims reach everybody, in any order the highest term wins, and an older publication changes nothing.
+        let (s, t) = (ShardId(0), ShardId(5));
+        b.publish_leaders(&[(s, Term(3), Epoch(1)), (ShardId::META, Term(1), Epoch(1))]);
+        c.publish_leaders(&[(t, Term(2), Epoch(1)), (s, Term(2), Epoch(9))]);
+        b.publish_leaders(&[(s, Term(1), Epoch(7))]);
+        for g in [&a, &b, &c] {
+            eventually("claims arrive", || g.tracker().entries().len() == 3).await;
+            let expected = BTreeMap::from([(s, NodeId(2)), (t, NodeId(3))]);
+            eventually("the right ones win", || {
+                g.tracker().all_leaders() == expected
+            })
+            .await;
+            assert_eq!(g.tracker().get_leader(ShardId::META), Some(NodeId(2)));
+            assert_eq!(g.tracker().entry(s).unwrap().term, Term(3));
+            assert_eq!(g.tracker().conflicts(), 0);
+        }
+        let claim = GossipUpdate::Leader {
+            shard: t,
+            leader: NodeId(3),
+            term: Term(2),
+            epoch: Epoch(1),
+        };
+        while timeout(PATIENCE, updates.recv())
+            .await
+            .expect("the claim is passed on")
+            .unwrap()
+            != claim
+        {}
+
+        // A goodbye is a Leave, and only that.
+        c.leave().await;
+        assert!(!c.health());
+        for g in [&a, &b] {
+            eventually("it has left", || state(g, 3) == Some(MemberState::Left)).await;
+            eventually("its route is gone", || g.tracker().get_leader(t).is_none()).await;
+            assert_eq!(g.tracker().entry(t).unwrap().term, Term(2));
+        }
+        assert_eq!(
+            next(&mut events).await,
+            MemberEvent::Leave { node: NodeId(3) }
+        );
+        while timeout(PATIENCE, updates.recv())
+            .await
+            .expect("the node is gone")
+            .unwrap()
+            != GossipUpdate::Gone(NodeId(3))
+        {}
+
+        // A crash is a failure. Its route goes, its term stays.
+        drop(b);
+        assert_eq!(
+            next(&mut events).await,
+            MemberEvent::Failed { node: NodeId(2) }
+        );
+        eventually("the list says so too", || {
+            state(&a, 2) == Some(MemberState::Dead)
+        })
+        .await;
+        eventually("routes are gone", || a.tracker().all_leaders().is_empty()).await;
+        assert_eq!(a.tracker().entry(s).unwrap().term, Term(3));
+        assert_eq!(state(&a, 3), Some(MemberState::Left));
+
+        // The failed node comes back as a new life and leads again.
+        let b = start(2, &[a.addr()]).await;
+        b.publish_leaders(&[(s, Term(4), Epoch(1))]);
+        assert_eq!(next(&mut events).await, join(2));
+        eventually("it leads again", || {
+            a.tracker().get_leader(s) == Some(NodeId(2))
+        })
+        .await;
+
+        a.shutdown().await;
+        assert_eq!(events.recv().await, None);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_restart_at_another_address_is_one_update_and_voids_old_claims() {
+        let a = start(1, &[]).await;
+        let b = start(2, &[a.addr()]).await;
+        all_see(&[&a, &b], &[1, 2]).await;
+        let s = ShardId(7);
+        b.publish_leaders(&[(s, Term(3), Epoch(1))]);
+        eventually("the claim arrives", || {
+            a.tracker().get_leader(s) == Some(NodeId(2))
+        })
+        .await;
+        let mut events = a.events();
+        assert_eq!(
+            [next(&mut events).await, next(&mut events).await],
+            [join(1), join(2)]
+        );
+        drop(b);
+        let mut moved = config(2, &[a.addr()]);
+        moved.raft_addr = "127.0.0.1:7777".into();
+        moved.incarnation = Incarnation(99);
+        let _b = Gossip::start(moved).await.unwrap();
+        let update = MemberEvent::Update {
+            node: NodeId(2),
+            raft_addr: "127.0.0.1:7777".into(),
+        };
+        assert_eq!(next(&mut events).await, update);
+        eventually("the old claim is void", || {
+            a.tracker().get_leader(s).is_none()
+        })
+        .await;
+        let member = a
+            .members()
+            .into_iter()
+            .find(|m| m.meta.node_id == NodeId(2))
+            .unwrap();
+        assert_eq!(member.meta.incarnation, Incarnation(99));
+        assert_eq!(events.try_recv(), None);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn two_processes_under_one_id_are_noticed() {
+        let a = start(1, &[]).await;
+        let lower = start(2, &[a.addr()]).await;
+        let higher = start(2, &[a.addr()]).await;
+        assert!(lower.generation() < higher.generation());
+        eventually("the observer counts it", || a.stats().conflicts == 1).await;
+        eventually("the lower one knows", || {
+            lower.superseded_by() == Some(higher.generation())
+        })
+        .await;
+        assert_eq!(higher.superseded_by(), None);
+        assert_eq!(a.members().len(), 2);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn metadata_travels_and_a_name_is_a_seed() {
+        let mut zoned = config(1, &[]);
+        zoned.metadata.insert("zone".into(), "a".into());
+        let a = Gossip::start(zoned).await.unwrap();
+        let mut by_name = config(2, &[]);
+        by_name.seeds = vec![format!("localhost:{}", a.addr().port())];
+        let b = Gossip::start(by_name).await.unwrap();
+        let c = start(3, &[]).await;
+        c.offer_seeds(&[a.addr()]);
+        all_see(&[&a, &b, &c], &[1, 2, 3]).await;
+        a.set_metadata("zone", "b").unwrap();
+        a.set_metadata("rack", "r 1").unwrap();
+        let expected = BTreeMap::from([
+            ("zone".to_owned(), "b".to_owned()),
+            ("rack".to_owned(), "r 1".to_owned()),
+        ]);
+        for g in [&a, &b, &c] {
+            eventually("metadata arrives", || {
+                g.members()[0].meta.metadata == expected
+            })
+            .await;
+        }
+        assert!(a.set_metadata("zone", &"x".repeat(1025)).is_err());
+        assert!(a.set_metadata("é", "x").is_err());
+        for i in 0..MAX_METADATA_ENTRIES - 2 {
+            a.set_metadata(&format!("k{i}"), "").unwrap();
+        }
+        assert!(matches!(
+            a.set_metadata("more", "x"),
+            Err(GossipError::Key(KeyError::TooManyMetadata))
+        ));
+        a.set_metadata("k0", "y").unwrap();
+        assert!(a.health());
+    }
+
+    #[tokio::test]
+    async fn an_occupied_port_is_named_and_a_stopped_one_is_free() {
+        let first = start(1, &[]).await;
+        let mut second = config(2, &[]);
+        (second.bind, second.advertise) = (first.addr(), first.addr());
+        let message = Gossip::start(second.clone()).await.unwrap_err().to_string();
+        assert!(message.contains(&first.addr().to_string()), "{message}");
+        assert!(message.contains("in use"), "{message}");
+        first.shutdown().await;
+        first.shutdown().await;
+        first.leave().await;
+        Gossip::start(second).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_bad_configuration_is_refused() {
+        let mut bad = config(1, &[]);
+        bad.phi = 1.0;
+        assert!(matches!(
+            Gossip::start(bad).await,
+            Err(GossipError::Config(ConfigError::Range { field: "phi", .. }))
+        ));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_end_of_chitchat_is_visible() {
+        let a = start(1, &[]).await;
+        let mut health = a.health_watch();
+        let (mut events, mut updates) = (a.events(), a.leader_updates());
+        assert!(a.health());
+        a.shared.handle.abort();
+        timeout(PATIENCE, health.wait_for(|healthy| !healthy))
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(!a.health());
+        assert_eq!(events.recv().await, Some(join(1)));
+        assert_eq!(events.recv().await, None);
+        assert_eq!(updates.recv().await, Some(GossipUpdate::Resync));
+        assert_eq!(updates.recv().await, None);
+        assert!(matches!(
+            a.set_metadata("a", "b"),
+            Err(GossipError::Stopped)
+        ));
+        timeout(PATIENCE, a.leave())
+            .await
+            .expect("leaving ends although nothing runs");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn another_cluster_is_not_heard() {
+        let a = start(1, &[]).await;
+        let b = start(2, &[a.addr()]).await;
+        let mut other = config(3, &[a.addr(), b.addr()]);
+        other.cluster = "other".into();
+        let other = Gossip::start(other).await.unwrap();
+        all_see(&[&a, &b], &[1, 2]).await;
+        // It has tried by now, more often than these two needed to meet.
+        let tried = other.stats().sent_datagrams + 20;
+        eventually("it tries", || other.stats().sent_datagrams > tried).await;
+        assert_eq!(
+            (other.members().len(), a.members().len(), b.members().len()),
+            (1, 2, 2)
+        );
+    }
+
+    /// A chitchat node that is not one of ours: what it says is ignored and counted, and nobody is the worse for it.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_peer_that_talks_nonsense_is_ignored_and_counted() {
+        let a = start(1, &[]).await;
+        let seeds = Seeds {
+            addrs: vec![a.addr()],
+            hosts: vec![],
+        };
+        let probe = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let addr = probe.local_addr().unwrap();
+        drop(probe);
+        let mut stranger = chitchat_config(&config(9, &[]), &seeds, 1, addr, addr);
+        stranger.chitchat_id.node_id = "nobody".into();
+        let mut pairs = encode_node(&config(9, &[]).meta(addr)).unwrap();
+        pairs.push(("l/1".into(), "1:1".into()));
+        let stranger = spawn_chitchat(stranger, pairs, &UdpTransport)
+            .await
+            .unwrap();
+        eventually("the stranger is counted", || {
+            a.stats().malformed_values >= 1
+        })
+        .await;
+        let b = start(2, &[a.addr()]).await;
+        {
+            let chitchat = b.shared.handle.chitchat();
+            let mut chitchat = chitchat.lock().await;
+            for (key, value) in [
+                ("l/x", "1:1"),
+                ("l/99999", "1:1"),
+                ("l/2", "one"),
+                ("l/3", "1:0"),
+                ("l/4", "1:7"),
+                ("zz", "?"),
+                ("m/\u{7f}", ""),
+            ] {
+                chitchat.self_node_state().set(key, value);
+            }
+        }
+        eventually("the good claim is taken", || {
+            a.tracker().get_leader(ShardId(4)) == Some(NodeId(2))
+        })
+        .await;
+        eventually("the bad ones are counted", || {
+            a.stats().malformed_values >= 6
+        })
+        .await;
+        assert_eq!(a.tracker().all_leaders().len(), 1);
+        assert_eq!(a.members().len(), 2);
+        stranger.shutdown().await.unwrap();
+    }
+
+    /// Random datagrams, half of them with a valid header, never end gossip.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn garbage_on_the_port_is_survived() {
+        let a = start(1, &[]).await;
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        // A real greeting, caught to learn what a valid header looks like.
+        let b = start(2, &[socket.local_addr().unwrap()]).await;
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut greeting = [0_u8; 2_048];
+        let len = tokio::task::block_in_place(|| socket.recv(&mut greeting)).unwrap();
+        let mut rng = Rng::from_clock();
+        for i in 0..10_000_u32 {
+            let mut datagram: Vec<u8> = (0..rng.below(300)).map(|_| rng.next() as u8).collect();
+            match i % 4 {
+                0 => {
+                    let header = 4.min(datagram.len());
+                    datagram[..header].copy_from_slice(&greeting[..header]);
+                    // Any kind of message, known or not.
+                    if let Some(kind) = datagram.get_mut(3) {
+                        *kind = rng.below(6) as u8;
+                    }
+                }
+                1 => {
+                    // A cut greeting. (Flipped bits could make a valid one that speaks of other nodes.)
+                    datagram = greeting[..rng.below(len as u64) as usize].to_vec();
+                }
+                _ => {}
+            }
+            socket.send_to(&datagram, a.addr()).unwrap();
+            if i % 64 == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        b.offer_seeds(&[a.addr()]);
+        all_see(&[&a, &b], &[1, 2]).await;
+        b.publish_leaders(&[(ShardId(1), Term(1), Epoch(1))]);
+        eventually("news still arrives", || {
+            a.tracker().get_leader(ShardId(1)) == Some(NodeId(2))
+        })
+        .await;
+        assert!(a.health() && b.health());
+        assert_eq!(a.members().len(), 2);
+    }
+}

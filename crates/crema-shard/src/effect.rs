@@ -1,0 +1,188 @@
+//! What goes into a [`crate::Host`] from clients and what comes out of it, as data.
+
+use crate::router::RoutingView;
+use bytes::Bytes;
+use crema_core::{ClusterUuid, Epoch, Incarnation, MonoTime, NodeId, Reply, ShardId, Term};
+use std::sync::Arc;
+
+/// One client connection (or embedded caller) of this node; never reused within an incarnation. Commands of one
+/// connection take effect in order per shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId(pub u64);
+
+/// The caller's own mark of a request, returned with its completion; unique within its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Token(pub u64);
+
+/// A request to one shard.
+#[derive(Clone, Debug)]
+pub struct ClientRequest {
+    /// Where it came from.
+    pub conn: ConnId,
+    /// The caller's mark.
+    pub token: Token,
+    /// The shard that owns every slot the operations touch.
+    pub shard: ShardId,
+    /// Whether any operation is a write.
+    pub write: bool,
+    /// One or more operations as [`crema_core::encode_ops`] wrote them; several are atomic.
+    pub ops: Bytes,
+    /// No attempt is made after this; the request is then answered `NotApplied` or `Unknown`.
+    pub deadline: MonoTime,
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientResult {
+    /// Executed; this is the answer.
+    Reply(Reply),
+    /// Certainly not executed: retry as you like.
+    NotApplied(Refusal),
+    /// It may or may not have been executed, now or later: read before you retry.
+    Unknown,
+}
+
+/// Why a request was not executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// No leader of the shard could be reached before the deadline.
+    NoLeader(ShardId),
+    /// The leader was known but did not take the request before the deadline.
+    Busy(ShardId),
+    /// This node knows no placement yet: the cluster is being founded, or joined.
+    NotReady,
+    /// The slot's shard has changed: look the placement up again and resend.
+    WrongShard,
+    /// The node is shutting down.
+    ShuttingDown,
+}
+
+/// A finished request.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The connection it came from.
+    pub conn: ConnId,
+    /// The caller's mark.
+    pub token: Token,
+    /// The result.
+    pub result: ClientResult,
+}
+
+/// The two streams between a pair of nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Channel {
+    /// Raft messages, beats, founding and placement: small and urgent.
+    Raft = 0,
+    /// Forwarded requests and their answers.
+    Requests = 1,
+}
+
+/// A frame for a peer. Frames of one (peer, channel) must arrive in order or not at all.
+#[derive(Clone, Debug)]
+pub struct Send {
+    /// Receiver.
+    pub to: NodeId,
+    /// Stream.
+    pub channel: Channel,
+    /// The frame's body, at most [`crate::message::MAX_FRAME_BYTES`].
+    pub frame: Bytes,
+}
+
+/// Something to make durable. Answer with [`crate::Host::persisted`] in the order given.
+#[derive(Clone, Debug)]
+pub struct PersistBatch {
+    /// Number of this batch, counting from 1 without gaps.
+    pub number: u64,
+}
+
+/// This node's own leadership of a shard, for gossip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LedShard {
+    /// The shard.
+    pub shard: ShardId,
+    /// Term in which this node leads it.
+    pub term: Term,
+    /// Placement epoch of the shard.
+    pub epoch: Epoch,
+}
+
+/// Something an operator should read in the log or see counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Note {
+    /// The cluster was founded, or joined, with this identity.
+    Joined {
+        /// The cluster's name for ever.
+        uuid: ClusterUuid,
+        /// Whether this node took part in the founding.
+        founded: bool,
+    },
+    /// This node has been replaced by a newer incarnation with the same id: stop.
+    Fenced {
+        /// The incarnation that took over.
+        by: Incarnation,
+    },
+    /// A node id is in use by a living process: registration is refused for now.
+    IdInUse {
+        /// The incarnation that answers.
+        by: Incarnation,
+    },
+    /// A configuration that cannot work together with the cluster's (other shard count, other members).
+    Misfit(String),
+    /// A replica stopped: its state cannot be trusted. The others go on.
+    ReplicaFailed {
+        /// The shard.
+        shard: ShardId,
+        /// What happened.
+        reason: String,
+    },
+    /// Replicas of a shard differ: stop the line.
+    DigestMismatch {
+        /// The shard.
+        shard: ShardId,
+        /// Log index at which they differ.
+        index: u64,
+    },
+    /// Everything this node leads has been handed over after [`crate::Host::drain`].
+    Drained,
+}
+
+/// Everything a [`crate::Host`] wants done, in no particular order except that `persist` batches count upward.
+/// Whatever depends on a batch is withheld until it is reported persisted, so a shell cannot misorder them.
+#[derive(Default, Debug)]
+pub struct Effects {
+    /// To be made durable.
+    pub persist: Vec<PersistBatch>,
+    /// To be sent.
+    pub sends: Vec<Send>,
+    /// Finished requests.
+    pub completions: Vec<Completion>,
+    /// The routing view, if it changed.
+    pub view: Option<Arc<RoutingView>>,
+    /// Shards that this node has begun to lead.
+    pub led: Vec<LedShard>,
+    /// For the log.
+    pub notes: Vec<Note>,
+}
+
+impl Effects {
+    /// Empties the lists but keeps their memory.
+    pub fn clear(&mut self) {
+        self.persist.clear();
+        self.sends.clear();
+        self.completions.clear();
+        self.view = None;
+        self.led.clear();
+        self.notes.clear();
+    }
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.persist.is_empty()
+            && self.sends.is_empty()
+            && self.completions.is_empty()
+            && self.view.is_none()
+            && self.led.is_empty()
+            && self.notes.is_empty()
+    }
+}

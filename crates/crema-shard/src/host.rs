@@ -1,0 +1,1168 @@
+//! One node without its shell: founding, placement, Raft groups and gateway behind one door.
+//!
+//! ```text
+//!   life of a node:  founding --activate--> member --drain--> drained
+//!                           \--join--> gateway --Register committed--> counted (its lost replicas stay lost)
+//! ```
+//!
+//! Inputs change state and mark work; [`Host::poll`] does the work and returns [`Effects`]. A peer is *live* while beats
+//! of it arrive; only a live node is routed to or given leadership.
+
+use crate::coordinator::{Coordinator, Round};
+use crate::effect::{
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, Refusal, Send,
+};
+use crate::founding::{Decision, Founding, FoundingConfig};
+use crate::gateway::{Gateway, Target};
+use crate::message::{
+    Answer, Control, KIND_ANSWERS, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS, MAX_FRAME_BYTES, Request, RequestBody, TARGET_FRAME_BYTES,
+    decode_answers, decode_control, decode_envelopes, decode_requests, encode_answer, encode_control, encode_request,
+};
+use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement};
+use crate::placement::preferred_leader;
+use crate::proposals::Ticket;
+use crate::replica::{Machine, Replica};
+use crate::router::{NodeRoute, Router, RoutingView, ShardRoute};
+use crate::timing::Timing;
+use bytes::Bytes;
+use crema_core::{ClusterUuid, CodecError, Epoch, Incarnation, LogIndex, MonoTime, NodeId, Now, Outcome, ReplicaId, ShardId, Term};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A node must have been live this long before leaderships move back to it.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Period of looking for leaderships to move.
+const BALANCE: Duration = Duration::from_secs(1);
+/// Most leaderships moved at once for balance; a drain moves all.
+const MOVES_AT_ONCE: usize = 16;
+/// Lives of one node whose last sign is remembered.
+const LIVES_HEARD: usize = 4;
+/// An id in use is reported to the shell this often at most.
+const NOTE_EVERY: Duration = Duration::from_secs(1);
+
+/// What a node is told at its start.
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    /// This node's id.
+    pub node: NodeId,
+    /// This life.
+    pub incarnation: Incarnation,
+    /// The cluster's name.
+    pub cluster: String,
+    /// The nodes that found the cluster together, this one included if it is one of them.
+    pub initial_members: Vec<NodeId>,
+    /// Data shards to found the cluster with, 1 to 16,384.
+    pub shards: u32,
+    /// Replicas of each shard, 1 to 7; at most one a node.
+    pub replication: u32,
+    /// Own addresses.
+    pub addrs: NodeAddrs,
+    /// Random bits: the uuid and the hash secret of a cluster that this node founds are made of them.
+    pub entropy: [u64; 3],
+    /// Periods.
+    pub timing: Timing,
+    /// Most bytes of log kept over all groups for voters that lag; beyond, entries that a quorum has are dropped.
+    pub max_log_bytes: usize,
+}
+
+/// A claim of leadership heard by gossip. A hint: the highest term wins, Raft decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaderHint {
+    /// The shard.
+    pub shard: ShardId,
+    /// Who claims to lead it.
+    pub leader: NodeId,
+    /// In which term.
+    pub term: Term,
+}
+
+/// One shard as this node sees it, for the admin API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardStatus {
+    /// The shard.
+    pub shard: ShardId,
+    /// Known leader.
+    pub leader: Option<NodeId>,
+    /// Its term.
+    pub term: Term,
+    /// Of this node's own replica: applied index, digest, keys, bytes, whether it sleeps.
+    pub own: Option<OwnReplica>,
+    /// By placement: node, replica id, whether the node's present life holds it.
+    pub replicas: Vec<(NodeId, ReplicaId, bool)>,
+}
+
+/// State of a replica on this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnReplica {
+    /// Applied index.
+    pub applied: LogIndex,
+    /// Digest of its state at that index.
+    pub digest: u64,
+    /// Keys, expired ones that were not collected yet included.
+    pub keys: u64,
+    /// Accounted bytes of keys, values and overhead.
+    pub bytes: u64,
+    /// Whether it sleeps.
+    pub asleep: bool,
+    /// Whether it leads.
+    pub leads: bool,
+    /// Entries kept in its log.
+    pub log_entries: u64,
+}
+
+/// The node's own picture, for the admin API.
+#[derive(Clone, Debug, Default)]
+pub struct HostStatus {
+    /// Identity of the cluster, once known.
+    pub uuid: Option<ClusterUuid>,
+    /// Placement epoch.
+    pub epoch: Epoch,
+    /// Data shards, ascending.
+    pub shards: Vec<ShardStatus>,
+    /// Leader of the meta group.
+    pub meta_leader: Option<NodeId>,
+    /// Counters for metrics: name and value, monotonic.
+    pub counters: Vec<(&'static str, u64)>,
+}
+
+struct Peer {
+    incarnation: Incarnation,
+    last_heard: MonoTime,
+    live_since: Option<MonoTime>,
+    epoch: Epoch,
+}
+
+/// One node's coordinator, gateway, founding and placement. Feed it inputs, then call [`Host::poll`].
+pub struct Host {
+    config: HostConfig,
+    coordinator: Coordinator,
+    gateway: Gateway,
+    router: Router,
+    founding: Founding,
+    state: Option<Arc<MetaState>>,
+    peers: BTreeMap<NodeId, Peer>,
+    /// When the last few lives of each node were last heard, for the refusal of duplicate ids.
+    heard: BTreeMap<NodeId, Vec<(Incarnation, MonoTime)>>,
+    view: Arc<RoutingView>,
+    view_stale: bool,
+    view_sent: bool,
+    out: Effects,
+    requests: Vec<(NodeId, Request)>,
+    round: Round,
+    next_raft_tick: MonoTime,
+    next_beat: MonoTime,
+    next_ask: MonoTime,
+    next_balance: MonoTime,
+    last_id_note: Option<MonoTime>,
+    draining: bool,
+    drained: bool,
+    frames_refused: u64,
+    requests_forwarded: u64,
+}
+
+impl Host {
+    /// A node at the beginning of its life. `config` is taken as validated by the shell.
+    pub fn new(mut config: HostConfig, now: Now) -> Host {
+        config.initial_members.sort_unstable();
+        config.initial_members.dedup();
+        let founding = Founding::new(FoundingConfig {
+            node: config.node,
+            incarnation: config.incarnation,
+            addrs: config.addrs.clone(),
+            cluster: config.cluster.clone(),
+            members: config.initial_members.clone(),
+            shards: config.shards,
+            replication: config.replication,
+            entropy: config.entropy,
+        });
+        let coordinator = Coordinator::new(config.node, config.timing);
+        Host {
+            coordinator,
+            gateway: Gateway::default(),
+            router: Router::default(),
+            founding,
+            state: None,
+            peers: BTreeMap::new(),
+            heard: BTreeMap::new(),
+            view: Arc::new(RoutingView { this: config.node, not_ready: Some("starting".into()), ..RoutingView::default() }),
+            view_stale: true,
+            view_sent: false,
+            out: Effects::default(),
+            requests: Vec::new(),
+            round: Round::default(),
+            next_raft_tick: now.mono.after(config.timing.tick),
+            next_beat: now.mono,
+            next_ask: now.mono,
+            next_balance: now.mono.after(BALANCE),
+            last_id_note: None,
+            draining: false,
+            drained: false,
+            frames_refused: 0,
+            requests_forwarded: 0,
+            config,
+        }
+    }
+
+    /// Takes a client's request; its completion comes with a later [`Host::poll`], once and only once.
+    pub fn submit(&mut self, now: Now, request: ClientRequest) {
+        let refusal = match &self.state {
+            None => Some(Refusal::NotReady),
+            Some(_) if request.deadline <= now.mono => Some(Refusal::Busy(request.shard)),
+            Some(_) => None,
+        };
+        match refusal {
+            Some(r) => {
+                let result = ClientResult::NotApplied(r);
+                self.out.completions.push(Completion { conn: request.conn, token: request.token, result });
+            }
+            None => self.gateway.submit(request, &mut self.out.completions),
+        }
+    }
+
+    /// The connection is gone: what it has not sent on is forgotten, and nothing of it is completed any more.
+    pub fn connection_closed(&mut self, conn: ConnId) {
+        self.gateway.connection_closed(conn);
+    }
+
+    /// Both outgoing streams to `peer` stand, and its process is `incarnation`.
+    pub fn peer_up(&mut self, now: Now, peer: NodeId, incarnation: Incarnation) {
+        if peer == self.config.node {
+            return;
+        }
+        self.peers.insert(
+            peer,
+            Peer { incarnation, last_heard: now.mono, live_since: Some(now.mono), epoch: Epoch(0) },
+        );
+        self.coordinator.set_connected(peer, Some(incarnation));
+        if self.state.is_none() {
+            let sends = self.founding.peer_up(peer, incarnation);
+            self.control_all(sends);
+        }
+        let epoch = self.epoch();
+        self.control(peer, &Control::Beat { epoch });
+        self.node_back(now, peer);
+    }
+
+    /// The streams to `peer` are gone, or it was replaced; frames in flight may be lost.
+    pub fn peer_down(&mut self, now: Now, peer: NodeId) {
+        if self.peers.remove(&peer).is_none() {
+            return;
+        }
+        self.founding.peer_down(peer);
+        self.coordinator.set_connected(peer, None);
+        self.node_lost(now, peer);
+    }
+
+    /// A node does not answer: no route leads there, groups with a voter there wake, and what was sent there is sent
+    /// elsewhere.
+    fn node_lost(&mut self, now: Now, node: NodeId) {
+        self.coordinator.node_down(node);
+        self.router.node_gone(node);
+        self.gateway.peer_lost(node, now.mono);
+        self.retarget_all(now);
+        self.view_stale = true;
+    }
+
+    /// A frame of a peer. An error means that its sender cannot be trusted: drop the connection and count it.
+    pub fn frame(&mut self, now: Now, peer: NodeId, incarnation: Incarnation, channel: Channel, frame: Bytes) -> Result<(), CodecError> {
+        let result = self.take_frame(now, peer, incarnation, channel, frame);
+        if result.is_err() {
+            self.frames_refused += 1;
+        }
+        result
+    }
+
+    fn take_frame(&mut self, now: Now, peer: NodeId, incarnation: Incarnation, channel: Channel, frame: Bytes) -> Result<(), CodecError> {
+        if peer == self.config.node || self.is_fenced(peer, incarnation) {
+            return Ok(());
+        }
+        self.hear(now, peer, incarnation);
+        let Some(kind) = frame.first().copied() else { return Err(CodecError::Malformed) };
+        let body = frame.slice(1..);
+        match (channel, kind) {
+            (Channel::Raft, KIND_RAFT) => {
+                let envelopes = decode_envelopes(&body)?;
+                self.coordinator.step(peer, incarnation, envelopes, now);
+            }
+            (Channel::Raft, KIND_CONTROL) => {
+                let control = decode_control(&body)?;
+                self.take_control(now, peer, incarnation, control);
+            }
+            (Channel::Requests, KIND_REQUESTS) => {
+                for r in decode_requests(&body)? {
+                    self.serve(peer, incarnation, r);
+                }
+            }
+            (Channel::Requests, KIND_ANSWERS) => {
+                for (shard, id, answer) in decode_answers(&body)? {
+                    self.take_answer(now, peer, shard, id, answer);
+                }
+            }
+            _ => return Err(CodecError::Malformed),
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, now: Now, node: NodeId, incarnation: Incarnation) {
+        let lives = self.heard.entry(node).or_default();
+        match lives.iter_mut().find(|(i, _)| *i == incarnation) {
+            Some((_, at)) => *at = now.mono,
+            None => {
+                if lives.len() >= LIVES_HEARD {
+                    lives.remove(0);
+                }
+                lives.push((incarnation, now.mono));
+            }
+        }
+        let Some(p) = self.peers.get_mut(&node).filter(|p| p.incarnation == incarnation) else { return };
+        p.last_heard = now.mono;
+        if p.live_since.is_none() {
+            p.live_since = Some(now.mono);
+            self.node_back(now, node);
+        }
+    }
+
+    /// A node answers (again): groups that still follow it lead there.
+    fn node_back(&mut self, now: Now, node: NodeId) {
+        let follow: Vec<(ShardId, Term)> = self
+            .coordinator
+            .replicas()
+            .filter(|r| r.leadership().leader == Some(node))
+            .map(|r| (r.shard(), r.leadership().term))
+            .collect();
+        for (shard, term) in follow {
+            self.router.learn(shard, Some(node), term);
+        }
+        self.retarget_all(now);
+        self.view_stale = true;
+    }
+
+    fn is_fenced(&self, node: NodeId, incarnation: Incarnation) -> bool {
+        self.state.as_ref().and_then(|s| s.nodes.get(&node)).is_some_and(|n| n.past.contains(&incarnation))
+    }
+
+    fn serve(&mut self, origin: NodeId, incarnation: Incarnation, r: Request) {
+        let ticket = Ticket { origin, incarnation, id: r.id };
+        match r.body {
+            RequestBody::Write { tag, ops } => self.coordinator.write(r.shard, ticket, tag, ops),
+            RequestBody::Read { ops } => self.coordinator.read(r.shard, ticket, ops),
+            RequestBody::OpenSession => self.coordinator.open_session(r.shard, ticket),
+        }
+    }
+
+    fn take_answer(&mut self, now: Now, from: NodeId, shard: ShardId, id: u64, answer: Answer) {
+        let hint = self.gateway.answer(shard, id, answer, now.mono, &mut self.out.completions);
+        if let Some((leader, term)) = hint {
+            let changed = match leader {
+                Some(l) if l != from => self.learn(shard, Some(l), term),
+                _ => self.router.disown(shard, from, term),
+            };
+            if changed {
+                self.route_changed(shard, now);
+            }
+        }
+    }
+
+    /// Takes note of a leader that is not this node and is live; what this node leads its own replica tells.
+    fn learn(&mut self, shard: ShardId, leader: Option<NodeId>, term: Term) -> bool {
+        match leader {
+            Some(l) if l == self.config.node || !self.is_live(l) => false,
+            leader => self.router.learn(shard, leader, term),
+        }
+    }
+
+    /// A frame to `peer` was dropped because its queue was full.
+    pub fn send_dropped(&mut self, now: Now, peer: NodeId, channel: Channel) {
+        match channel {
+            Channel::Raft => self.coordinator.unreachable(peer),
+            Channel::Requests => self.gateway.peer_lost(peer, now.mono),
+        }
+    }
+
+    /// Takes a hint from gossip.
+    pub fn leader_hint(&mut self, now: Now, hint: LeaderHint) {
+        if self.learn(hint.shard, Some(hint.leader), hint.term) {
+            self.route_changed(hint.shard, now);
+        }
+    }
+
+    /// Gossip says that the node is dead or has left: routes to it are cleared, their terms kept. A node whose beats
+    /// arrive is alive whatever gossip says.
+    pub fn node_gone(&mut self, now: Now, node: NodeId) {
+        if !self.is_live(node) {
+            for shard in self.router.node_gone(node) {
+                self.route_changed(shard, now);
+            }
+        }
+    }
+
+    /// Begins a planned stop: marks this node draining and hands its leaderships over. `Note::Drained` tells the end.
+    pub fn drain(&mut self, now: Now) {
+        self.draining = true;
+        self.next_ask = now.mono;
+    }
+
+    /// Groups that would lose their quorum if this node stopped now.
+    pub fn needed_by(&self) -> Vec<ShardId> {
+        self.coordinator.needed_by(|v| self.is_usable(v.node, v.incarnation))
+    }
+
+    fn is_live(&self, node: NodeId) -> bool {
+        node == self.config.node || self.peers.get(&node).is_some_and(|p| p.live_since.is_some())
+    }
+
+    fn is_usable(&self, node: NodeId, incarnation: Incarnation) -> bool {
+        if node == self.config.node {
+            return incarnation == self.config.incarnation;
+        }
+        self.peers.get(&node).is_some_and(|p| p.live_since.is_some() && p.incarnation == incarnation)
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.state.as_ref().map_or(Epoch(0), |s| s.epoch)
+    }
+
+    // ---- founding, registration, placement ---------------------------------------------------------------------
+
+    fn control(&mut self, to: NodeId, c: &Control) {
+        self.out.sends.push(Send { to, channel: Channel::Raft, frame: encode_control(c) });
+    }
+
+    fn control_all(&mut self, sends: Vec<(NodeId, Control)>) {
+        for (to, c) in sends {
+            self.control(to, &c);
+        }
+    }
+
+    fn take_control(&mut self, now: Now, from: NodeId, incarnation: Incarnation, c: Control) {
+        if let Control::Beat { epoch } = c {
+            if let Some(p) = self.peers.get_mut(&from) {
+                p.epoch = epoch;
+            }
+            self.push_placement(from);
+            return;
+        }
+        let Some(state) = self.state.clone() else {
+            let (sends, decision) = self.founding.receive(from, c, now.wall);
+            self.control_all(sends);
+            if let Some(d) = decision {
+                self.decided(d, now);
+            }
+            return;
+        };
+        match c {
+            Control::Ask | Control::Propose { .. } => {
+                let answer = Control::Answer { state: Some(state.encode()), addrs: self.config.addrs.clone() };
+                self.control(from, &answer);
+            }
+            Control::Answer { state: Some(bytes), .. } | Control::Placement { state: bytes } => {
+                self.take_placement(&bytes, now);
+            }
+            Control::Register { addrs } => self.register(from, incarnation, addrs, now),
+            Control::RegisterRefused { by } => {
+                if self.last_id_note.is_none_or(|t| now.mono.since(t) >= NOTE_EVERY) {
+                    self.last_id_note = Some(now.mono);
+                    self.out.notes.push(Note::IdInUse { by });
+                }
+            }
+            Control::SetDraining { draining } => self.set_draining(from, incarnation, draining),
+            Control::Answer { state: None, .. } | Control::Accept { .. } | Control::Refuse { .. } | Control::Found { .. } | Control::Beat { .. } => {}
+        }
+    }
+
+    fn decided(&mut self, decision: Decision, now: Now) {
+        let (state, founded) = match decision {
+            Decision::Activate(s) => (Arc::new(*s), true),
+            Decision::Join(s) => (Arc::new(*s), false),
+        };
+        self.gateway.set_shards(state.shards.len());
+        self.router.set_shards(state.shards.len());
+        if founded && let Err(reason) = self.coordinator.found(&state, self.config.incarnation, self.config.max_log_bytes, now) {
+            self.out.notes.push(Note::Misfit(reason));
+            return;
+        }
+        self.out.notes.push(Note::Joined { uuid: state.uuid, founded });
+        self.adopt(state, now);
+        self.retarget_all(now);
+    }
+
+    /// Takes a placement that came from outside the log; one's own replica of the meta group knows better.
+    fn take_placement(&mut self, bytes: &[u8], now: Now) {
+        let Some(mine) = &self.state else { return };
+        let Ok(state) = MetaState::decode(bytes) else { return };
+        if state.uuid != mine.uuid {
+            let note = format!("cluster {} and cluster {} share the name {:?}", mine.uuid, state.uuid, state.cluster);
+            self.out.notes.push(Note::Misfit(note));
+            return;
+        }
+        let newer = state.epoch > mine.epoch && self.coordinator.replica(ShardId::META).is_none();
+        if newer && state.shards.len() == mine.shards.len() && state.check().is_ok() {
+            self.adopt(Arc::new(state), now);
+        }
+    }
+
+    fn adopt(&mut self, state: Arc<MetaState>, now: Now) {
+        self.coordinator.set_present(state.nodes.iter().map(|(n, r)| (*n, r.incarnation)).collect());
+        if let Some(me) = state.nodes.get(&self.config.node)
+            && me.past.contains(&self.config.incarnation)
+        {
+            self.out.notes.push(Note::Fenced { by: me.incarnation });
+        }
+        self.state = Some(state);
+        self.view_stale = true;
+        self.next_ask = now.mono;
+    }
+
+    fn leads_meta(&self) -> bool {
+        self.coordinator.replica(ShardId::META).is_some_and(|r| r.leadership().leads)
+    }
+
+    /// Sends the table to a peer that does not know its newest state and has no replica to learn it from.
+    fn push_placement(&mut self, to: NodeId) {
+        let (Some(state), true) = (&self.state, self.leads_meta()) else { return };
+        let Some(peer) = self.peers.get(&to) else { return };
+        let has_replica = state.meta.iter().any(|r| r.node == to && r.incarnation == peer.incarnation);
+        if peer.epoch < state.epoch && !has_replica {
+            let c = Control::Placement { state: state.encode() };
+            self.control(to, &c);
+        }
+    }
+
+    fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs, now: Now) {
+        if !self.leads_meta() {
+            return;
+        }
+        let Some(state) = &self.state else { return };
+        // What apply would ignore must not be proposed: the asker repeats itself for ever.
+        if addrs.check().is_err() || (state.nodes.len() >= MAX_NODES && !state.nodes.contains_key(&node)) {
+            return;
+        }
+        if let Some(record) = state.nodes.get(&node) {
+            if record.past.contains(&incarnation) || (record.incarnation == incarnation && record.addrs == addrs) {
+                return;
+            }
+            let old = record.incarnation;
+            let recent = |at: MonoTime| now.mono.since(at) < self.config.timing.beat_timeout;
+            let answers = self.heard.get(&node).is_some_and(|lives| lives.iter().any(|(i, at)| *i == old && recent(*at)));
+            let connected = self.peers.get(&node).is_some_and(|p| p.incarnation == old && p.live_since.is_some());
+            if old != incarnation && (answers || connected) {
+                self.control(node, &Control::RegisterRefused { by: old });
+                return;
+            }
+        }
+        self.coordinator.meta_command(MetaCommand::Register { node, incarnation, addrs }.encode().into());
+    }
+
+    fn set_draining(&mut self, node: NodeId, incarnation: Incarnation, draining: bool) {
+        let Some(record) = self.state.as_ref().and_then(|s| s.nodes.get(&node)) else { return };
+        if self.leads_meta() && record.incarnation == incarnation && record.draining != draining {
+            self.coordinator.meta_command(MetaCommand::SetDraining { node, incarnation, draining }.encode().into());
+        }
+    }
+
+    /// What this node wants of the meta group's leader, repeated until the table shows it.
+    fn ask(&mut self, now: Now) {
+        let Some(state) = self.state.clone() else {
+            let (sends, decision) = self.founding.tick(now.wall);
+            self.control_all(sends);
+            if let Some(d) = decision {
+                self.decided(d, now);
+            }
+            if let Some(refusal) = self.founding.take_refusal() {
+                self.out.notes.push(Note::Misfit(refusal));
+            }
+            self.view_stale = true;
+            return;
+        };
+        let me = state.nodes.get(&self.config.node);
+        let registered = me.is_some_and(|r| r.incarnation == self.config.incarnation && r.addrs == self.config.addrs);
+        let fenced = me.is_some_and(|r| r.past.contains(&self.config.incarnation));
+        if !registered && !fenced {
+            let addrs = self.config.addrs.clone();
+            if me.is_some_and(|r| r.incarnation == self.config.incarnation) && self.leads_meta() {
+                let command = MetaCommand::Register { node: self.config.node, incarnation: self.config.incarnation, addrs };
+                self.coordinator.meta_command(command.encode().into());
+            } else {
+                self.control_to_all(&Control::Register { addrs });
+            }
+        }
+        if self.draining && me.is_some_and(|r| r.incarnation == self.config.incarnation && !r.draining) {
+            self.set_draining(self.config.node, self.config.incarnation, true);
+            self.control_to_all(&Control::SetDraining { draining: true });
+        }
+    }
+
+    fn control_to_all(&mut self, c: &Control) {
+        let frame = encode_control(c);
+        for to in self.peers.keys() {
+            self.out.sends.push(Send { to: *to, channel: Channel::Raft, frame: frame.clone() });
+        }
+    }
+
+    // ---- routes ------------------------------------------------------------------------------------------------
+
+    fn route_changed(&mut self, shard: ShardId, now: Now) {
+        self.view_stale = true;
+        if !shard.is_meta() {
+            let target = self.target(shard);
+            self.gateway.set_target(shard, target, now.mono);
+        }
+    }
+
+    fn retarget_all(&mut self, now: Now) {
+        for i in 0..self.state.as_ref().map_or(0, |s| s.shards.len() as u32) {
+            self.route_changed(ShardId(i), now);
+        }
+    }
+
+    /// Where to send a shard's requests. Without any claim and without a replica of one's own, a guess: who is asked
+    /// and does not lead says who does.
+    fn target(&self, shard: ShardId) -> Option<Target> {
+        let claim = self.router.claim(shard);
+        if let Some(node) = claim.leader {
+            return Some(Target { node, term: claim.term });
+        }
+        if self.coordinator.replica(shard).is_some_and(|r| !r.failed()) {
+            return None;
+        }
+        let replicas = self.state.as_ref()?.replicas(shard);
+        let node = preferred_leader(replicas, |n, i| n != self.config.node && self.is_usable(n, i))?;
+        Some(Target { node, term: claim.term })
+    }
+
+    fn leadership_changed(&mut self, shard: ShardId, now: Now) {
+        let Some(replica) = self.coordinator.replica(shard) else { return };
+        let l = replica.leadership();
+        let before = self.router.claim(shard);
+        let leader = l.leader.filter(|n| self.is_live(*n));
+        if l.leads {
+            self.router.learn(shard, Some(self.config.node), l.term);
+            let epoch = self.state.as_ref().map_or(Epoch(0), |s| s.shards.get(shard.0 as usize).map_or(s.epoch, |p| p.epoch));
+            if !shard.is_meta() {
+                self.out.led.push(LedShard { shard, term: l.term, epoch });
+            }
+        } else {
+            self.router.learn(shard, leader, l.term);
+            self.router.disown(shard, self.config.node, l.term);
+        }
+        if self.router.claim(shard) != before {
+            self.route_changed(shard, now);
+        }
+    }
+
+    /// Moves leaderships to where placement wants them: all of them away from a draining node, else a few at a time.
+    fn balance(&mut self, now: Now) {
+        let Some(state) = self.state.clone() else { return };
+        let due = now.mono >= self.next_balance;
+        if !due && !self.draining {
+            return;
+        }
+        if due {
+            self.next_balance = now.mono.after(BALANCE);
+        }
+        let led: Vec<ShardId> = self.coordinator.replicas().filter(|r| r.leadership().leads).map(Replica::shard).collect();
+        let mut moves = 0;
+        let mut stuck = false;
+        for shard in led {
+            let to = self.wanted_leader(&state, shard, now);
+            stuck |= to.is_some();
+            if let Some(to) = to
+                && (self.draining || moves < MOVES_AT_ONCE)
+            {
+                moves += usize::from(self.coordinator.transfer(shard, to));
+            }
+        }
+        let announced = state.nodes.get(&self.config.node).is_none_or(|r| r.draining || r.incarnation != self.config.incarnation);
+        let alone = self.peers.values().all(|p| p.live_since.is_none());
+        if self.draining && !self.drained && !stuck && (announced || alone) {
+            self.drained = true;
+            self.out.notes.push(Note::Drained);
+        }
+    }
+
+    /// The replica that should lead instead of ours, if another should.
+    fn wanted_leader(&self, state: &MetaState, shard: ShardId, now: Now) -> Option<ReplicaId> {
+        let usable = |node: NodeId, incarnation: Incarnation| {
+            let record = state.nodes.get(&node);
+            if record.is_none_or(|r| r.incarnation != incarnation || r.draining) {
+                return false;
+            }
+            if node == self.config.node {
+                return !self.draining;
+            }
+            let Some(p) = self.peers.get(&node) else { return false };
+            let settled = p.live_since.is_some_and(|t| self.draining || now.mono.since(t) >= SETTLED);
+            settled && p.incarnation == incarnation
+        };
+        let replicas = state.replicas(shard);
+        let node = preferred_leader(replicas, usable).filter(|n| *n != self.config.node)?;
+        replicas.iter().find(|r| r.node == node).map(|r| r.id)
+    }
+
+    // ---- time --------------------------------------------------------------------------------------------------
+
+    /// Lets time pass; call at [`Host::next_tick`] or later. Several missed ticks count as one.
+    pub fn tick(&mut self, now: Now) {
+        let t = self.config.timing;
+        if now.mono >= self.next_raft_tick {
+            // Never a burst after a stall: heartbeats behind a burst would shorten what voters promised.
+            self.next_raft_tick = now.mono.after(t.tick);
+            self.coordinator.tick(now);
+            self.gateway.tick(now.mono, &mut self.out.completions);
+            self.check_beats(now);
+            self.balance(now);
+        }
+        if now.mono >= self.next_beat {
+            self.next_beat = now.mono.after(t.beat);
+            let epoch = self.epoch();
+            self.control_to_all(&Control::Beat { epoch });
+        }
+        if now.mono >= self.next_ask {
+            self.next_ask = now.mono.after(t.ask_again);
+            self.ask(now);
+        }
+        self.gateway.retry_due(now.mono);
+    }
+
+    /// When [`Host::tick`] is due.
+    pub fn next_tick(&self) -> MonoTime {
+        let due = self.next_raft_tick.min(self.next_beat).min(self.next_ask);
+        self.gateway.next_due().map_or(due, |g| due.min(g))
+    }
+
+    fn check_beats(&mut self, now: Now) {
+        let timeout = self.config.timing.beat_timeout;
+        let mut lost = Vec::new();
+        for (node, p) in &mut self.peers {
+            if p.live_since.is_some() && now.mono.since(p.last_heard) >= timeout {
+                p.live_since = None;
+                lost.push(*node);
+            }
+        }
+        for node in lost {
+            self.node_lost(now, node);
+        }
+    }
+
+    /// The batch is durable; batches are reported in order.
+    pub fn persisted(&mut self, now: Now, number: u64) {
+        self.coordinator.persisted(number, now);
+    }
+
+    // ---- work --------------------------------------------------------------------------------------------------
+
+    /// Works off what the inputs have caused and adds what is to be done to `effects`. Call after every round of inputs,
+    /// and again after [`Host::persisted`], until it adds nothing.
+    pub fn poll(&mut self, now: Now, effects: &mut Effects) {
+        let mut answers: BTreeMap<NodeId, Vec<u8>> = BTreeMap::new();
+        let mut forwards: BTreeMap<NodeId, Vec<u8>> = BTreeMap::new();
+        // Requests of this node to itself go round without leaving: gateway, leader, answer, gateway. What a group does
+        // not finish at once waits for a message, so this ends; the bound is for the case that we are wrong.
+        for _ in 0..64 {
+            let mut requests = std::mem::take(&mut self.requests);
+            self.gateway.poll(now.mono, &mut requests);
+            let mut quiet = requests.is_empty();
+            for (node, request) in requests.drain(..) {
+                if node == self.config.node {
+                    self.serve(node, self.config.incarnation, request);
+                } else {
+                    self.requests_forwarded += 1;
+                    append_frame(&mut self.out.sends, &mut forwards, node, KIND_REQUESTS, |f| encode_request(f, &request));
+                }
+            }
+            self.requests = requests;
+            let mut round = std::mem::take(&mut self.round);
+            self.coordinator.poll(now, &mut round);
+            for (to, frame) in round.frames.drain(..) {
+                self.out.sends.push(Send { to, channel: Channel::Raft, frame });
+            }
+            self.out.notes.append(&mut round.notes);
+            if let Some(number) = round.persist.take() {
+                self.out.persist.push(PersistBatch { number });
+            }
+            if std::mem::take(&mut round.meta_changed)
+                && let Some(state) = self.coordinator.meta_state()
+            {
+                self.adopt(state, now);
+                let peers: Vec<NodeId> = self.peers.keys().copied().collect();
+                peers.into_iter().for_each(|p| self.push_placement(p));
+                self.retarget_all(now);
+            }
+            quiet &= round.roles.is_empty() && round.answers.is_empty();
+            for shard in round.roles.drain(..) {
+                self.leadership_changed(shard, now);
+            }
+            for (shard, ticket, answer) in round.answers.drain(..) {
+                if ticket.origin == self.config.node {
+                    if ticket.incarnation == self.config.incarnation {
+                        self.take_answer(now, ticket.origin, shard, ticket.id, answer);
+                    }
+                } else if self.peers.get(&ticket.origin).is_some_and(|p| p.incarnation == ticket.incarnation) {
+                    append_frame(&mut self.out.sends, &mut answers, ticket.origin, KIND_ANSWERS, |f| {
+                        let before = f.len();
+                        encode_answer(f, shard, ticket.id, &answer);
+                        if f.len() > MAX_FRAME_BYTES {
+                            // Many large values in one reply. It happened, but its answer cannot travel.
+                            f.truncate(before);
+                            encode_answer(f, shard, ticket.id, &Answer::Outcome(Outcome::Unknown));
+                        }
+                    });
+                }
+            }
+            self.round = round;
+            if quiet {
+                break;
+            }
+        }
+        for (to, frame) in forwards.into_iter().chain(answers) {
+            self.out.sends.push(Send { to, channel: Channel::Requests, frame: frame.into() });
+        }
+        if self.view_stale {
+            self.view_stale = false;
+            let view = self.build_view();
+            if view != *self.view || !self.view_sent {
+                self.view_sent = true;
+                self.view = Arc::new(view);
+                self.out.view = Some(self.view.clone());
+            }
+        }
+        let out = &mut self.out;
+        effects.persist.append(&mut out.persist);
+        effects.sends.append(&mut out.sends);
+        effects.completions.append(&mut out.completions);
+        effects.led.append(&mut out.led);
+        effects.notes.append(&mut out.notes);
+        if out.view.is_some() {
+            effects.view = out.view.take();
+        }
+    }
+
+    // ---- views -------------------------------------------------------------------------------------------------
+
+    /// The present routing view.
+    pub fn view(&self) -> Arc<RoutingView> {
+        self.view.clone()
+    }
+
+    /// The coordinator, for the simulator's invariants.
+    pub fn coordinator(&self) -> &Coordinator {
+        &self.coordinator
+    }
+
+    /// The cluster's table as this node knows it.
+    pub fn meta_state(&self) -> Option<&Arc<MetaState>> {
+        self.state.as_ref()
+    }
+
+    /// Requests taken but not completed.
+    pub fn in_flight(&self) -> usize {
+        self.gateway.in_flight()
+    }
+
+    fn placed(&self, state: &MetaState, replicas: &[ReplicaPlacement]) -> Vec<(NodeId, ReplicaId, bool)> {
+        replicas.iter().map(|r| (r.node, r.id, state.replica_is_present(r))).collect()
+    }
+
+    fn build_view(&self) -> RoutingView {
+        let mut view = RoutingView {
+            this: self.config.node,
+            epoch: self.epoch(),
+            not_ready: self.not_ready(),
+            ..RoutingView::default()
+        };
+        let Some(state) = &self.state else { return view };
+        view.uuid = Some(state.uuid);
+        view.meta_leader = self.router.claim(ShardId::META).leader;
+        view.shards = (0..state.shards.len() as u32)
+            .map(ShardId)
+            .map(|shard| {
+                let placement = &state.shards[shard.0 as usize];
+                let claim = self.router.claim(shard);
+                ShardRoute {
+                    range: placement.range,
+                    leader: claim.leader,
+                    term: claim.term,
+                    own_term: self.coordinator.replica(shard).map_or(Term(0), |r| r.leadership().term),
+                    replicas: self.placed(state, &placement.replicas),
+                }
+            })
+            .collect();
+        view.nodes = state
+            .nodes
+            .iter()
+            .map(|(node, r)| {
+                let route = NodeRoute {
+                    incarnation: r.incarnation,
+                    fenced: r.past.clone(),
+                    addrs: r.addrs.clone(),
+                    live: self.is_usable(*node, r.incarnation),
+                    draining: r.draining,
+                    approved: r.approved,
+                };
+                (*node, route)
+            })
+            .collect();
+        view
+    }
+
+    /// Why this node is not ready, in one sentence.
+    fn not_ready(&self) -> Option<String> {
+        let Some(state) = &self.state else { return Some(self.founding.waiting_for()) };
+        let me = self.config.node;
+        if self.draining {
+            return Some("draining: this node is about to stop".into());
+        }
+        if state.nodes.get(&me).is_none_or(|r| r.incarnation != self.config.incarnation) {
+            return Some("joining: this life of the node is not registered yet".into());
+        }
+        let groups = || (0..state.shards.len() as u32).map(ShardId).chain([ShardId::META]);
+        let lost = |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == me && r.incarnation != self.config.incarnation);
+        let lost = groups().filter(lost).filter(|s| !s.is_meta()).count();
+        if lost > 0 || state.meta.iter().any(|r| r.node == me && r.incarnation != self.config.incarnation) {
+            let (shards, present, wanted) = state.underreplicated();
+            return Some(format!(
+                "{shards} shards at {present} of {wanted} replicas: this node restarted without its log and serves as a \
+                 gateway without replicas"
+            ));
+        }
+        if let Some(r) = self.coordinator.replicas().find(|r| r.failed()) {
+            return Some(format!("the replica of shard {} failed", r.shard()));
+        }
+        let leaderless = groups().filter(|s| self.router.claim(*s).leader.is_none()).count();
+        if leaderless > 0 {
+            return Some(format!("{leaderless} of {} groups have no known leader", state.shards.len() + 1));
+        }
+        None
+    }
+
+    /// For the admin API.
+    pub fn status(&self, now: Now) -> HostStatus {
+        let _ = now;
+        let mut status = HostStatus {
+            uuid: self.state.as_ref().map(|s| s.uuid),
+            epoch: self.epoch(),
+            meta_leader: self.router.claim(ShardId::META).leader,
+            ..HostStatus::default()
+        };
+        let state = self.state.as_ref();
+        for (i, placement) in state.iter().flat_map(|s| s.shards.iter().enumerate().map(move |(i, p)| (i, (s, p)))) {
+            let (state, placement) = placement;
+            let shard = ShardId(i as u32);
+            let claim = self.router.claim(shard);
+            let own = self.coordinator.replica(shard).map(|r| {
+                let (keys, bytes) = match r.machine() {
+                    Machine::Data(m) => (m.keys(), m.bytes()),
+                    Machine::Meta(_) => (0, 0),
+                };
+                OwnReplica {
+                    applied: r.applied(),
+                    digest: r.digest(),
+                    keys,
+                    bytes,
+                    asleep: r.asleep(),
+                    leads: r.leadership().leads,
+                    log_entries: r.log_entries() as u64,
+                }
+            });
+            let replicas = self.placed(state, &placement.replicas);
+            status.shards.push(ShardStatus { shard, leader: claim.leader, term: claim.term, own, replicas });
+        }
+        status.counters = vec![
+            ("raft_messages_dropped", self.coordinator.dropped()),
+            ("frames_refused", self.frames_refused),
+            ("requests_forwarded", self.requests_forwarded),
+            ("requests_retried", self.gateway.retries()),
+        ];
+        status
+    }
+}
+
+/// Appends to the frame for `node`, closing it first when it is large enough.
+fn append_frame(sends: &mut Vec<Send>, frames: &mut BTreeMap<NodeId, Vec<u8>>, node: NodeId, kind: u8, write: impl FnOnce(&mut Vec<u8>)) {
+    let frame = frames.entry(node).or_default();
+    if frame.len() >= TARGET_FRAME_BYTES {
+        sends.push(Send { to: node, channel: Channel::Requests, frame: std::mem::take(frame).into() });
+    }
+    if frame.is_empty() {
+        frame.push(kind);
+    }
+    write(frame);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::effect::Token;
+    use crema_core::{KeyRef, Op, Reply, SetCond, SetExpire, WallTime, encode_ops};
+    use std::collections::VecDeque;
+
+    /// Three hosts, perfect connections, one clock.
+    struct Net {
+        hosts: BTreeMap<NodeId, Host>,
+        frames: VecDeque<(NodeId, Send)>,
+        now: Now,
+        done: BTreeMap<(NodeId, u64), ClientResult>,
+        notes: Vec<(NodeId, Note)>,
+        next_token: u64,
+    }
+
+    fn incarnation(node: u64) -> Incarnation {
+        Incarnation(1000 + u128::from(node))
+    }
+
+    impl Net {
+        fn new(nodes: u64, shards: u32) -> Self {
+            let now = Now { mono: MonoTime(1_000_000_000), wall: WallTime(1_700_000_000_000) };
+            let hosts = (1..=nodes)
+                .map(|n| {
+                    let config = HostConfig {
+                        node: NodeId(n),
+                        incarnation: incarnation(n),
+                        cluster: "t".into(),
+                        initial_members: (1..=nodes).map(NodeId).collect(),
+                        shards,
+                        replication: 3,
+                        addrs: NodeAddrs { raft: format!("127.0.0.1:{}", 9000 + n), ..NodeAddrs::default() },
+                        entropy: [n, 2, 3],
+                        timing: Timing::default(),
+                        max_log_bytes: 1 << 20,
+                    };
+                    (NodeId(n), Host::new(config, now))
+                })
+                .collect();
+            let mut net = Net { hosts, frames: VecDeque::new(), now, done: BTreeMap::new(), notes: Vec::new(), next_token: 0 };
+            for a in 1..=nodes {
+                for b in (1..=nodes).filter(|b| *b != a) {
+                    net.hosts.get_mut(&NodeId(a)).unwrap().peer_up(now, NodeId(b), incarnation(b));
+                }
+            }
+            net
+        }
+
+        fn settle(&mut self) {
+            loop {
+                let mut idle = true;
+                for (node, host) in &mut self.hosts {
+                    let mut e = Effects::default();
+                    host.poll(self.now, &mut e);
+                    idle &= e.is_empty();
+                    for b in &e.persist {
+                        host.persisted(self.now, b.number);
+                    }
+                    self.frames.extend(e.sends.into_iter().map(|s| (*node, s)));
+                    for c in e.completions {
+                        assert!(self.done.insert((*node, c.token.0), c.result).is_none(), "completed twice");
+                    }
+                    self.notes.extend(e.notes.into_iter().map(|n| (*node, n)));
+                }
+                while let Some((from, s)) = self.frames.pop_front() {
+                    idle = false;
+                    if let Some(host) = self.hosts.get_mut(&s.to) {
+                        host.frame(self.now, from, incarnation(from.0), s.channel, s.frame).unwrap();
+                    }
+                }
+                if idle {
+                    return;
+                }
+            }
+        }
+
+        fn run(&mut self, ms: u64) {
+            for _ in 0..ms / 10 {
+                self.now.mono.0 += 10_000_000;
+                self.now.wall.0 += 10;
+                for host in self.hosts.values_mut() {
+                    if host.next_tick() <= self.now.mono {
+                        host.tick(self.now);
+                    }
+                }
+                self.settle();
+            }
+        }
+
+        fn submit(&mut self, node: u64, key: &[u8], write: bool, op: impl Fn(KeyRef<'_>) -> Bytes) -> u64 {
+            let key = KeyRef::new(0, key).unwrap();
+            let host = self.hosts.get_mut(&NodeId(node)).unwrap();
+            let shard = host.view().shard_of(key.slot).expect("the placement is known");
+            self.next_token += 1;
+            let deadline = self.now.mono.after(Duration::from_secs(5));
+            let request = ClientRequest { conn: ConnId(node), token: Token(self.next_token), shard, write, ops: op(key), deadline };
+            host.submit(self.now, request);
+            self.next_token
+        }
+
+        fn set(&mut self, node: u64, key: &[u8], value: &[u8]) -> u64 {
+            self.submit(node, key, true, |key| {
+                let op = Op::Set { key, value, cond: SetCond::Always, expire: SetExpire::Clear, get: false };
+                encode_ops(&[op]).unwrap()
+            })
+        }
+
+        fn get(&mut self, node: u64, key: &[u8]) -> u64 {
+            self.submit(node, key, false, |key| encode_ops(&[Op::Get { key }]).unwrap())
+        }
+
+        fn leaders(&self) -> BTreeMap<NodeId, usize> {
+            let mut count = BTreeMap::new();
+            for (n, h) in &self.hosts {
+                count.insert(*n, h.coordinator().replicas().filter(|r| r.leadership().leads && !r.shard().is_meta()).count());
+            }
+            count
+        }
+    }
+
+    #[test]
+    fn a_cluster_is_founded_serves_everywhere_and_falls_asleep() {
+        let mut net = Net::new(3, 16);
+        net.settle();
+        net.run(500);
+        assert!(net.hosts.values().all(|h| h.view().not_ready.is_none()), "{:?}", net.hosts[&NodeId(1)].view().not_ready);
+        assert!(net.leaders().values().all(|l| (5..=6).contains(l)), "{:?}", net.leaders());
+        let tokens: Vec<(u64, u64)> = (1..=3).map(|n| (n, net.set(n, format!("k{n}").as_bytes(), b"v"))).collect();
+        net.run(50);
+        for (n, t) in tokens {
+            assert_eq!(net.done.get(&(NodeId(n), t)), Some(&ClientResult::Reply(Reply::Ok)));
+        }
+        for n in 1..=3 {
+            let t = net.get(n, b"k1");
+            net.run(50);
+            assert_eq!(net.done.get(&(NodeId(n), t)), Some(&ClientResult::Reply(Reply::Bulk("v".into()))), "node {n}");
+        }
+        net.run(5000);
+        let awake: Vec<_> = net
+            .hosts
+            .iter()
+            .flat_map(|(n, h)| h.coordinator().replicas().filter(|r| !r.asleep()).map(move |r| (*n, r.shard(), r.leadership())))
+            .collect();
+        assert!(awake.is_empty(), "idle groups sleep: {awake:?}");
+        let t = net.set(2, b"k1", b"w");
+        net.run(50);
+        assert_eq!(net.done.get(&(NodeId(2), t)), Some(&ClientResult::Reply(Reply::Ok)), "and wake");
+    }
+
+    #[test]
+    fn the_loss_of_a_node_is_a_pause_and_a_drain_is_none() {
+        let mut net = Net::new(3, 16);
+        net.settle();
+        net.run(6000);
+        // Everything sleeps; node 3 vanishes without a word.
+        net.hosts.remove(&NodeId(3));
+        for n in [1, 2] {
+            net.hosts.get_mut(&NodeId(n)).unwrap().peer_down(net.now, NodeId(3));
+        }
+        let tokens: Vec<u64> = (0..64).map(|i| net.set(1, format!("k{i}").as_bytes(), b"v")).collect();
+        net.run(1500);
+        for t in tokens {
+            assert_eq!(net.done.get(&(NodeId(1), t)), Some(&ClientResult::Reply(Reply::Ok)));
+        }
+        net.hosts.get_mut(&NodeId(2)).unwrap().drain(net.now);
+        net.run(200);
+        assert_eq!(net.leaders()[&NodeId(2)], 0, "all led elsewhere");
+        assert!(net.notes.contains(&(NodeId(2), Note::Drained)));
+        let t = net.set(2, b"k1", b"w");
+        net.run(20);
+        assert_eq!(net.done.get(&(NodeId(2), t)), Some(&ClientResult::Reply(Reply::Ok)), "it still serves as a gateway");
+        assert!(!net.hosts[&NodeId(2)].needed_by().is_empty(), "but its vote is needed");
+    }
+}

@@ -1,0 +1,34 @@
+//! Raft groups, placement, routing and gateway of Crema as pure state machines.
+//!
+//! ```text
+//!  client request -> Gateway -> local? Coordinator : frame to the leader's node
+//!  peer frame ----> Host ----> Coordinator -> Replica (RawNode + StateMachine) -> Effects { persist, sends, completions }
+//!  tick ----------> Host        Founding / Meta -> Placement -> RoutingView
+//! ```
+//!
+//! [`Host`] is one node without its shell. The driver of crema-node and the simulator of crema-tests both feed it inputs
+//! and perform the [`Effects`] it returns; there is no second implementation. No tokio, clock, socket, thread or
+//! randomness here: `Now` and the entropy in [`HostConfig`] are arguments.
+
+pub mod coordinator;
+pub mod effect;
+pub mod founding;
+pub mod gateway;
+pub mod host;
+pub mod log_store;
+pub mod message;
+pub mod meta;
+pub mod placement;
+pub mod proposals;
+pub mod reads;
+pub mod replica;
+pub mod router;
+pub mod timing;
+
+pub use effect::{
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, Refusal, Send, Token,
+};
+pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
+pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};
+pub use router::{NodeRoute, RoutingView, ShardRoute};
+pub use timing::Timing;

@@ -1,0 +1,1156 @@
+//! The meta group's state: the cluster's own table, and the commands that change it.
+//!
+//! ```text
+//!   found ----> MetaState ----encode----> founding record, placement for nodes without a replica
+//!                  ^                        \--decode--> check --> believed
+//!   MetaCommand --encode--> meta group's log --MetaMachine::apply
+//! ```
+//!
+//! `apply` is total and depends on nothing but the state and the entry: what the state does not allow changes nothing.
+//! The bounds here keep an encoded table below [`MAX_STATE_BYTES`] for ever, whatever is registered.
+
+use crate::placement::{MAX_SHARDS, arcs, assign};
+use crema_core::{
+    ClusterUuid, CodecError, CorruptEntry, Epoch, Incarnation, LogIndex, NodeId, ReplicaId,
+    SLOT_COUNT, ShardId, SlotRange, WallTime,
+};
+use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::marker::PhantomData;
+use std::sync::{Arc, OnceLock};
+
+/// Most bytes of an encoded [`MetaState`].
+pub const MAX_STATE_BYTES: usize = 8 * 1024 * 1024;
+/// Most nodes that the table knows, gateways included; further ones are not registered.
+pub const MAX_NODES: usize = 1024;
+/// Most replicas of one group, the meta group included.
+pub const MAX_REPLICAS: usize = 7;
+/// Longest address in bytes: a host name of the domain name system and a port.
+pub const MAX_ADDR_BYTES: usize = 260;
+/// Longest cluster name in bytes.
+pub const MAX_NAME_BYTES: usize = 255;
+/// Highest epoch that is believed of a peer: far beyond any reachable one, and far from overflow.
+const MAX_EPOCH: Epoch = Epoch(1 << 62);
+/// First byte of an encoded state.
+const STATE_VERSION: u8 = 1;
+/// First byte of an encoded command.
+const COMMAND_VERSION: u8 = 1;
+
+/// Where a node is reached. Host and port as text: a name may resolve differently for others.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeAddrs {
+    /// Peers connect here.
+    pub raft: String,
+    /// RESP, proxying every command; absent on an embedded node without it.
+    pub redis: Option<String>,
+    /// RESP, answering MOVED.
+    pub redis_cluster: Option<String>,
+    /// HTTP admin API.
+    pub http: Option<String>,
+}
+
+impl NodeAddrs {
+    /// Whether the addresses can be registered; the error says what is wrong. Ask before proposing
+    /// [`MetaCommand::Register`]: apply ignores addresses that break a bound.
+    pub fn check(&self) -> Result<(), String> {
+        let Self {
+            raft,
+            redis,
+            redis_cluster,
+            http,
+        } = self;
+        let all = [
+            ("raft", Some(raft)),
+            ("redis", redis.as_ref()),
+            ("redis cluster", redis_cluster.as_ref()),
+            ("http", http.as_ref()),
+        ];
+        for (what, addr) in all {
+            if addr.is_some_and(|a| a.len() > MAX_ADDR_BYTES) {
+                return Err(format!(
+                    "the {what} address is longer than {MAX_ADDR_BYTES} bytes"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the cluster has decided about one node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// The life that counts.
+    pub incarnation: Incarnation,
+    /// Earlier lives, newest last, at most [`MAX_PAST_INCARNATIONS`]: fenced.
+    #[serde(deserialize_with = "bounded_vec::<_, _, MAX_PAST_INCARNATIONS>")]
+    pub past: Vec<Incarnation>,
+    /// Its addresses as it registered them.
+    pub addrs: NodeAddrs,
+    /// Whether it may hold replicas.
+    pub approved: bool,
+    /// Whether this life is about to stop: it leads nothing and is given nothing.
+    pub draining: bool,
+}
+
+/// How many earlier incarnations of a node are remembered; older ones are forgotten, and no longer fenced.
+pub const MAX_PAST_INCARNATIONS: usize = 64;
+
+/// One replica as placement wants it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaPlacement {
+    /// Its id, also in Raft.
+    pub id: ReplicaId,
+    /// The node that holds it.
+    pub node: NodeId,
+    /// The life of the node whose memory it lives in; with another incarnation it is lost.
+    pub incarnation: Incarnation,
+}
+
+/// One shard as placement wants it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardPlacement {
+    /// The slots it owns.
+    pub range: SlotRange,
+    /// Epoch of its last change.
+    pub epoch: Epoch,
+    /// Its replicas in the order in which they are wanted as leaders.
+    #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
+    pub replicas: Vec<ReplicaPlacement>,
+}
+
+/// The cluster's own table; also the record that founds it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetaState {
+    /// Identity for ever.
+    pub uuid: ClusterUuid,
+    /// The cluster's name, as configured.
+    pub cluster: String,
+    /// Seed of the key hash: SCAN cursors survive a change of leader, and outsiders cannot aim collisions.
+    pub secret: u64,
+    /// Wall time of the founder: where log time begins.
+    pub founded_at: WallTime,
+    /// Raised when the meta group itself is recovered; upper half of replica ids.
+    pub generation: u32,
+    /// Counter of the next replica id.
+    pub next_replica: u32,
+    /// Grows with every change of placement.
+    pub epoch: Epoch,
+    /// Behaviour version that all members support and the operator has finalised.
+    pub cluster_version: u32,
+    /// Nodes by id.
+    #[serde(deserialize_with = "bounded_map::<_, _, _, MAX_NODES>")]
+    pub nodes: BTreeMap<NodeId, NodeRecord>,
+    /// Data shards; the index is the shard id.
+    #[serde(deserialize_with = "bounded_vec::<_, _, { MAX_SHARDS as usize }>")]
+    pub shards: Vec<ShardPlacement>,
+    /// The meta group's own replicas.
+    #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
+    pub meta: Vec<ReplicaPlacement>,
+}
+
+impl MetaState {
+    /// The record of a new cluster: generation 1, epoch 1, behaviour version 1, replica ids counted from 1, every member
+    /// approved. Each shard gets `replication` replicas, or one a member if there are fewer; the meta group one on each
+    /// member, up to [`MAX_REPLICAS`], lowest ids first. Ids of a group ascend in the order of preference.
+    ///
+    /// Texts are taken as they are: [`MetaState::check`] says whether others would accept the record.
+    ///
+    /// # Panics
+    ///
+    /// If there is no member, `shards` is not 1 to 16,384 or `replication` is not 1 to [`MAX_REPLICAS`]; the shell
+    /// validates its configuration before.
+    pub fn found(
+        uuid: ClusterUuid,
+        cluster: String,
+        secret: u64,
+        founded_at: WallTime,
+        members: &[(NodeId, Incarnation, NodeAddrs)],
+        shards: u32,
+        replication: u32,
+    ) -> MetaState {
+        assert!(!members.is_empty(), "a cluster has a member");
+        let most = MAX_REPLICAS as u32;
+        assert!(
+            (1..=most).contains(&replication),
+            "{replication} replicas; 1 to {most} are possible"
+        );
+        let nodes: BTreeMap<NodeId, NodeRecord> = members
+            .iter()
+            .map(|(id, incarnation, addrs)| {
+                let (incarnation, addrs) = (*incarnation, addrs.clone());
+                (
+                    *id,
+                    NodeRecord {
+                        incarnation,
+                        past: Vec::new(),
+                        addrs,
+                        approved: true,
+                        draining: false,
+                    },
+                )
+            })
+            .collect();
+        let generation = 1;
+        let mut next_replica = 1;
+        let mut place = |node: NodeId| {
+            let id = ReplicaId::new(generation, next_replica);
+            next_replica += 1;
+            ReplicaPlacement {
+                id,
+                node,
+                incarnation: nodes[&node].incarnation,
+            }
+        };
+        let meta = nodes.keys().take(MAX_REPLICAS).map(|n| place(*n)).collect();
+        let hosts: Vec<(NodeId, Option<&str>)> = nodes.keys().map(|n| (*n, None)).collect();
+        let epoch = Epoch(1);
+        let shards = arcs(shards)
+            .into_iter()
+            .zip(assign(shards, replication, &hosts))
+            .map(|(range, on)| ShardPlacement {
+                range,
+                epoch,
+                replicas: on.into_iter().map(&mut place).collect(),
+            })
+            .collect();
+        MetaState {
+            uuid,
+            cluster,
+            secret,
+            founded_at,
+            generation,
+            next_replica,
+            epoch,
+            cluster_version: 1,
+            nodes,
+            shards,
+            meta,
+        }
+    }
+
+    /// Whether a table that came from a peer holds together; the error says what does not. Nothing else may be done
+    /// with a table that fails: other code relies on all of this.
+    pub fn check(&self) -> Result<(), String> {
+        let ensure = |ok: bool, what: &dyn Fn() -> String| if ok { Ok(()) } else { Err(what()) };
+        ensure(self.cluster.len() <= MAX_NAME_BYTES, &|| {
+            format!("the cluster's name is longer than {MAX_NAME_BYTES} bytes")
+        })?;
+        ensure(self.generation >= 1, &|| "the generation is 0".into())?;
+        ensure(self.cluster_version >= 1, &|| {
+            "the cluster version is 0".into()
+        })?;
+        ensure((Epoch(1)..=MAX_EPOCH).contains(&self.epoch), &|| {
+            format!("epoch {} is out of range", self.epoch)
+        })?;
+        ensure((1..=MAX_NODES).contains(&self.nodes.len()), &|| {
+            format!("{} nodes", self.nodes.len())
+        })?;
+        for (id, node) in &self.nodes {
+            ensure(id.0 != 0, &|| "a node has id 0".into())?;
+            node.addrs.check().map_err(|e| format!("node {id}: {e}"))?;
+            ensure(node.past.len() <= MAX_PAST_INCARNATIONS, &|| {
+                format!("node {id} has {} earlier lives", node.past.len())
+            })?;
+            let lives: BTreeSet<_> = node.past.iter().chain([&node.incarnation]).collect();
+            ensure(lives.len() == node.past.len() + 1, &|| {
+                format!("node {id} has one life twice")
+            })?;
+        }
+        ensure(
+            (1..=MAX_SHARDS as usize).contains(&self.shards.len()),
+            &|| format!("{} shards", self.shards.len()),
+        )?;
+        let mut ids = BTreeSet::new();
+        self.check_group("the meta group", &self.meta, &mut ids)?;
+        let mut end = 0;
+        for (i, shard) in self.shards.iter().enumerate() {
+            ensure(shard.range.start == end && !shard.range.is_empty(), &|| {
+                format!(
+                    "shard {i} owns slots {}..{} where the one before ends at {end}",
+                    shard.range.start, shard.range.end
+                )
+            })?;
+            end = shard.range.end;
+            ensure((Epoch(1)..=self.epoch).contains(&shard.epoch), &|| {
+                format!(
+                    "shard {i} has epoch {} in a table of epoch {}",
+                    shard.epoch, self.epoch
+                )
+            })?;
+            self.check_group(&format!("shard {i}"), &shard.replicas, &mut ids)?;
+        }
+        ensure(end == SLOT_COUNT, &|| {
+            format!("the shards end at slot {end} of {SLOT_COUNT}")
+        })
+    }
+
+    /// Checks one group's replicas; `ids` collects those of all groups, none of which may occur twice.
+    fn check_group(
+        &self,
+        group: &str,
+        replicas: &[ReplicaPlacement],
+        ids: &mut BTreeSet<ReplicaId>,
+    ) -> Result<(), String> {
+        if !(1..=MAX_REPLICAS).contains(&replicas.len()) {
+            return Err(format!("{group} has {} replicas", replicas.len()));
+        }
+        for (i, r) in replicas.iter().enumerate() {
+            let (generation, counter) = ((r.id.0 >> 32) as u32, r.id.0 as u32);
+            let given = generation < self.generation
+                || generation == self.generation && counter < self.next_replica;
+            if generation == 0 || counter == 0 || !given {
+                return Err(format!(
+                    "{group} has replica {:#x}, an id that was never given",
+                    r.id.0
+                ));
+            }
+            if !ids.insert(r.id) {
+                return Err(format!(
+                    "{group} has replica {:#x}, which occurs twice",
+                    r.id.0
+                ));
+            }
+            let Some(node) = self.nodes.get(&r.node) else {
+                return Err(format!(
+                    "{group} has a replica on node {}, which does not exist",
+                    r.node
+                ));
+            };
+            // Lives may have been forgotten once the list of them is full.
+            let known = node.incarnation == r.incarnation || node.past.contains(&r.incarnation);
+            if !known && node.past.len() < MAX_PAST_INCARNATIONS {
+                return Err(format!(
+                    "{group} has a replica in a life of node {} that never was",
+                    r.node
+                ));
+            }
+            if replicas[..i].iter().any(|other| other.node == r.node) {
+                return Err(format!("{group} has two replicas on node {}", r.node));
+            }
+        }
+        Ok(())
+    }
+
+    /// The table as bytes: a version, then postcard. Equal tables have equal bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        encode(STATE_VERSION, self)
+    }
+
+    /// Reads what [`MetaState::encode`] wrote. The bounds of every list hold in the result; whether the table makes
+    /// sense is [`MetaState::check`]'s question. Allocates at most a small multiple of the input.
+    pub fn decode(bytes: &[u8]) -> Result<MetaState, CodecError> {
+        if bytes.len() > MAX_STATE_BYTES {
+            return Err(CodecError::TooLarge);
+        }
+        decode(STATE_VERSION, bytes)
+    }
+
+    /// The placement of a shard, the meta group included.
+    pub fn replicas(&self, shard: ShardId) -> &[ReplicaPlacement] {
+        if shard.is_meta() {
+            &self.meta
+        } else {
+            self.shards
+                .get(shard.0 as usize)
+                .map_or(&[], |s| &s.replicas)
+        }
+    }
+
+    /// Whether the life of the node that the replica lives in is the one that counts. If not, the replica is lost.
+    pub fn replica_is_present(&self, replica: &ReplicaPlacement) -> bool {
+        self.nodes
+            .get(&replica.node)
+            .is_some_and(|n| n.incarnation == replica.incarnation)
+    }
+
+    /// For "16 shards at 2 of 3 replicas": how many data shards have lost replicas, how many replicas the worst of all
+    /// data shards still has, and how many that one should have. Without losses the first number is 0.
+    pub fn underreplicated(&self) -> (usize, usize, usize) {
+        let counts = self.shards.iter().map(|s| {
+            let present = s
+                .replicas
+                .iter()
+                .filter(|r| self.replica_is_present(r))
+                .count();
+            (present, s.replicas.len())
+        });
+        let missing = counts
+            .clone()
+            .filter(|(present, wanted)| present < wanted)
+            .count();
+        let (present, wanted) = counts
+            .min_by_key(|(present, wanted)| (*present, std::cmp::Reverse(*wanted)))
+            .unwrap_or_default();
+        (missing, present, wanted)
+    }
+}
+
+/// A change of the table: the payload of an entry in the meta group's log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetaCommand {
+    /// This life of the node counts from now on, and is reached here.
+    Register {
+        /// The node; an unknown one becomes a gateway that is not approved to hold replicas.
+        node: NodeId,
+        /// The life that begins, or goes on with other addresses. One that was replaced before never comes back.
+        incarnation: Incarnation,
+        /// Where it is reached; [`NodeAddrs::check`] must accept it.
+        addrs: NodeAddrs,
+    },
+    /// The node is about to stop, or has changed its mind.
+    SetDraining {
+        /// The node.
+        node: NodeId,
+        /// Only if this life counts at present.
+        incarnation: Incarnation,
+        /// Which of both.
+        draining: bool,
+    },
+}
+
+impl MetaCommand {
+    /// The command as an entry's payload, never empty: a version, then postcard.
+    pub fn encode(&self) -> Vec<u8> {
+        encode(COMMAND_VERSION, self)
+    }
+
+    /// Reads what [`MetaCommand::encode`] wrote.
+    pub fn decode(payload: &[u8]) -> Result<MetaCommand, CodecError> {
+        decode(COMMAND_VERSION, payload)
+    }
+}
+
+/// The meta group's state machine. Its state is shared with readers and copied only when a command changes it while
+/// they still hold it.
+#[derive(Clone, Debug)]
+pub struct MetaMachine {
+    state: Arc<MetaState>,
+    applied: LogIndex,
+    /// Computed when first asked for: a large table takes a while to encode.
+    digest: OnceLock<u64>,
+}
+
+impl MetaMachine {
+    /// A machine whose state is that after the entry `applied`.
+    pub fn new(state: Arc<MetaState>, applied: LogIndex) -> Self {
+        MetaMachine {
+            state,
+            applied,
+            digest: OnceLock::new(),
+        }
+    }
+
+    /// The table as of [`MetaMachine::applied`].
+    pub fn state(&self) -> &Arc<MetaState> {
+        &self.state
+    }
+
+    /// Index of the last applied entry.
+    pub fn applied(&self) -> LogIndex {
+        self.applied
+    }
+
+    /// Hash of the whole table: replicas that have applied the same entries have the same.
+    pub fn digest(&self) -> u64 {
+        *self
+            .digest
+            .get_or_init(|| xxhash_rust::xxh3::xxh3_64(&self.state.encode()))
+    }
+
+    /// Applies the next committed entry and says whether the table changed; every change raises its epoch. An empty
+    /// payload, as a new leader writes it, and a command that the state does not allow only move the applied index.
+    ///
+    /// After an error nothing has changed and the replica must stop: the entry is not the next one, or is in no format
+    /// known here.
+    pub fn apply(&mut self, index: LogIndex, payload: &[u8]) -> Result<bool, CorruptEntry> {
+        let corrupt = |reason: String| CorruptEntry {
+            index: index.0,
+            reason,
+        };
+        if self.applied.0.checked_add(1) != Some(index.0) {
+            return Err(corrupt(format!("entry {} was applied last", self.applied)));
+        }
+        let command = match payload {
+            [] => None,
+            _ => Some(MetaCommand::decode(payload).map_err(|e| corrupt(e.to_string()))?),
+        };
+        let changed = match command {
+            Some(MetaCommand::Register {
+                node,
+                incarnation,
+                addrs,
+            }) => self.register(node, incarnation, addrs),
+            Some(MetaCommand::SetDraining {
+                node,
+                incarnation,
+                draining,
+            }) => self.set_draining(node, incarnation, draining),
+            None => false,
+        };
+        self.applied = index;
+        Ok(changed)
+    }
+
+    fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs) -> bool {
+        if node.0 == 0 || addrs.check().is_err() {
+            return false;
+        }
+        match self.state.nodes.get(&node) {
+            None if self.state.nodes.len() >= MAX_NODES => return false,
+            Some(known) if known.incarnation == incarnation && known.addrs == addrs => {
+                return false;
+            }
+            Some(known) if known.past.contains(&incarnation) => return false,
+            _ => {}
+        }
+        let record = self
+            .change()
+            .nodes
+            .entry(node)
+            .or_insert_with(|| NodeRecord {
+                incarnation,
+                past: Vec::new(),
+                addrs: NodeAddrs::default(),
+                approved: false,
+                draining: false,
+            });
+        record.addrs = addrs;
+        if record.incarnation != incarnation {
+            if record.past.len() >= MAX_PAST_INCARNATIONS {
+                record.past.remove(0);
+            }
+            record.past.push(record.incarnation);
+            record.incarnation = incarnation;
+            record.draining = false;
+        }
+        true
+    }
+
+    fn set_draining(&mut self, node: NodeId, incarnation: Incarnation, draining: bool) -> bool {
+        if !self
+            .state
+            .nodes
+            .get(&node)
+            .is_some_and(|n| n.incarnation == incarnation && n.draining != draining)
+        {
+            return false;
+        }
+        if let Some(record) = self.change().nodes.get_mut(&node) {
+            record.draining = draining;
+        }
+        true
+    }
+
+    /// The state for a change, which has to follow: the epoch is raised and the digest forgotten.
+    fn change(&mut self) -> &mut MetaState {
+        self.digest = OnceLock::new();
+        let state = Arc::make_mut(&mut self.state);
+        state.epoch.0 += 1;
+        state
+    }
+}
+
+fn encode<T: Serialize>(version: u8, value: &T) -> Vec<u8> {
+    postcard::to_extend(value, vec![version])
+        .expect("derived serializers of plain data do not fail")
+}
+
+fn decode<'a, T: Deserialize<'a>>(known: u8, bytes: &'a [u8]) -> Result<T, CodecError> {
+    match bytes {
+        [] => Err(CodecError::Malformed),
+        [version, ..] if *version != known => Err(CodecError::UnknownVersion(*version)),
+        [_, rest @ ..] => match postcard::take_from_bytes(rest) {
+            Ok((value, [])) => Ok(value),
+            _ => Err(CodecError::Malformed),
+        },
+    }
+}
+
+/// Reads a list of at most `MAX` elements. Without the bound, a few bytes an element would become many in memory.
+fn bounded_vec<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
+    from: D,
+) -> Result<Vec<T>, D::Error> {
+    struct Bounded<T, const MAX: usize>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Bounded<T, MAX> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "at most {MAX} elements")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(element) = seq.next_element()? {
+                if list.len() == MAX {
+                    return Err(A::Error::invalid_length(MAX + 1, &self));
+                }
+                list.push(element);
+            }
+            Ok(list)
+        }
+    }
+
+    from.deserialize_seq(Bounded::<T, MAX>(PhantomData))
+}
+
+/// Reads a map of at most `MAX` entries whose keys ascend, as ours are written: so one table has one encoding.
+fn bounded_map<'de, D, K, V, const MAX: usize>(from: D) -> Result<BTreeMap<K, V>, D::Error>
+where
+    D: Deserializer<'de>,
+    K: Deserialize<'de> + Ord,
+    V: Deserialize<'de>,
+{
+    struct Bounded<K, V, const MAX: usize>(PhantomData<(K, V)>);
+
+    impl<'de, K: Deserialize<'de> + Ord, V: Deserialize<'de>, const MAX: usize> Visitor<'de>
+        for Bounded<K, V, MAX>
+    {
+        type Value = BTreeMap<K, V>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "at most {MAX} entries, ascending")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<BTreeMap<K, V>, A::Error> {
+            let mut map = BTreeMap::new();
+            while let Some((key, value)) = entries.next_entry()? {
+                if map.len() == MAX {
+                    return Err(A::Error::invalid_length(MAX + 1, &self));
+                }
+                if map.last_key_value().is_some_and(|(last, _)| *last >= key) {
+                    return Err(A::Error::custom("keys do not ascend"));
+                }
+                map.insert(key, value);
+            }
+            Ok(map)
+        }
+    }
+
+    from.deserialize_map(Bounded::<K, V, MAX>(PhantomData))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn addrs(n: u64) -> NodeAddrs {
+        NodeAddrs {
+            raft: format!("127.0.0.1:{}", 9000 + n),
+            http: Some("h:1".into()),
+            ..NodeAddrs::default()
+        }
+    }
+
+    fn life(n: u64) -> Incarnation {
+        Incarnation(u128::from(n) << 100 | 7)
+    }
+
+    fn founded(members: u64, shards: u32, replication: u32) -> MetaState {
+        let members: Vec<_> = (1..=members)
+            .map(|n| (NodeId(n), life(n), addrs(n)))
+            .collect();
+        MetaState::found(
+            ClusterUuid(5),
+            "test".into(),
+            6,
+            WallTime(7),
+            &members,
+            shards,
+            replication,
+        )
+    }
+
+    fn machine() -> MetaMachine {
+        MetaMachine::new(Arc::new(founded(3, 4, 3)), LogIndex(1))
+    }
+
+    fn run(m: &mut MetaMachine, command: MetaCommand) -> bool {
+        m.apply(LogIndex(m.applied().0 + 1), &command.encode())
+            .unwrap()
+    }
+
+    fn register(node: u64, incarnation: Incarnation) -> MetaCommand {
+        MetaCommand::Register {
+            node: NodeId(node),
+            incarnation,
+            addrs: addrs(node),
+        }
+    }
+
+    fn draining(node: u64, incarnation: Incarnation, draining: bool) -> MetaCommand {
+        MetaCommand::SetDraining {
+            node: NodeId(node),
+            incarnation,
+            draining,
+        }
+    }
+
+    #[test]
+    fn a_founding_record_is_whole() {
+        for (members, shards, replication) in [
+            (1, 1, 1),
+            (1, 16, 3),
+            (2, 5, 3),
+            (3, 16, 3),
+            (5, 64, 3),
+            (9, 100, 5),
+        ] {
+            let s = founded(members, shards, replication);
+            assert_eq!(s.check(), Ok(()), "{members} members");
+            assert_eq!((s.generation, s.epoch, s.cluster_version), (1, Epoch(1), 1));
+            assert!(
+                s.nodes
+                    .values()
+                    .all(|n| n.approved && !n.draining && n.past.is_empty())
+            );
+            let meta: Vec<u64> = s.meta.iter().map(|r| r.node.0).collect();
+            assert_eq!(
+                meta,
+                (1..=members.min(7)).collect::<Vec<_>>(),
+                "lowest ids first"
+            );
+            let counts = s.shards.iter().map(|p| p.replicas.len());
+            assert!(
+                counts
+                    .clone()
+                    .all(|c| c as u64 == members.min(replication.into()))
+            );
+            // Ids are counted from 1 without gaps.
+            let all: Vec<u64> = s
+                .meta
+                .iter()
+                .chain(s.shards.iter().flat_map(|p| &p.replicas))
+                .map(|r| r.id.0)
+                .collect();
+            assert_eq!(
+                all,
+                (1..=all.len() as u64)
+                    .map(|c| 1 << 32 | c)
+                    .collect::<Vec<_>>()
+            );
+            assert_eq!(s.next_replica as usize, all.len() + 1);
+            assert_eq!(
+                s.underreplicated(),
+                (
+                    0,
+                    counts.min().unwrap(),
+                    members.min(replication.into()) as usize
+                )
+            );
+            assert_eq!(MetaState::decode(&s.encode()), Ok(s));
+        }
+    }
+
+    #[test]
+    fn every_broken_rule_is_named() {
+        type Break = fn(&mut MetaState);
+        let cases: [(&str, Break); 26] = [
+            ("name is longer", |s| s.cluster = "x".repeat(256)),
+            ("generation is 0", |s| s.generation = 0),
+            ("cluster version", |s| s.cluster_version = 0),
+            ("epoch 0 is out", |s| s.epoch = Epoch(0)),
+            ("is out of range", |s| s.epoch = Epoch(u64::MAX)),
+            ("0 nodes", |s| s.nodes.clear()),
+            ("1025 nodes", |s| {
+                s.nodes.extend(
+                    (10..1032)
+                        .map(|n| (NodeId(n), s.nodes[&NodeId(1)].clone()))
+                        .collect::<Vec<_>>(),
+                )
+            }),
+            ("id 0", |s| {
+                _ = s.nodes.insert(NodeId(0), s.nodes[&NodeId(1)].clone())
+            }),
+            ("raft address", |s| {
+                s.nodes.get_mut(&NodeId(2)).unwrap().addrs.raft = "x".repeat(261)
+            }),
+            ("http address", |s| {
+                s.nodes.get_mut(&NodeId(2)).unwrap().addrs.http = Some("x".repeat(261))
+            }),
+            ("65 earlier", |s| {
+                s.nodes.get_mut(&NodeId(2)).unwrap().past = (1000..1065).map(Incarnation).collect()
+            }),
+            ("life twice", |s| {
+                s.nodes.get_mut(&NodeId(2)).unwrap().past = vec![life(2)]
+            }),
+            ("0 shards", |s| s.shards.clear()),
+            ("end at slot", |s| _ = s.shards.pop()),
+            ("shard 1 owns", |s| s.shards[1].range.start += 1),
+            ("shard 2 owns", |s| s.shards[1].range.end -= 1),
+            ("shard 1 owns", |s| {
+                s.shards[1].range.end = s.shards[1].range.start
+            }),
+            ("shard 1 has epoch 2", |s| s.shards[1].epoch = Epoch(2)),
+            ("shard 3 has 0 replicas", |s| s.shards[3].replicas.clear()),
+            ("meta group has 0", |s| s.meta.clear()),
+            ("never given", |s| {
+                s.shards[0].replicas[0].id = ReplicaId::new(1, s.next_replica)
+            }),
+            ("never given", |s| {
+                s.shards[0].replicas[0].id = ReplicaId::new(2, 1)
+            }),
+            ("occurs twice", |s| {
+                s.shards[0].replicas[0].id = s.meta[2].id
+            }),
+            ("does not exist", |s| {
+                s.shards[0].replicas[0].node = NodeId(4)
+            }),
+            ("never was", |s| s.meta[0].incarnation = life(9)),
+            ("two replicas on node", |s| {
+                let other = s.shards[0].replicas[1];
+                let r = &mut s.shards[0].replicas[0];
+                (r.node, r.incarnation) = (other.node, other.incarnation);
+            }),
+        ];
+        for (expected, break_it) in cases {
+            let mut s = founded(3, 4, 3);
+            break_it(&mut s);
+            let error = s.check().expect_err(expected);
+            assert!(
+                error.contains(expected),
+                "{error:?} should contain {expected:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_largest_table_fits_its_bound() {
+        let mut s = founded(7, MAX_SHARDS, 7);
+        let long = || Some("a".repeat(MAX_ADDR_BYTES));
+        let addrs = NodeAddrs {
+            raft: long().unwrap(),
+            redis: long(),
+            redis_cluster: long(),
+            http: long(),
+        };
+        for n in 0..MAX_NODES as u64 {
+            let past = (0..MAX_PAST_INCARNATIONS as u128)
+                .map(|i| Incarnation(u128::MAX - i))
+                .collect();
+            let record = NodeRecord {
+                incarnation: Incarnation(u128::MAX - 99),
+                past,
+                addrs: addrs.clone(),
+                approved: true,
+                draining: true,
+            };
+            s.nodes.insert(NodeId(u64::MAX - n), record);
+        }
+        (1..=7).for_each(|n| _ = s.nodes.remove(&NodeId(n)));
+        s.cluster = "c".repeat(MAX_NAME_BYTES);
+        (s.uuid, s.secret, s.founded_at) = (ClusterUuid(u128::MAX), u64::MAX, WallTime(u64::MAX));
+        (s.generation, s.next_replica, s.cluster_version, s.epoch) =
+            (u32::MAX, u32::MAX, u32::MAX, MAX_EPOCH);
+        let mut counter = u32::MAX;
+        for shard in &mut s.shards {
+            shard.epoch = MAX_EPOCH;
+        }
+        for r in s
+            .meta
+            .iter_mut()
+            .chain(s.shards.iter_mut().flat_map(|p| &mut p.replicas))
+        {
+            counter -= 1;
+            r.id = ReplicaId::new(u32::MAX, counter);
+            r.node = NodeId(u64::MAX - r.node.0);
+            r.incarnation = Incarnation(u128::MAX - 99);
+        }
+        assert_eq!(s.check(), Ok(()));
+        let bytes = s.encode();
+        assert!(bytes.len() <= MAX_STATE_BYTES, "{} bytes", bytes.len());
+        assert_eq!(MetaState::decode(&bytes), Ok(s));
+    }
+
+    #[test]
+    fn bytes_that_are_no_table_are_refused() {
+        let s = founded(3, 4, 3);
+        let bytes = s.encode();
+        assert_eq!(MetaState::decode(&[]), Err(CodecError::Malformed));
+        assert_eq!(
+            MetaState::decode(&vec![1; MAX_STATE_BYTES + 1]),
+            Err(CodecError::TooLarge)
+        );
+        assert_eq!(
+            MetaState::decode(&[&[9], &bytes[1..]].concat()),
+            Err(CodecError::UnknownVersion(9))
+        );
+        assert_eq!(
+            MetaState::decode(&[&bytes[..], &[0]].concat()),
+            Err(CodecError::Malformed),
+            "trailing bytes"
+        );
+        for cut in 1..bytes.len() {
+            assert_eq!(
+                MetaState::decode(&bytes[..cut]),
+                Err(CodecError::Malformed),
+                "cut at {cut}"
+            );
+        }
+        let mut long = s.clone();
+        long.meta = vec![long.meta[0]; 8];
+        assert_eq!(
+            MetaState::decode(&long.encode()),
+            Err(CodecError::Malformed),
+            "more than a group can have"
+        );
+    }
+
+    #[test]
+    fn a_list_that_claims_more_than_is_there_allocates_nothing() {
+        #[derive(Debug, Deserialize)]
+        struct List(#[serde(deserialize_with = "bounded_vec::<_, _, 3>")] Vec<u8>);
+        #[derive(Debug, Deserialize)]
+        struct Map(#[serde(deserialize_with = "bounded_map::<_, _, _, 2>")] BTreeMap<u8, u8>);
+        assert_eq!(
+            postcard::from_bytes::<List>(&[3, 1, 2, 3]).unwrap().0,
+            vec![1, 2, 3]
+        );
+        assert!(postcard::from_bytes::<List>(&[4, 1, 2, 3, 4]).is_err());
+        assert!(postcard::from_bytes::<List>(&[0xff, 0xff, 0xff, 0xff, 0x0f, 1]).is_err());
+        assert_eq!(
+            postcard::from_bytes::<Map>(&[2, 1, 0, 2, 0])
+                .unwrap()
+                .0
+                .len(),
+            2
+        );
+        assert!(
+            postcard::from_bytes::<Map>(&[2, 2, 0, 1, 0]).is_err(),
+            "descending"
+        );
+        assert!(
+            postcard::from_bytes::<Map>(&[2, 1, 0, 1, 0]).is_err(),
+            "twice"
+        );
+        assert!(
+            postcard::from_bytes::<Map>(&[3, 1, 0, 2, 0, 3, 0]).is_err(),
+            "too many"
+        );
+    }
+
+    #[test]
+    fn a_new_life_fences_the_old_one_for_good() {
+        let mut m = machine();
+        assert!(run(&mut m, draining(2, life(2), true)));
+        assert!(run(&mut m, register(2, life(20))));
+        let node = &m.state().nodes[&NodeId(2)];
+        assert_eq!(
+            (
+                node.incarnation,
+                &node.past[..],
+                node.draining,
+                node.approved
+            ),
+            (life(20), &[life(2)][..], false, true)
+        );
+        assert_eq!(m.state().epoch, Epoch(3));
+        let before = m.state().clone();
+        assert!(
+            !run(&mut m, register(2, life(2))),
+            "a fenced life never comes back"
+        );
+        assert!(
+            !run(&mut m, draining(2, life(2), true)),
+            "nor is it listened to"
+        );
+        assert_eq!(*m.state(), before);
+        assert_eq!(m.applied(), LogIndex(5));
+        // The replicas of the old life are lost.
+        let (lost, present, wanted) = m.state().underreplicated();
+        assert_eq!((lost, present, wanted), (4, 2, 3));
+        let of_2 = m
+            .state()
+            .meta
+            .iter()
+            .filter(|r| !m.state().replica_is_present(r))
+            .map(|r| r.node);
+        assert_eq!(of_2.collect::<Vec<_>>(), vec![NodeId(2)]);
+        assert_eq!(m.state().check(), Ok(()));
+    }
+
+    #[test]
+    fn the_same_life_changes_its_addresses_only() {
+        let mut m = machine();
+        assert!(!run(&mut m, register(1, life(1))), "nothing new");
+        assert_eq!(m.state().epoch, Epoch(1));
+        run(&mut m, draining(1, life(1), true));
+        let moved = NodeAddrs {
+            raft: "elsewhere:1".into(),
+            ..NodeAddrs::default()
+        };
+        let command = MetaCommand::Register {
+            node: NodeId(1),
+            incarnation: life(1),
+            addrs: moved.clone(),
+        };
+        assert!(run(&mut m, command));
+        let node = &m.state().nodes[&NodeId(1)];
+        assert_eq!(
+            (
+                &node.addrs,
+                node.incarnation,
+                node.draining,
+                node.past.len()
+            ),
+            (&moved, life(1), true, 0)
+        );
+        assert_eq!(m.state().epoch, Epoch(3));
+        assert!(run(&mut m, draining(1, life(1), false)));
+        assert!(!run(&mut m, draining(1, life(1), false)), "nothing new");
+    }
+
+    #[test]
+    fn unknown_nodes_become_gateways_up_to_the_bound() {
+        let mut m = machine();
+        assert!(!run(&mut m, register(0, life(8))), "ids count from 1");
+        assert!(!run(&mut m, draining(8, life(8), true)), "unknown");
+        for n in 4..=MAX_NODES as u64 {
+            assert!(run(&mut m, register(n, life(n))));
+            assert!(!m.state().nodes[&NodeId(n)].approved);
+        }
+        assert!(!run(&mut m, register(9999, life(1))), "the table is full");
+        assert!(
+            run(&mut m, register(4, life(2000))),
+            "known nodes may restart"
+        );
+        assert_eq!(m.state().check(), Ok(()));
+        let long = NodeAddrs {
+            raft: "x".repeat(MAX_ADDR_BYTES + 1),
+            ..NodeAddrs::default()
+        };
+        assert!(long.check().is_err());
+        let command = MetaCommand::Register {
+            node: NodeId(1),
+            incarnation: life(3000),
+            addrs: long,
+        };
+        assert!(!run(&mut m, command), "a bad address is not taken");
+    }
+
+    #[test]
+    fn only_the_newest_earlier_lives_are_remembered() {
+        let mut m = machine();
+        for n in 100..100 + MAX_PAST_INCARNATIONS as u64 + 5 {
+            assert!(run(&mut m, register(3, life(n))));
+        }
+        let node = &m.state().nodes[&NodeId(3)];
+        assert_eq!(node.past.len(), MAX_PAST_INCARNATIONS);
+        assert_eq!(
+            (node.past[0], node.past.last()),
+            (life(104), Some(&life(167)))
+        );
+        assert_eq!(node.incarnation, life(168));
+        // Its replicas stand in a life that is forgotten; the table still holds together.
+        assert_eq!(m.state().check(), Ok(()));
+    }
+
+    #[test]
+    fn entries_that_cannot_be_applied_change_nothing() {
+        let mut m = machine();
+        assert_eq!(m.apply(LogIndex(2), &[]), Ok(false));
+        let (state, digest) = (m.state().clone(), m.digest());
+        let good = register(7, life(7)).encode();
+        for (index, payload) in [
+            (3, &[9, 0][..]),
+            (3, &[1][..]),
+            (3, &[&good[..], &[0]].concat()),
+            (2, &good),
+            (4, &good),
+        ] {
+            let error = m.apply(LogIndex(index), payload).unwrap_err();
+            assert_eq!(error.index, index);
+            assert_eq!(
+                (m.applied(), m.state(), m.digest()),
+                (LogIndex(2), &state, digest),
+                "{error}"
+            );
+        }
+        assert_eq!(m.apply(LogIndex(3), &good), Ok(true));
+    }
+
+    #[test]
+    fn readers_keep_the_table_they_hold_and_digests_follow_the_state() {
+        let (mut a, mut b) = (machine(), machine());
+        let held = a.state().clone();
+        let first = a.digest();
+        assert_eq!(first, b.digest());
+        run(&mut a, register(2, life(20)));
+        assert_ne!(a.digest(), first, "the cached digest is forgotten");
+        assert_eq!(*held, founded(3, 4, 3));
+        run(&mut b, register(2, life(20)));
+        assert_eq!(a.digest(), b.digest());
+        // What changes nothing copies nothing.
+        let held = a.state().clone();
+        run(&mut a, register(2, life(20)));
+        assert!(Arc::ptr_eq(&held, a.state()));
+    }
+
+    fn any_command() -> impl Strategy<Value = MetaCommand> {
+        let (node, incarnation) = (0u64..6, (0u64..5).prop_map(life));
+        prop_oneof![
+            (node.clone(), incarnation.clone(), 0u64..3).prop_map(|(node, incarnation, a)| {
+                MetaCommand::Register {
+                    node: NodeId(node),
+                    incarnation,
+                    addrs: addrs(a),
+                }
+            }),
+            (node, incarnation, any::<bool>()).prop_map(|(node, incarnation, d)| draining(
+                node,
+                incarnation,
+                d
+            )),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_commands_keep_the_table_whole(commands in prop::collection::vec(any_command(), 0..60)) {
+            let mut m = machine();
+            for command in commands {
+                let before = m.state().clone();
+                prop_assert_eq!(&MetaCommand::decode(&command.encode()), &Ok(command.clone()));
+                let changed = run(&mut m, command);
+                prop_assert_eq!(changed, *m.state() != before);
+                prop_assert_eq!(m.state().epoch.0, before.epoch.0 + u64::from(changed));
+                prop_assert_eq!(m.state().check(), Ok(()));
+                for (id, node) in &before.nodes {
+                    let now = &m.state().nodes[id];
+                    prop_assert!(!node.past.contains(&now.incarnation), "a fenced life came back");
+                    prop_assert!(node.past.iter().all(|p| now.past.contains(p)), "a life was forgotten");
+                }
+            }
+        }
+
+        #[test]
+        fn decoders_take_any_bytes(mut bytes in prop::collection::vec(any::<u8>(), 0..400), version in any::<bool>()) {
+            if let (Some(first), true) = (bytes.first_mut(), version) {
+                *first = STATE_VERSION;
+            }
+            if let Ok(state) = MetaState::decode(&bytes) {
+                let _ = state.check();
+            }
+            let mut m = machine();
+            let _ = m.apply(LogIndex(2), &bytes);
+            prop_assert_eq!(m.state().check(), Ok(()));
+        }
+
+        #[test]
+        fn a_damaged_table_is_refused_or_still_usable(at in any::<prop::sample::Index>(), bit in 0u8..8, more in any::<u64>()) {
+            let mut bytes = founded(3, 4, 3).encode();
+            let at = at.index(bytes.len());
+            bytes[at] ^= 1 << bit;
+            if let Ok(state) = MetaState::decode(&bytes) && state.check().is_ok() {
+                // What passes the check must carry on like any other table.
+                let mut m = MetaMachine::new(Arc::new(state), LogIndex(1));
+                run(&mut m, register(1 + more % 5, life(50)));
+                prop_assert_eq!(m.state().check(), Ok(()));
+            }
+        }
+    }
+}

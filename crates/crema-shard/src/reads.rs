@@ -1,0 +1,148 @@
+//! Linearizable reads by ReadIndex (Ongaro 2014, section 6.4), batched: one round serves every read that came before it.
+//!
+//! ```text
+//!   queued --begin(context)--> round --confirmed(context, index)--> waiting --applied >= index--> ready
+//!                                \-- too old, or leadership lost: back to queued, or refused
+//! ```
+//!
+//! A context is used once, for ever: raft-rs 0.7 knows acknowledgements by context alone (etcd-io/raft 397).
+
+use crate::proposals::Ticket;
+use bytes::Bytes;
+use crema_core::MonoTime;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// A read that was taken.
+#[derive(Clone, Debug)]
+pub struct Read {
+    /// Who asked.
+    pub ticket: Ticket,
+    /// Operations, none of them a write.
+    pub ops: Bytes,
+}
+
+#[derive(Debug)]
+struct Round {
+    context: u64,
+    issued: MonoTime,
+    reads: Vec<Read>,
+}
+
+/// The reads of one replica.
+#[derive(Debug, Default)]
+pub struct Reads {
+    queued: Vec<Read>,
+    round: Option<Round>,
+    waiting: VecDeque<(u64, Vec<Read>)>,
+    count: usize,
+}
+
+impl Reads {
+    /// Takes a read.
+    pub fn push(&mut self, read: Read) {
+        self.count += 1;
+        self.queued.push(read);
+    }
+
+    /// Whether a round should begin: reads are queued and none is on its way. One at a time, so that what arrives
+    /// meanwhile shares the next.
+    pub fn wants_round(&self) -> bool {
+        !self.queued.is_empty() && self.round.is_none()
+    }
+
+    /// Begins a round for everything queued.
+    pub fn begin(&mut self, context: u64, now: MonoTime) {
+        debug_assert!(self.round.is_none());
+        self.round = Some(Round { context, issued: now, reads: std::mem::take(&mut self.queued) });
+    }
+
+    /// A quorum confirmed the round with this context: its reads are answered once `index` is applied.
+    pub fn confirmed(&mut self, context: u64, index: u64) {
+        if let Some(round) = self.round.take_if(|r| r.context == context) {
+            self.waiting.push_back((index, round.reads));
+        }
+    }
+
+    /// Gives up a round that was begun longer than `limit` ago; its reads are queued again, for another context.
+    pub fn expire(&mut self, now: MonoTime, limit: Duration) {
+        if let Some(round) = self.round.take_if(|r| now.since(r.issued) >= limit) {
+            let later = std::mem::replace(&mut self.queued, round.reads);
+            self.queued.extend(later);
+        }
+    }
+
+    /// Reads that may be answered with `applied` applied.
+    pub fn take_ready(&mut self, applied: u64, into: &mut Vec<Read>) {
+        while self.waiting.front().is_some_and(|(index, _)| *index <= applied) {
+            let (_, reads) = self.waiting.pop_front().expect("just seen");
+            self.count -= reads.len();
+            into.extend(reads);
+        }
+    }
+
+    /// Leadership is lost: reads that no round has confirmed.
+    pub fn drain_unconfirmed(&mut self) -> Vec<Read> {
+        let mut all = self.round.take().map(|r| r.reads).unwrap_or_default();
+        all.append(&mut self.queued);
+        self.count -= all.len();
+        all
+    }
+
+    /// Reads taken but not answered.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crema_core::{Incarnation, NodeId};
+
+    fn read(id: u64) -> Read {
+        Read { ticket: Ticket { origin: NodeId(1), incarnation: Incarnation(1), id }, ops: Bytes::new() }
+    }
+    fn ids(reads: &[Read]) -> Vec<u64> {
+        reads.iter().map(|r| r.ticket.id).collect()
+    }
+
+    #[test]
+    fn a_round_serves_only_what_came_before_it() {
+        let mut r = Reads::default();
+        r.push(read(1));
+        r.begin(100, MonoTime(0));
+        r.push(read(2));
+        assert!(!r.wants_round(), "one round at a time");
+        r.confirmed(99, 5);
+        r.confirmed(100, 5);
+        let mut out = Vec::new();
+        r.take_ready(4, &mut out);
+        assert!(out.is_empty(), "not before the index is applied");
+        r.take_ready(5, &mut out);
+        assert_eq!(ids(&out), [1]);
+        assert!(r.wants_round());
+        assert_eq!(r.len(), 1);
+    }
+
+    #[test]
+    fn an_expired_round_cannot_be_confirmed_any_more() {
+        let mut r = Reads::default();
+        r.push(read(1));
+        r.begin(7, MonoTime(0));
+        r.push(read(2));
+        r.expire(MonoTime(10), Duration::from_nanos(10));
+        r.begin(8, MonoTime(10));
+        r.confirmed(7, 3);
+        let mut out = Vec::new();
+        r.take_ready(100, &mut out);
+        assert!(out.is_empty(), "an acknowledgement of the old context means nothing");
+        assert_eq!(ids(&r.drain_unconfirmed()), [1, 2]);
+        assert!(r.is_empty());
+    }
+}

@@ -1,0 +1,943 @@
+//! One member of one Raft group: RawNode, log, state machine and those who wait for it.
+//!
+//! ```text
+//!   write, open, read, command --> queues --flush--> RawNode --ready--> log, machine --> Out { envelopes, answers }
+//!   envelope from a peer ---------------------------^        \-- persisted(number) releases what depends on the log
+//! ```
+//!
+//! Roles are raft-rs's. On top of them a replica is *awake*, *asleep* (it does not tick; any message wakes it) or
+//! *failed* (its state cannot be trusted; it does nothing any more).
+//!
+//! Invariants: a request is answered after apply, matched by (term, index); a read is answered only after its own round
+//! was confirmed by a quorum and its index applied; messages that depend on a Ready leave only after it is persisted;
+//! nothing reads a clock or draws a number.
+
+use crate::effect::Note;
+use crate::log_store::{FOUNDING_INDEX, MemLog};
+use crate::message::{Answer, Body, Envelope};
+use crate::meta::MetaMachine;
+use crate::proposals::{Proposals, Settled, Ticket};
+use crate::reads::{Read, Reads};
+use crate::timing::Timing;
+use bytes::Bytes;
+use crema_core::limits::{MAX_REQUEST_BYTES, TARGET_ENTRY_BYTES};
+use crema_core::{
+    EntryBuilder, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome, ReadResult, ReplicaId,
+    SessionTag, ShardId, StateMachine, Term, encode_advance, encode_check_digest, encode_open_session,
+};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
+use raft::{RawNode, ReadOnlyOption, StateRole};
+use std::collections::BTreeSet;
+
+/// Most requests a leader queues for its next round; beyond, it answers `Busy`.
+const MAX_QUEUED: usize = 16 * 1024;
+/// Most bytes of requests a leader queues.
+const MAX_QUEUED_BYTES: usize = 4 * MAX_REQUEST_BYTES;
+/// Most bytes of entries that a leader has appended but not committed.
+const MAX_UNCOMMITTED_BYTES: u64 = 64 * 1024 * 1024;
+/// Most bytes of entries in one message to a voter (TiKV's value).
+const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
+/// Most messages to a voter without an answer. Small, since raft-rs allocates for all of them ahead.
+const MAX_INFLIGHT_MESSAGES: usize = 128;
+/// Most bytes of committed entries handed out at once.
+const MAX_COMMITTED_BYTES_PER_READY: u64 = 16 * 1024 * 1024;
+/// Entries behind the floor that are kept even if every voter has them, so that probes still match.
+const LOG_MARGIN: u64 = 64;
+/// The log is cut only when this many entries go at once.
+const LOG_CUT: u64 = 256;
+/// Ticks that an invitation to sleep waits for its answers.
+const SLEEP_ROUND_TICKS: usize = 4;
+
+/// A voter of the group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Voter {
+    /// Its replica id.
+    pub id: ReplicaId,
+    /// Its node.
+    pub node: NodeId,
+    /// The life of the node that holds it.
+    pub incarnation: Incarnation,
+}
+
+/// What the log drives.
+#[derive(Debug)]
+pub enum Machine {
+    /// Keys and values.
+    Data(Box<StateMachine>),
+    /// The cluster's own table.
+    Meta(Box<MetaMachine>),
+}
+
+/// A message and its receiver.
+pub type Outgoing = (Voter, Envelope);
+
+/// What a replica wants done, added to by all replicas of a round.
+#[derive(Debug, Default)]
+pub struct Out {
+    /// To be sent.
+    pub envelopes: Vec<Outgoing>,
+    /// Answers for gateways, in order.
+    pub answers: Vec<(ShardId, Ticket, Answer)>,
+    /// Groups whose leader, term or own role changed.
+    pub roles: Vec<ShardId>,
+    /// Whether the meta state changed.
+    pub meta_changed: bool,
+    /// For the log.
+    pub notes: Vec<Note>,
+}
+
+enum Queued {
+    Write { ticket: Ticket, tag: SessionTag, ops: Bytes },
+    Open { ticket: Ticket },
+    Command(Bytes),
+}
+
+struct Unpersisted {
+    number: u64,
+    /// Whether it has something to write itself, or only waits behind one that has.
+    writes: bool,
+    messages: Vec<Message>,
+}
+
+struct SleepRound {
+    waiting_for: BTreeSet<ReplicaId>,
+    ticks_left: usize,
+}
+
+/// What the replica last told the world about leadership.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leadership {
+    /// Current term.
+    pub term: Term,
+    /// Whom this replica takes for the leader.
+    pub leader: Option<NodeId>,
+    /// Whether that is this replica.
+    pub leads: bool,
+}
+
+/// One member of one group.
+pub struct Replica {
+    shard: ShardId,
+    id: ReplicaId,
+    voters: Vec<Voter>,
+    rank: usize,
+    timing: Timing,
+    raw: RawNode<MemLog>,
+    machine: Machine,
+    clock: LogClock,
+    queue: Vec<Queued>,
+    queue_bytes: usize,
+    proposals: Proposals,
+    reads: Reads,
+    /// Reads of keys that expire between log time and the leader's estimate.
+    awaiting_advance: Vec<Read>,
+    advance_proposed: bool,
+    digest_proposed: LogIndex,
+    next_context: u64,
+    context_prefix: u64,
+    unpersisted: Vec<Unpersisted>,
+    leadership: Leadership,
+    asleep: bool,
+    quiet_ticks: usize,
+    sleep_round: Option<SleepRound>,
+    floor: u64,
+    max_log_bytes: usize,
+    failed: bool,
+    ready_reads: Vec<Read>,
+}
+
+/// A new replica's circumstances.
+pub struct ReplicaInit {
+    /// The group.
+    pub shard: ShardId,
+    /// The replica's id.
+    pub id: ReplicaId,
+    /// All voters, this one included.
+    pub voters: Vec<Voter>,
+    /// Its founding state.
+    pub machine: Machine,
+    /// Log time of that state.
+    pub log_time: LogTime,
+    /// Periods.
+    pub timing: Timing,
+    /// Most bytes of log for voters that lag.
+    pub max_log_bytes: usize,
+    /// Upper bits of read contexts: different for every life of a node.
+    pub context_prefix: u64,
+}
+
+impl Replica {
+    /// A replica of a newly founded group. `first` is the voter that campaigns at once.
+    pub fn founded(init: ReplicaInit, first: bool, logger: &slog::Logger, now: Now) -> Result<Self, raft::Error> {
+        let ids = init.voters.iter().map(|v| v.id.0).collect();
+        let rank = init.voters.iter().position(|v| v.id == init.id).unwrap_or(0);
+        let t = init.timing;
+        let config = raft::Config {
+            id: init.id.0,
+            election_tick: t.election_ticks,
+            heartbeat_tick: t.heartbeat_ticks,
+            applied: FOUNDING_INDEX,
+            max_size_per_msg: MAX_MESSAGE_BYTES,
+            max_inflight_msgs: MAX_INFLIGHT_MESSAGES,
+            check_quorum: true,
+            pre_vote: true,
+            min_election_tick: t.campaign_ticks,
+            max_election_tick: t.campaign_ticks + t.campaign_step_ticks * init.voters.len() + 1,
+            read_only_option: ReadOnlyOption::Safe,
+            skip_bcast_commit: true,
+            batch_append: true,
+            max_uncommitted_size: MAX_UNCOMMITTED_BYTES,
+            max_committed_size_per_ready: MAX_COMMITTED_BYTES_PER_READY,
+            ..raft::Config::default()
+        };
+        let raw = RawNode::new(&config, MemLog::founded(ids), logger)?;
+        let mut replica = Replica {
+            shard: init.shard,
+            id: init.id,
+            voters: init.voters,
+            rank,
+            timing: t,
+            raw,
+            machine: init.machine,
+            clock: LogClock::new(init.log_time, now),
+            queue: Vec::new(),
+            queue_bytes: 0,
+            proposals: Proposals::default(),
+            reads: Reads::default(),
+            awaiting_advance: Vec::new(),
+            advance_proposed: false,
+            digest_proposed: LogIndex(0),
+            next_context: 0,
+            context_prefix: init.context_prefix,
+            unpersisted: Vec::new(),
+            leadership: Leadership { term: Term(0), leader: None, leads: false },
+            asleep: false,
+            quiet_ticks: 0,
+            sleep_round: None,
+            floor: 0,
+            max_log_bytes: init.max_log_bytes,
+            failed: false,
+            ready_reads: Vec::new(),
+        };
+        replica.fix_election_timeout();
+        if first {
+            // Two ticks, so that the other voters exist when it asks them.
+            replica.raw.raft.election_elapsed = replica.raw.raft.randomized_election_timeout().saturating_sub(2);
+        }
+        Ok(replica)
+    }
+
+    /// The group.
+    pub fn shard(&self) -> ShardId {
+        self.shard
+    }
+    /// The replica's id.
+    pub fn id(&self) -> ReplicaId {
+        self.id
+    }
+    /// The voters of the group.
+    pub fn voters(&self) -> &[Voter] {
+        &self.voters
+    }
+    /// The state it keeps.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+    /// Who leads, as far as this replica knows.
+    pub fn leadership(&self) -> Leadership {
+        self.leadership
+    }
+    /// Whether it does not tick.
+    pub fn asleep(&self) -> bool {
+        self.asleep
+    }
+    /// Whether it has stopped for good.
+    pub fn failed(&self) -> bool {
+        self.failed
+    }
+    /// Entries kept.
+    pub fn log_entries(&self) -> usize {
+        self.raw.store().len()
+    }
+    /// Bytes of the entries kept.
+    pub fn log_bytes(&self) -> usize {
+        self.raw.store().bytes()
+    }
+    /// Applied index.
+    pub fn applied(&self) -> LogIndex {
+        match &self.machine {
+            Machine::Data(m) => m.applied(),
+            Machine::Meta(m) => m.applied(),
+        }
+    }
+    /// Committed index, as far as this replica knows.
+    pub fn committed(&self) -> LogIndex {
+        LogIndex(self.raw.raft.raft_log.committed)
+    }
+    /// Digest of the state at the applied index.
+    pub fn digest(&self) -> u64 {
+        match &self.machine {
+            Machine::Data(m) => m.digest(),
+            Machine::Meta(m) => m.digest(),
+        }
+    }
+    /// (index, term, payload) of every entry kept, for the simulator's log matching.
+    pub fn log(&self) -> Vec<(u64, u64, Bytes)> {
+        let store = self.raw.store();
+        let context = raft::GetEntriesContext::empty(false);
+        let from = store.truncated() + 1;
+        raft::Storage::entries(store, from, store.last() + 1, None, context)
+            .map(|es| es.into_iter().map(|e| (e.index, e.term, e.data)).collect())
+            .unwrap_or_default()
+    }
+
+    fn leads(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader
+    }
+
+    fn term(&self) -> Term {
+        Term(self.raw.raft.term)
+    }
+
+    fn voter(&self, id: u64) -> Option<Voter> {
+        self.voters.iter().find(|v| v.id.0 == id).copied()
+    }
+
+    fn node_of(&self, id: u64) -> Option<NodeId> {
+        self.voter(id).map(|v| v.node)
+    }
+
+    /// raft-rs draws its election timeout from an unseeded generator at every change of role, and an equal redraw is
+    /// invisible: ours replaces it after every call that may have drawn (no randomness: DESIGN, timings).
+    fn fix_election_timeout(&mut self) {
+        let n = self.voters.len();
+        let turn = (self.rank as u64 + self.raw.raft.term) % n as u64;
+        let ticks = self.timing.campaign_ticks + self.timing.campaign_step_ticks * turn as usize;
+        self.raw.raft.set_randomized_election_timeout(ticks);
+    }
+
+    // ---- inputs ------------------------------------------------------------------------------------------------
+
+    fn not_leader(&self) -> Answer {
+        Answer::NotLeader { leader: self.leadership.leader.filter(|_| !self.leadership.leads), term: self.term() }
+    }
+
+    /// Takes a write of a session. Refused at once when this replica does not lead; the refusal is definite.
+    pub fn write(&mut self, ticket: Ticket, tag: SessionTag, ops: Bytes, out: &mut Out) {
+        self.enqueue(ops.len(), ticket, out, |ticket| Queued::Write { ticket, tag, ops });
+    }
+
+    /// Takes the wish for a session of `ticket.incarnation`.
+    pub fn open_session(&mut self, ticket: Ticket, out: &mut Out) {
+        self.enqueue(0, ticket, out, |ticket| Queued::Open { ticket });
+    }
+
+    fn enqueue(&mut self, bytes: usize, ticket: Ticket, out: &mut Out, item: impl FnOnce(Ticket) -> Queued) {
+        if self.failed || !self.leads() {
+            self.misdirected();
+            out.answers.push((self.shard, ticket, self.not_leader()));
+        } else if self.queue.len() + self.proposals.len() >= MAX_QUEUED || self.queue_bytes + bytes > MAX_QUEUED_BYTES {
+            out.answers.push((self.shard, ticket, Answer::Busy));
+        } else {
+            self.wake();
+            self.queue_bytes += bytes;
+            self.queue.push(item(ticket));
+        }
+    }
+
+    /// A request that should have gone to the leader woke nobody there: perhaps the leader's replica is gone while its
+    /// node lives. Awake, this one finds out.
+    fn misdirected(&mut self) {
+        if self.asleep {
+            self.wake();
+        }
+    }
+
+    /// Takes a linearizable read.
+    pub fn read(&mut self, read: Read, out: &mut Out) {
+        if self.failed || !self.leads() {
+            self.misdirected();
+            out.answers.push((self.shard, read.ticket, self.not_leader()));
+        } else if self.reads.len() + self.awaiting_advance.len() >= MAX_QUEUED {
+            out.answers.push((self.shard, read.ticket, Answer::Busy));
+        } else {
+            self.wake();
+            self.reads.push(read);
+        }
+    }
+
+    /// Proposes an entry that nobody waits for; dropped when this replica does not lead.
+    pub fn command(&mut self, payload: Bytes) {
+        if self.leads() && !self.failed && self.queue.len() < MAX_QUEUED {
+            self.wake();
+            self.queue.push(Queued::Command(payload));
+        }
+    }
+
+    /// Takes a message of the replica `from` holds. Messages from a life of the sender that does not hold the voter are
+    /// dropped: a restarted node must not speak for the log it lost.
+    pub fn step(&mut self, from: NodeId, incarnation: Incarnation, envelope: Envelope, now: Now, out: &mut Out) {
+        if self.failed {
+            return;
+        }
+        let sender = match &envelope.body {
+            Body::Raft(m) => ReplicaId(m.from),
+            Body::Sleep { from, .. } => *from,
+        };
+        let known = self.voters.iter().any(|v| v.id == sender && v.node == from && v.incarnation == incarnation);
+        if !known {
+            return;
+        }
+        match envelope.body {
+            Body::Sleep { from, term, index, ok: false, .. } => self.asked_to_sleep(from, term, index, out),
+            Body::Sleep { from, term, index, ok: true, .. } => self.sleeper_agreed(from, term, index),
+            Body::Raft(m) => {
+                let last = self.raw.raft.raft_log.last_index();
+                if m.msg_type == MessageType::MsgHeartbeat && m.term >= self.raw.raft.term && m.commit > last {
+                    // The leader knows that we acknowledged more than we have. raft-rs would panic; we must not vote.
+                    self.fail(format!("committed up to {} but the log ends at {last}: state was lost", m.commit), out);
+                    return;
+                }
+                if m.msg_type == MessageType::MsgTimeoutNow && self.raw.raft.leader_id != m.from {
+                    // A delayed one: its sender does not lead us any more.
+                    return;
+                }
+                if self.asleep {
+                    self.wake();
+                }
+                self.clock_observe(LogTime(envelope.log_time), now);
+                if envelope.floor > 0 {
+                    self.cut_log(envelope.floor);
+                }
+                // Errors concern messages of unknown peers or of types that do not travel: dropped.
+                let _ = self.raw.step(m);
+                self.fix_election_timeout();
+            }
+        }
+    }
+
+    fn clock_observe(&mut self, time: LogTime, now: Now) {
+        if time.0 > 0 {
+            self.clock.observe(time, now);
+        }
+    }
+
+    // ---- sleep -------------------------------------------------------------------------------------------------
+
+    /// Wakes the replica: it ticks again, from a fresh election timeout.
+    pub fn wake(&mut self) {
+        self.quiet_ticks = 0;
+        self.sleep_round = None;
+        if self.asleep {
+            self.asleep = false;
+            self.raw.raft.election_elapsed = 0;
+        }
+    }
+
+    /// The node of a voter is gone. Wakes the replica; one that followed that node has waited its election time already,
+    /// since a beat between the nodes stood for the leader's while it slept.
+    pub fn node_down(&mut self, node: NodeId) {
+        if !self.asleep || !self.voters.iter().any(|v| v.node == node) {
+            return;
+        }
+        self.wake();
+        if self.node_of(self.raw.raft.leader_id) == Some(node) && !self.leads() {
+            self.raw.raft.election_elapsed = self.timing.election_ticks;
+        }
+    }
+
+    /// Messages to `node` may have been lost: what was sent without an answer is sent again.
+    pub fn unreachable(&mut self, node: NodeId) {
+        if self.asleep || self.failed || !self.leads() {
+            return;
+        }
+        for id in self.voters.iter().filter(|v| v.node == node && v.id != self.id).map(|v| v.id.0).collect::<Vec<_>>() {
+            self.raw.report_unreachable(id);
+        }
+    }
+
+    fn at_rest(&self) -> bool {
+        let log = &self.raw.raft.raft_log;
+        let last = log.last_index();
+        log.committed == last
+            && self.applied().0 == last
+            && self.queue.is_empty()
+            && self.proposals.is_empty()
+            && self.reads.is_empty()
+            && self.awaiting_advance.is_empty()
+            && self.unpersisted.is_empty()
+            && self.raw.raft.lead_transferee.is_none()
+    }
+
+    fn asked_to_sleep(&mut self, leader: ReplicaId, term: Term, index: u64, out: &mut Out) {
+        let agrees = self.term() == term
+            && self.raw.raft.state == StateRole::Follower
+            && self.raw.raft.leader_id == leader.0
+            && self.raw.raft.raft_log.last_index() == index
+            && self.at_rest();
+        if agrees && let Some(voter) = self.voter(leader.0) {
+            self.fall_asleep();
+            let body = Body::Sleep { from: self.id, to: leader, term, index, ok: true };
+            out.envelopes.push((voter, Envelope { shard: self.shard, log_time: 0, floor: 0, body }));
+        }
+    }
+
+    fn fall_asleep(&mut self) {
+        self.asleep = true;
+        self.sleep_round = None;
+        self.raw.raft.maybe_free_inflight_buffers();
+        self.raw.raft.r.raft_log.unstable.entries.shrink_to(16);
+    }
+
+    fn sleeper_agreed(&mut self, from: ReplicaId, term: Term, index: u64) {
+        let current = self.leads() && self.term() == term && self.raw.raft.raft_log.last_index() == index;
+        let Some(round) = self.sleep_round.as_mut().filter(|_| current) else { return };
+        round.waiting_for.remove(&from);
+        if round.waiting_for.is_empty() {
+            if self.at_rest() {
+                self.fall_asleep();
+            } else {
+                self.wake();
+            }
+        }
+    }
+
+    /// A leader of a quiet group invites all voters to sleep. Until all have agreed it sends nothing, since anything
+    /// would wake them; if one does not, it goes on, and its next heartbeat wakes the others.
+    fn maybe_invite_to_sleep(&mut self, out: &mut Out) {
+        let last = self.raw.raft.raft_log.last_index();
+        let all_match = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.matched == last);
+        let told_commit = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.committed_index >= last);
+        if !all_match || !told_commit || !self.at_rest() {
+            self.quiet_ticks = 0;
+            return;
+        }
+        self.quiet_ticks += 1;
+        // Not in a tick with a heartbeat: it would follow the invitation and wake whom that put to sleep.
+        if self.quiet_ticks < self.timing.quiet_ticks || self.raw.has_ready() {
+            return;
+        }
+        self.quiet_ticks = 0;
+        let mut waiting_for = BTreeSet::new();
+        for v in self.voters.iter().filter(|v| v.id != self.id) {
+            waiting_for.insert(v.id);
+            let body = Body::Sleep { from: self.id, to: v.id, term: self.term(), index: last, ok: false };
+            out.envelopes.push((*v, Envelope { shard: self.shard, log_time: 0, floor: 0, body }));
+        }
+        if waiting_for.is_empty() {
+            self.fall_asleep();
+        } else {
+            self.sleep_round = Some(SleepRound { waiting_for, ticks_left: SLEEP_ROUND_TICKS });
+        }
+    }
+
+    // ---- time --------------------------------------------------------------------------------------------------
+
+    /// One tick. `present` says whether the voter's life still counts: a lost one does not hold the log back.
+    pub fn tick(&mut self, now: Now, present: impl Fn(&Voter) -> bool, out: &mut Out) {
+        if self.asleep || self.failed {
+            return;
+        }
+        if let Some(round) = &mut self.sleep_round {
+            round.ticks_left -= 1;
+            if round.ticks_left > 0 {
+                return;
+            }
+            self.sleep_round = None;
+        }
+        self.raw.tick();
+        self.fix_election_timeout();
+        self.reads.expire(now.mono, self.timing.tick * self.timing.election_ticks as u32);
+        if self.leads() {
+            self.update_floor(present);
+            self.propose_digest_check(now);
+            self.maybe_invite_to_sleep(out);
+        }
+    }
+
+    fn update_floor(&mut self, present: impl Fn(&Voter) -> bool) {
+        let applied = self.applied().0;
+        let slowest = self
+            .voters
+            .iter()
+            .filter(|v| present(v))
+            .filter_map(|v| self.raw.raft.prs().get(v.id.0).map(|p| if v.id == self.id { applied } else { p.matched }))
+            .min()
+            .unwrap_or(0);
+        let over = self.raw.store().bytes() > self.max_log_bytes;
+        let floor = if over { applied } else { slowest.min(applied) };
+        self.floor = self.floor.max(floor);
+        self.cut_log(self.floor);
+    }
+
+    fn cut_log(&mut self, floor: u64) {
+        let to = floor.min(self.applied().0).saturating_sub(LOG_MARGIN);
+        if to >= self.raw.store().truncated() + LOG_CUT {
+            self.raw.mut_store().compact(to);
+        }
+    }
+
+    fn propose_digest_check(&mut self, now: Now) {
+        let Machine::Data(machine) = &self.machine else { return };
+        if let Some((index, digest)) = machine.digest_to_check()
+            && index > self.digest_proposed
+        {
+            self.digest_proposed = index;
+            let entry = encode_check_digest(self.stamp(now), index, digest);
+            self.command(entry);
+        }
+    }
+
+    fn stamp(&self, now: Now) -> LogTime {
+        let last = match &self.machine {
+            Machine::Data(m) => m.log_time(),
+            Machine::Meta(_) => LogTime(0),
+        };
+        self.clock.estimate(now).max(last)
+    }
+
+    // ---- leadership --------------------------------------------------------------------------------------------
+
+    /// Hands leadership to `to` if that voter is close behind; returns whether a transfer is under way.
+    pub fn transfer(&mut self, to: ReplicaId) -> bool {
+        if !self.leads() || self.failed || to == self.id {
+            return false;
+        }
+        if self.raw.raft.lead_transferee.is_some() {
+            return true;
+        }
+        let last = self.raw.raft.raft_log.last_index();
+        let close = self.raw.raft.prs().get(to.0).is_some_and(|p| p.recent_active && p.matched + 1024 >= last);
+        if close {
+            self.wake();
+            self.raw.transfer_leader(to.0);
+        }
+        close
+    }
+
+    /// Whether `voter` answers and has everything up to the last tick's commit: it could take over.
+    pub fn caught_up(&self, voter: ReplicaId) -> bool {
+        let committed = self.raw.raft.raft_log.committed;
+        voter == self.id || self.raw.raft.prs().get(voter.0).is_some_and(|p| p.recent_active && p.matched + 1024 >= committed)
+    }
+
+    fn note_leadership(&mut self, out: &mut Out) {
+        let leader = self.node_of(self.raw.raft.leader_id);
+        let present = Leadership { term: self.term(), leader, leads: self.leads() };
+        let before = std::mem::replace(&mut self.leadership, present);
+        if before == present {
+            return;
+        }
+        out.roles.push(self.shard);
+        if before.leads && (!present.leads || before.term != present.term) {
+            self.step_down(out);
+        }
+    }
+
+    /// Everything that this leadership took and did not finish goes back to where it came from.
+    fn step_down(&mut self, out: &mut Out) {
+        for ticket in self.proposals.drain() {
+            out.answers.push((self.shard, ticket, Answer::Lost));
+        }
+        let refusal = self.not_leader();
+        self.queue_bytes = 0;
+        for item in std::mem::take(&mut self.queue) {
+            if let Queued::Write { ticket, .. } | Queued::Open { ticket } = item {
+                out.answers.push((self.shard, ticket, refusal.clone()));
+            }
+        }
+        let mut reads = self.reads.drain_unconfirmed();
+        reads.append(&mut self.awaiting_advance);
+        for read in reads {
+            out.answers.push((self.shard, read.ticket, refusal.clone()));
+        }
+        self.advance_proposed = false;
+        self.floor = 0;
+    }
+
+    /// Stops the replica for good: what it holds cannot be trusted, or a part of it panicked.
+    pub fn fail(&mut self, reason: String, out: &mut Out) {
+        if self.failed {
+            return;
+        }
+        self.failed = true;
+        self.leadership = Leadership { term: self.leadership.term, leader: None, leads: false };
+        out.roles.push(self.shard);
+        out.notes.push(Note::ReplicaFailed { shard: self.shard, reason });
+        self.step_down(out);
+        self.unpersisted.clear();
+    }
+
+    // ---- rounds ------------------------------------------------------------------------------------------------
+
+    /// Works off everything that inputs have caused. `persist` is called with the number of each Ready that must be made
+    /// durable before [`Replica::persisted`].
+    pub fn flush(&mut self, now: Now, out: &mut Out, mut persist: impl FnMut(u64)) {
+        if self.failed {
+            return;
+        }
+        self.note_leadership(out);
+        self.begin_reads(now);
+        self.propose(now, out);
+        while self.raw.has_ready() && !self.failed {
+            self.one_ready(now, out, &mut persist);
+            self.answer_reads(now, out);
+            self.begin_reads(now);
+        }
+        self.answer_reads(now, out);
+        self.propose(now, out);
+        // An Advance or a check may have been queued by the last reads; it makes the group ready once more.
+        while self.raw.has_ready() && !self.failed {
+            self.one_ready(now, out, &mut persist);
+            self.answer_reads(now, out);
+        }
+    }
+
+    fn begin_reads(&mut self, now: Now) {
+        // raft-rs drops a ReadIndex silently before the first commit of the term.
+        if !self.leads() || !self.reads.wants_round() || !self.raw.raft.commit_to_current_term() {
+            return;
+        }
+        self.next_context += 1;
+        self.reads.begin(self.next_context, now.mono);
+        let mut context = Vec::with_capacity(16);
+        context.extend_from_slice(&self.context_prefix.to_le_bytes());
+        context.extend_from_slice(&self.next_context.to_le_bytes());
+        self.raw.read_index(context);
+    }
+
+    /// Packs what is queued into entries, and all entries into one MsgPropose.
+    fn propose(&mut self, now: Now, out: &mut Out) {
+        // While leadership is being handed over raft-rs takes no proposals; they wait here for the outcome.
+        if self.queue.is_empty() || !self.leads() || self.raw.raft.lead_transferee.is_some() {
+            return;
+        }
+        let stamp = self.stamp(now);
+        let wall_offset = now.wall.0 as i64 - stamp.0 as i64;
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut tickets: Vec<Vec<Ticket>> = Vec::new();
+        let mut batch = EntryBuilder::new(stamp, wall_offset);
+        let mut batch_tickets = Vec::new();
+        let entry = |data: Bytes| Entry { data, ..Entry::default() };
+        self.queue_bytes = 0;
+        for item in std::mem::take(&mut self.queue) {
+            let alone = !matches!(item, Queued::Write { .. });
+            if !batch.is_empty() && (alone || batch.size() >= TARGET_ENTRY_BYTES) {
+                let full = std::mem::replace(&mut batch, EntryBuilder::new(stamp, wall_offset));
+                entries.push(entry(full.finish()));
+                tickets.push(std::mem::take(&mut batch_tickets));
+            }
+            match item {
+                Queued::Write { ticket, tag, ops } => {
+                    batch.push(tag, &ops);
+                    batch_tickets.push(ticket);
+                }
+                Queued::Open { ticket } => {
+                    entries.push(entry(encode_open_session(stamp, ticket.incarnation)));
+                    tickets.push(vec![ticket]);
+                }
+                Queued::Command(payload) => {
+                    entries.push(entry(payload));
+                    tickets.push(Vec::new());
+                }
+            }
+        }
+        if !batch.is_empty() {
+            entries.push(entry(batch.finish()));
+            tickets.push(batch_tickets);
+        }
+        let term = self.raw.raft.term;
+        let first = self.raw.raft.raft_log.last_index() + 1;
+        let mut m = Message { msg_type: MessageType::MsgPropose, from: self.id.0, ..Message::default() };
+        m.set_entries(entries.into());
+        if self.raw.raft.step(m).is_err() {
+            // Too much is uncommitted: nothing of it was appended.
+            for ticket in tickets.into_iter().flatten() {
+                out.answers.push((self.shard, ticket, Answer::Busy));
+            }
+            self.advance_proposed = false;
+            return;
+        }
+        for (i, tickets) in tickets.into_iter().enumerate() {
+            if !tickets.is_empty() {
+                self.proposals.push(term, first + i as u64, tickets);
+            }
+        }
+    }
+
+    fn send(&self, m: Message, now: Now, out: &mut Out) {
+        let Some(voter) = self.voter(m.to) else { return };
+        let from_leader = matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend);
+        let log_time = if from_leader { self.clock.estimate(now).0 } else { 0 };
+        let floor = if from_leader { self.floor } else { 0 };
+        out.envelopes.push((voter, Envelope { shard: self.shard, log_time, floor, body: Body::Raft(m) }));
+    }
+
+    fn one_ready(&mut self, now: Now, out: &mut Out, persist: &mut impl FnMut(u64)) {
+        let mut ready = self.raw.ready();
+        let number = ready.number();
+        let immediate = ready.take_messages();
+        let dependent = ready.take_persisted_messages();
+        let must_sync = ready.must_sync();
+        let entries = ready.take_entries();
+        let committed = ready.take_committed_entries();
+        let read_states = ready.take_read_states();
+        let hard = ready.hs().cloned();
+        let log = self.raw.mut_store();
+        log.append(entries);
+        if let Some(hard) = hard {
+            log.set_hard_state(hard);
+        }
+        self.raw.advance_append_async(ready);
+        for m in immediate {
+            self.send(m, now, out);
+        }
+        if must_sync || !self.unpersisted.is_empty() {
+            self.unpersisted.push(Unpersisted { number, writes: must_sync, messages: dependent });
+            if must_sync {
+                persist(number);
+            }
+        } else {
+            // Nothing to make durable, nothing before it: what depends on it may go.
+            self.raw.on_persist_ready(number);
+            for m in dependent {
+                self.send(m, now, out);
+            }
+        }
+        for state in read_states {
+            if let Some(context) = state.request_ctx.get(8..16) {
+                let context = u64::from_le_bytes(context.try_into().expect("eight bytes"));
+                self.reads.confirmed(context, state.index);
+            }
+        }
+        // Before anything is applied: an entry of another leader must not answer our tickets.
+        self.note_leadership(out);
+        for e in committed {
+            if self.failed {
+                return;
+            }
+            self.apply(e, out);
+        }
+        if !self.failed {
+            self.raw.advance_apply_to(self.applied().0);
+            self.clock_observe(self.applied_time(), now);
+        }
+    }
+
+    fn applied_time(&self) -> LogTime {
+        match &self.machine {
+            Machine::Data(m) => m.log_time(),
+            Machine::Meta(_) => LogTime(0),
+        }
+    }
+
+    fn apply(&mut self, e: Entry, out: &mut Out) {
+        if e.entry_type != EntryType::EntryNormal {
+            self.fail(format!("entry {} is a change of members, which this version never proposes", e.index), out);
+            return;
+        }
+        let index = LogIndex(e.index);
+        let outcomes: Vec<Outcome> = match &mut self.machine {
+            Machine::Data(m) => match m.apply(index, &e.data) {
+                Ok(applied) => {
+                    if let Some(at) = applied.digest_mismatch {
+                        out.notes.push(Note::DigestMismatch { shard: self.shard, index: at.0 });
+                    }
+                    applied.outcomes
+                }
+                Err(corrupt) => return self.fail(corrupt.to_string(), out),
+            },
+            Machine::Meta(m) => match m.apply(index, &e.data) {
+                Ok(changed) => {
+                    out.meta_changed |= changed;
+                    Vec::new()
+                }
+                Err(corrupt) => return self.fail(corrupt.to_string(), out),
+            },
+        };
+        match self.proposals.settle(e.term, e.index) {
+            Settled::Nobody => {}
+            Settled::Ours(tickets) => {
+                debug_assert_eq!(tickets.len(), outcomes.len());
+                for (ticket, outcome) in tickets.into_iter().zip(outcomes) {
+                    out.answers.push((self.shard, ticket, Answer::Outcome(outcome)));
+                }
+            }
+            Settled::Lost(tickets) => {
+                for ticket in tickets {
+                    out.answers.push((self.shard, ticket, Answer::Lost));
+                }
+            }
+        }
+    }
+
+    fn answer_reads(&mut self, now: Now, out: &mut Out) {
+        let applied = self.applied().0;
+        let mut ready = std::mem::take(&mut self.ready_reads);
+        self.reads.take_ready(applied, &mut ready);
+        if ready.is_empty() && self.awaiting_advance.is_empty() {
+            self.ready_reads = ready;
+            return;
+        }
+        let estimate = self.stamp(now);
+        let fresh = std::mem::replace(&mut ready, std::mem::take(&mut self.awaiting_advance));
+        ready.extend(fresh);
+        for read in ready.drain(..) {
+            let Machine::Data(machine) = &self.machine else { continue };
+            debug_assert!(OpsRef::parse(&read.ops).is_ok_and(|ops| !ops.is_write()));
+            // A read behind one that waits for log time waits too: reads of a connection keep their order.
+            if !self.awaiting_advance.is_empty() {
+                self.awaiting_advance.push(read);
+                continue;
+            }
+            match machine.read(&read.ops, estimate) {
+                ReadResult::Reply(reply) => {
+                    out.answers.push((self.shard, read.ticket, Answer::Outcome(Outcome::Reply(reply))));
+                }
+                ReadResult::NeedsAdvance => self.awaiting_advance.push(read),
+            }
+        }
+        self.ready_reads = ready;
+        if self.awaiting_advance.is_empty() {
+            self.advance_proposed = false;
+            return;
+        }
+        if !self.leads() {
+            // Confirmed while it led, but only a leader can move log time on.
+            let refusal = self.not_leader();
+            for read in std::mem::take(&mut self.awaiting_advance) {
+                out.answers.push((self.shard, read.ticket, refusal.clone()));
+            }
+        } else if !self.advance_proposed {
+            self.advance_proposed = true;
+            self.command(encode_advance(estimate));
+        }
+    }
+
+    /// Everything up to this Ready is durable: releases the messages that depend on it.
+    pub fn persisted(&mut self, number: u64, now: Now, out: &mut Out) {
+        if self.failed {
+            return;
+        }
+        // A Ready without anything to write waits only for those before it.
+        let upto = self.unpersisted.iter().take_while(|u| u.number <= number || !u.writes).count();
+        let released = self.unpersisted[..upto].last().map_or(number, |u| u.number);
+        let done: Vec<Unpersisted> = self.unpersisted.drain(..upto).collect();
+        self.raw.on_persist_ready(released);
+        for u in done {
+            for m in u.messages {
+                self.send(m, now, out);
+            }
+        }
+    }
+
+    /// Whether [`Replica::flush`] has something to do.
+    pub fn has_work(&self) -> bool {
+        !self.failed && (!self.queue.is_empty() || self.reads.wants_round() || self.raw.has_ready())
+    }
+
+    /// Whether requests wait for this replica.
+    pub fn busy(&self) -> bool {
+        !self.proposals.is_empty() || !self.reads.is_empty() || !self.queue.is_empty() || !self.awaiting_advance.is_empty()
+    }
+}

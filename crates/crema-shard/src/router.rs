@@ -1,0 +1,214 @@
+//! Who owns a slot, who leads a shard, and where nodes are reached: the view that every request reads.
+
+use crate::meta::NodeAddrs;
+use crema_core::{ClusterUuid, Epoch, Incarnation, NodeId, ReplicaId, ShardId, Slot, SlotRange, Term};
+use std::collections::BTreeMap;
+
+/// Where each group's leader is believed to be. Terms order the claims; who has the higher one wins, whatever its
+/// source: own replica, gossip, or a refusal.
+#[derive(Debug, Default)]
+pub struct Router {
+    data: Vec<Claim>,
+    meta: Claim,
+}
+
+/// The best claim to a group's leadership.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Claim {
+    /// The leader; none if nobody is known to lead in this term.
+    pub leader: Option<NodeId>,
+    /// The highest term heard of.
+    pub term: Term,
+}
+
+impl Router {
+    /// Routes to `shards` data shards and the meta group.
+    pub fn set_shards(&mut self, shards: usize) {
+        self.data.resize_with(shards, Claim::default);
+    }
+
+    /// The claim for a group.
+    pub fn claim(&self, shard: ShardId) -> Claim {
+        if shard.is_meta() { self.meta } else { self.data.get(shard.0 as usize).copied().unwrap_or_default() }
+    }
+
+    fn claim_mut(&mut self, shard: ShardId) -> Option<&mut Claim> {
+        if shard.is_meta() { Some(&mut self.meta) } else { self.data.get_mut(shard.0 as usize) }
+    }
+
+    /// Somebody leads, or a term has begun without a known leader. Returns whether the route changed. A claim of the
+    /// present term fills a gap but displaces nobody: a term has one leader.
+    pub fn learn(&mut self, shard: ShardId, leader: Option<NodeId>, term: Term) -> bool {
+        let Some(claim) = self.claim_mut(shard) else { return false };
+        let better = term > claim.term || (term == claim.term && claim.leader.is_none() && leader.is_some());
+        if better {
+            *claim = Claim { leader, term };
+        }
+        better
+    }
+
+    /// `node` says itself, in `term`, that it does not lead: clears the route to it.
+    pub fn disown(&mut self, shard: ShardId, node: NodeId, term: Term) -> bool {
+        let Some(claim) = self.claim_mut(shard) else { return false };
+        let hit = claim.leader == Some(node) && term >= claim.term;
+        if hit {
+            *claim = Claim { leader: None, term };
+        }
+        hit
+    }
+
+    /// A node is gone: clears routes to it, keeps their terms. Returns the groups concerned.
+    pub fn node_gone(&mut self, node: NodeId) -> Vec<ShardId> {
+        let mut gone = Vec::new();
+        let meta = std::iter::once((ShardId::META, &mut self.meta));
+        for (shard, claim) in self.data.iter_mut().enumerate().map(|(i, c)| (ShardId(i as u32), c)).chain(meta) {
+            if claim.leader == Some(node) {
+                claim.leader = None;
+                gone.push(shard);
+            }
+        }
+        gone
+    }
+}
+
+/// A shard as this node sees it. The leader is a hint; Raft decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardRoute {
+    /// The slots it owns.
+    pub range: SlotRange,
+    /// The leader with the highest known term, unless its node is down.
+    pub leader: Option<NodeId>,
+    /// That term; kept when the leader's node goes down.
+    pub term: Term,
+    /// The term of this node's own replica, 0 without one.
+    pub own_term: Term,
+    /// The nodes that hold replicas by placement, with the replica's id and whether the node's present life holds it.
+    pub replicas: Vec<(NodeId, ReplicaId, bool)>,
+}
+
+/// A node as this node sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeRoute {
+    /// Registered incarnation.
+    pub incarnation: Incarnation,
+    /// Earlier incarnations: connections from them are refused.
+    pub fenced: Vec<Incarnation>,
+    /// Where it is reached.
+    pub addrs: NodeAddrs,
+    /// Whether it is connected and beats arrive; true for this node itself.
+    pub live: bool,
+    /// Whether it is about to stop.
+    pub draining: bool,
+    /// Whether it may hold replicas.
+    pub approved: bool,
+}
+
+/// An immutable picture of placement and leadership, replaced as a whole whenever something changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RoutingView {
+    /// This node.
+    pub this: NodeId,
+    /// Identity of the cluster; `None` before it is founded or joined.
+    pub uuid: Option<ClusterUuid>,
+    /// Placement epoch.
+    pub epoch: Epoch,
+    /// Data shards; the index is the shard id. Arcs are contiguous and ascending and cover all slots.
+    pub shards: Vec<ShardRoute>,
+    /// Nodes.
+    pub nodes: BTreeMap<NodeId, NodeRoute>,
+    /// Leader of the meta group.
+    pub meta_leader: Option<NodeId>,
+    /// Why this node is not ready; `None` if it is.
+    pub not_ready: Option<String>,
+}
+
+impl RoutingView {
+    /// The shard that owns `slot`; `None` before the placement is known.
+    pub fn shard_of(&self, slot: Slot) -> Option<ShardId> {
+        let after = self.shards.partition_point(|s| s.range.start <= slot.0);
+        let index = after.checked_sub(1)?;
+        self.shards[index].range.contains(slot).then_some(ShardId(index as u32))
+    }
+
+    /// The shard's route.
+    pub fn shard(&self, shard: ShardId) -> Option<&ShardRoute> {
+        self.shards.get(shard.0 as usize)
+    }
+
+    /// The leader to name in a MOVED answer: another live node that leads in a term at least that of our own replica.
+    pub fn redirect(&self, shard: ShardId) -> Option<NodeId> {
+        let route = self.shard(shard)?;
+        let leader = route.leader?;
+        let live = self.nodes.get(&leader).is_some_and(|n| n.live);
+        (leader != self.this && live && route.term >= route.own_term).then_some(leader)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Option<NodeId> = Some(NodeId(1));
+    const B: Option<NodeId> = Some(NodeId(2));
+
+    #[test]
+    fn the_highest_term_wins_and_a_term_has_one_leader() {
+        let mut r = Router::default();
+        r.set_shards(1);
+        let s = ShardId(0);
+        assert!(r.learn(s, A, Term(5)));
+        assert!(!r.learn(s, B, Term(4)), "stale");
+        assert!(!r.learn(s, B, Term(5)), "a second leader of a term is a lie");
+        assert!(r.learn(s, None, Term(6)), "an election has begun");
+        assert!(!r.learn(s, A, Term(5)));
+        assert!(r.learn(s, B, Term(6)));
+        assert_eq!(r.node_gone(NodeId(2)), [s]);
+        assert_eq!(r.claim(s), Claim { leader: None, term: Term(6) }, "the term is kept");
+        assert!(r.learn(s, B, Term(6)), "it was only away");
+        assert!(!r.disown(s, NodeId(1), Term(9)));
+        assert!(!r.disown(s, NodeId(2), Term(5)), "an old refusal");
+        assert!(r.disown(s, NodeId(2), Term(6)));
+        assert!(!r.learn(ShardId(7), A, Term(9)), "no such shard");
+    }
+
+    fn view(leader: Option<NodeId>, live: bool, own_term: u64) -> RoutingView {
+        let route = |start, end| ShardRoute {
+            range: SlotRange { start, end },
+            leader,
+            term: Term(5),
+            own_term: Term(own_term),
+            replicas: Vec::new(),
+        };
+        let node = NodeRoute {
+            incarnation: Incarnation(1),
+            fenced: Vec::new(),
+            addrs: NodeAddrs::default(),
+            live,
+            draining: false,
+            approved: true,
+        };
+        RoutingView {
+            this: NodeId(1),
+            shards: vec![route(0, 8192), route(8192, 16384)],
+            nodes: BTreeMap::from([(NodeId(2), node)]),
+            ..RoutingView::default()
+        }
+    }
+
+    #[test]
+    fn slots_find_their_shard() {
+        let v = view(A, true, 5);
+        for (slot, shard) in [(0, 0), (8191, 0), (8192, 1), (16383, 1)] {
+            assert_eq!(v.shard_of(Slot(slot)), Some(ShardId(shard)));
+        }
+        assert_eq!(RoutingView::default().shard_of(Slot(1)), None);
+    }
+
+    #[test]
+    fn only_a_live_other_leader_of_a_current_term_is_named() {
+        assert_eq!(view(B, true, 5).redirect(ShardId(0)), B);
+        assert_eq!(view(B, false, 5).redirect(ShardId(0)), None);
+        assert_eq!(view(B, true, 6).redirect(ShardId(0)), None, "our own replica knows a later term");
+        assert_eq!(view(A, true, 5).redirect(ShardId(0)), None, "that is this node");
+    }
+}
