@@ -78,12 +78,15 @@ fn check_op(op: &Op<'_>) -> Result<(), CodecError> {
         _ => {}
     }
     match op {
-        Op::Set { expire: SetExpire::After(0), .. } | Op::GetEx { expire: SetExpire::After(0), .. } => Err(CodecError::Malformed),
+        Op::Set { expire: SetExpire::After(0), .. } | Op::GetEx { expire: SetExpire::After(0), .. } => {
+            Err(CodecError::Malformed)
+        }
         Op::IncrByFloat { by, .. } if !by.get().is_finite() => Err(CodecError::Malformed),
         Op::DbSize { db } | Op::Flush { db: Some(db) } => database(*db),
         Op::Scan { db, count, pattern, .. } => {
             database(*db)?;
-            if !(1..=limits::MAX_SCAN_COUNT).contains(count) || pattern.is_some_and(|p| p.len() > limits::MAX_KEY_BYTES) {
+            if !(1..=limits::MAX_SCAN_COUNT).contains(count) || pattern.is_some_and(|p| p.len() > limits::MAX_KEY_BYTES)
+            {
                 return Err(CodecError::Malformed);
             }
             Ok(())
@@ -274,7 +277,13 @@ pub fn decode_entry(bytes: &[u8]) -> Result<EntryView<'_>, CodecError> {
     }
     let header: Header = take(&mut rest)?;
     let body = match take(&mut rest)? {
-        Kind::Batch => return Ok(EntryView { stamp: header.stamp, wall_offset: header.wall_offset, body: EntryBody::Batch(Requests(rest)) }),
+        Kind::Batch => {
+            return Ok(EntryView {
+                stamp: header.stamp,
+                wall_offset: header.wall_offset,
+                body: EntryBody::Batch(Requests(rest)),
+            });
+        }
         Kind::OpenSession { gateway } => EntryBody::OpenSession { gateway },
         Kind::Advance => EntryBody::Advance,
         Kind::CheckDigest { index, digest } => EntryBody::CheckDigest { index, digest },
@@ -293,7 +302,11 @@ enum WireReply<'a> {
     Int(i64),
     Bulk(&'a [u8]),
     Type(ValueType),
-    Scan { next: Option<u64>, #[serde(borrow)] keys: Vec<&'a [u8]> },
+    Scan {
+        next: Option<u64>,
+        #[serde(borrow)]
+        keys: Vec<&'a [u8]>,
+    },
     Error(OpError),
     Array(u32),
 }
@@ -330,7 +343,9 @@ fn take_reply<'a>(whole: &Bytes, rest: &mut &'a [u8], arrays: bool) -> Result<Re
         WireReply::Int(i) => Reply::Int(i),
         WireReply::Bulk(b) => Reply::Bulk(whole.slice_ref(b)),
         WireReply::Type(t) => Reply::Type(t),
-        WireReply::Scan { next, keys } => Reply::Scan { next, keys: keys.into_iter().map(|k| whole.slice_ref(k)).collect() },
+        WireReply::Scan { next, keys } => {
+            Reply::Scan { next, keys: keys.into_iter().map(|k| whole.slice_ref(k)).collect() }
+        }
         WireReply::Error(e) => Reply::Error(e),
         WireReply::Array(n) if arrays && n as usize <= limits::MAX_OPS_PER_REQUEST => {
             let mut items = Vec::new();

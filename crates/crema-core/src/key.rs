@@ -1,6 +1,9 @@
 //! A key as it travels: its slot, its database and its bytes.
 
-use crate::{limits, slot::{Slot, slot_of}};
+use crate::{
+    limits,
+    slot::{Slot, slot_of},
+};
 use serde::{Deserialize, Serialize};
 
 /// A borrowed key. A database is a namespace: it does not change the slot.
@@ -18,7 +21,10 @@ pub struct KeyRef<'a> {
 impl<'a> KeyRef<'a> {
     /// The key `bytes` of database `db`. `None` if it is longer than a key may be or the database does not exist.
     pub fn new(db: u8, bytes: &'a [u8]) -> Option<Self> {
-        (bytes.len() <= limits::MAX_KEY_BYTES && db < limits::DATABASES)
-            .then(|| KeyRef { slot: slot_of(bytes), db, bytes })
+        (bytes.len() <= limits::MAX_KEY_BYTES && db < limits::DATABASES).then(|| KeyRef {
+            slot: slot_of(bytes),
+            db,
+            bytes,
+        })
     }
 }

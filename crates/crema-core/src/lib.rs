@@ -22,9 +22,11 @@ pub mod state_machine;
 pub mod store;
 pub mod time;
 
+#[cfg(test)]
+mod tests;
+
 pub use codec::{
-    EntryBuilder, EntryView, OpsRef, decode_entry, encode_advance, encode_check_digest,
-    encode_open_session, encode_ops,
+    EntryBuilder, EntryView, OpsRef, decode_entry, encode_advance, encode_check_digest, encode_open_session, encode_ops,
 };
 pub use error::{CodecError, CorruptEntry, OpError};
 pub use ids::{ClusterUuid, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, Seq, SessionId, ShardId, Term};

@@ -150,7 +150,10 @@ impl Sessions {
     /// A digest of the table: every session's id, watermark and progress, and the slots of kept answers.
     pub fn digest(&self) -> u64 {
         self.by_id.iter().fold(0u64, |d, (id, s)| {
-            let slots = s.kept.iter().fold(0u64, |a, k| a.wrapping_mul(31).wrapping_add(k.slot.map_or(0, |s| u64::from(s.0) + 1)));
+            let slots = s
+                .kept
+                .iter()
+                .fold(0u64, |a, k| a.wrapping_mul(31).wrapping_add(k.slot.map_or(0, |s| u64::from(s.0) + 1)));
             let mut bytes = [0u8; 40];
             for (i, v) in [id.0, s.low, s.last, s.kept.len() as u64, slots].into_iter().enumerate() {
                 bytes[i * 8..i * 8 + 8].copy_from_slice(&v.to_le_bytes());

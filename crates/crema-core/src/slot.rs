@@ -90,7 +90,29 @@ mod tests {
     #[test]
     fn slots_as_redis_answers_them() {
         // CLUSTER KEYSLOT of Redis 7.0.15.
-        for (key, slot) in [("foo", 12182), ("bar", 5061), ("hello", 866), ("", 0), ("somekey", 11058)] {
+        for (key, slot) in [
+            ("", 0),
+            ("foo", 12182),
+            ("bar", 5061),
+            ("hello", 866),
+            ("somekey", 11058),
+            ("123456789", 12739),
+            ("{user1000}.following", 3443),
+            ("{user1000}.followers", 3443),
+            ("foo{}{bar}", 8363),
+            ("foo{{bar}}zap", 4015),
+            ("foo{bar}{zap}", 5061),
+            ("{}", 15257),
+            ("{}a", 10875),
+            ("a{b", 13340),
+            ("a}b{c", 13587),
+            ("{a", 10276),
+            ("x{y}z", 12222),
+            ("key:1", 6657),
+            ("key:2", 10850),
+            ("日本", 10949),
+            ("session:abc", 14788),
+        ] {
             assert_eq!(slot_of(key.as_bytes()), Slot(slot), "{key}");
         }
     }

@@ -184,7 +184,9 @@ impl StateMachine {
         if ops.iter().any(|op| op.key().is_some_and(|k| !self.init.range.contains(k.slot))) {
             return Reply::Error(OpError::WrongSlot { epoch: self.init.epoch });
         }
-        let one = |me: &mut Self, op: &Op<'_>| if op.is_write() { me.change(op, wall_offset) } else { me.observe(op, me.log_time) };
+        let one = |me: &mut Self, op: &Op<'_>| {
+            if op.is_write() { me.change(op, wall_offset) } else { me.observe(op, me.log_time) }
+        };
         if ops.len() == 1 {
             return ops.iter().next().map_or(Reply::Nil, |op| one(self, &op));
         }
@@ -212,7 +214,9 @@ impl StateMachine {
             Op::Get { key } => self.alive(key, now).map_or(Reply::Nil, |a| Reply::Bulk(a.value)),
             Op::Exists { key } => Reply::Int(i64::from(self.expiry_of(key, now).is_some())),
             Op::Strlen { key } => {
-                let len = self.table.get(key, |e| e.filter(|e| e.expire_at == 0 || e.expire_at > now.0).map_or(0, |e| e.value.len()));
+                let len = self
+                    .table
+                    .get(key, |e| e.filter(|e| e.expire_at == 0 || e.expire_at > now.0).map_or(0, |e| e.value.len()));
                 Reply::Int(len as i64)
             }
             Op::Pttl { key } => Reply::Int(match self.expiry_of(key, now) {
@@ -244,7 +248,9 @@ impl StateMachine {
             SetExpire::Keep => return Ok(old),
             SetExpire::After(ms) => self.log_time.0.checked_add(ms).ok_or(OpError::InvalidExpire)?,
             // Wall time minus the leader's offset is log time.
-            SetExpire::At(wall) => i64::try_from(wall.0).map_err(|_| OpError::InvalidExpire)?.saturating_sub(wall_offset).max(1) as u64,
+            SetExpire::At(wall) => {
+                i64::try_from(wall.0).map_err(|_| OpError::InvalidExpire)?.saturating_sub(wall_offset).max(1) as u64
+            }
         };
         if at > MAX_EXPIRY { Err(OpError::InvalidExpire) } else { Ok(at.max(1)) }
     }
@@ -363,9 +369,13 @@ impl StateMachine {
                 self.table = Arc::new(Table::new(self.init.range, self.init.secret));
                 Reply::Ok
             }
-            Op::Get { .. } | Op::Exists { .. } | Op::Strlen { .. } | Op::Pttl { .. } | Op::Type { .. } | Op::DbSize { .. } | Op::Scan { .. } => {
-                self.observe(op, now)
-            }
+            Op::Get { .. }
+            | Op::Exists { .. }
+            | Op::Strlen { .. }
+            | Op::Pttl { .. }
+            | Op::Type { .. }
+            | Op::DbSize { .. }
+            | Op::Scan { .. } => self.observe(op, now),
         })
     }
 

@@ -304,14 +304,17 @@ impl Table {
         // Empty slots cost little, but not nothing: a step over a wide empty shard must end too.
         let mut slots_left = 4096;
         let mut slot = ((cursor >> SCAN_SLOT_SHIFT) as u16).max(self.range.start);
-        let mut from = if cursor >> SCAN_SLOT_SHIFT == u64::from(slot) { cursor & ((1 << SCAN_SLOT_SHIFT) - 1) } else { 0 };
+        let mut from =
+            if cursor >> SCAN_SLOT_SHIFT == u64::from(slot) { cursor & ((1 << SCAN_SLOT_SHIFT) - 1) } else { 0 };
         while slot < self.range.end {
             if left <= 0 || slots_left == 0 {
                 step.next = Some(u64::from(slot) << SCAN_SLOT_SHIFT | from);
                 return step;
             }
             slots_left -= 1;
-            let guard = self.slots[usize::from(slot - self.range.start)].read().expect("apply does not panic while it holds a slot");
+            let guard = self.slots[usize::from(slot - self.range.start)]
+                .read()
+                .expect("apply does not panic while it holds a slot");
             if let Some(table) = guard.as_deref() {
                 let mut seen = u32::MAX;
                 let first = if table.depth == 0 { 0 } else { (from << (64 - SCAN_SLOT_SHIFT)) >> (64 - table.depth) };

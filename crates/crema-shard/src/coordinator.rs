@@ -79,7 +79,13 @@ impl Coordinator {
 
     /// Creates this node's replicas of a newly founded cluster: once, and only for the incarnation that the record
     /// names, so that a restarted node never takes part with a log that it has lost.
-    pub fn found(&mut self, state: &Arc<MetaState>, incarnation: Incarnation, max_log_bytes: usize, now: Now) -> Result<(), String> {
+    pub fn found(
+        &mut self,
+        state: &Arc<MetaState>,
+        incarnation: Incarnation,
+        max_log_bytes: usize,
+        now: Now,
+    ) -> Result<(), String> {
         assert!(self.meta.is_none() && self.data.is_empty(), "a cluster is founded once");
         let groups = 1 + state.shards.len();
         let max_log_bytes = (max_log_bytes / groups).max(1024 * 1024);
@@ -91,7 +97,9 @@ impl Coordinator {
             let mut voters: Vec<Voter> =
                 placed.iter().map(|r| Voter { id: r.id, node: r.node, incarnation: r.incarnation }).collect();
             voters.sort_by_key(|v| v.id);
-            let Some(own) = voters.iter().find(|v| v.node == self.node && v.incarnation == incarnation).copied() else { continue };
+            let Some(own) = voters.iter().find(|v| v.node == self.node && v.incarnation == incarnation).copied() else {
+                continue;
+            };
             let first = placed.first().is_some_and(|r| r.id == own.id);
             let applied = LogIndex(crate::log_store::FOUNDING_INDEX);
             let machine = if shard.is_meta() {

@@ -80,7 +80,8 @@ pub struct Founding {
     peers: BTreeMap<NodeId, Peer>,
     proposal: Option<Proposal>,
     accepted: Option<Accepted>,
-    refusal: Option<String>,
+    /// Why the last proposal was refused, and whether only an operator can change that.
+    refusal: Option<(String, bool)>,
     decided: bool,
 }
 
@@ -95,7 +96,7 @@ impl Founding {
 
     /// Why the cluster is not founded yet, for the operator.
     pub fn waiting_for(&self) -> String {
-        if let Some(reason) = &self.refusal {
+        if let Some((reason, _)) = &self.refusal {
             return format!("founding refused: {reason}");
         }
         let missing: Vec<String> = self
@@ -112,9 +113,9 @@ impl Founding {
         }
     }
 
-    /// A refusal that the operator must resolve, once.
-    pub fn take_refusal(&mut self) -> Option<String> {
-        self.refusal.take()
+    /// A refusal that only an operator can resolve, once.
+    pub fn take_lasting_refusal(&mut self) -> Option<String> {
+        self.refusal.take_if(|(_, lasting)| *lasting).map(|(reason, _)| reason)
     }
 
     /// A peer is connected: ask it.
@@ -152,10 +153,12 @@ impl Founding {
                 peer.knows_none = true;
                 self.go_on(now)
             }
-            Control::Answer { state: Some(bytes), .. } | Control::Placement { state: bytes } => match MetaState::decode(&bytes) {
-                Ok(state) => (Vec::new(), self.known(state)),
-                Err(_) => (Vec::new(), None),
-            },
+            Control::Answer { state: Some(bytes), .. } | Control::Placement { state: bytes } => {
+                match MetaState::decode(&bytes) {
+                    Ok(state) => (Vec::new(), self.known(state)),
+                    Err(_) => (Vec::new(), None),
+                }
+            }
             Control::Propose { record } => (vec![(from, self.consider(from, incarnation, &record))], None),
             Control::Accept { hash } => {
                 if let Some(p) = self.proposal.as_mut().filter(|p| p.hash == hash) {
@@ -163,10 +166,10 @@ impl Founding {
                 }
                 self.go_on(now)
             }
-            Control::Refuse { hash, reason } => {
+            Control::Refuse { hash, reason, lasting } => {
                 if self.proposal.as_ref().is_some_and(|p| p.hash == hash) {
                     self.proposal = None;
-                    self.refusal = Some(format!("node {from}: {reason}"));
+                    self.refusal = Some((format!("node {from}: {reason}"), lasting));
                 }
                 (Vec::new(), None)
             }
@@ -174,7 +177,10 @@ impl Founding {
                 Some(a) => (Vec::new(), Some(self.decide(Decision::Activate(Box::new(a.state))))),
                 None => (Vec::new(), None),
             },
-            Control::Beat { .. } | Control::Register { .. } | Control::RegisterRefused { .. } | Control::SetDraining { .. } => (Vec::new(), None),
+            Control::Beat { .. }
+            | Control::Register { .. }
+            | Control::RegisterRefused { .. }
+            | Control::SetDraining { .. } => (Vec::new(), None),
         }
     }
 
@@ -193,7 +199,8 @@ impl Founding {
                 if !peer.knows_none {
                     sends.push((*node, Control::Ask));
                 }
-                if let Some(p) = self.proposal.as_ref().filter(|p| self.is_member(*node) && !p.accepted.contains(node)) {
+                if let Some(p) = self.proposal.as_ref().filter(|p| self.is_member(*node) && !p.accepted.contains(node))
+                {
                     sends.push((*node, Control::Propose { record: p.record.clone() }));
                 }
             }
@@ -231,37 +238,40 @@ impl Founding {
                 self.accepted = Some(Accepted { hash, proposer: from, proposer_incarnation: incarnation, state });
                 Control::Accept { hash }
             }
-            Err(reason) => Control::Refuse { hash, reason },
+            Err((reason, lasting)) => Control::Refuse { hash, reason, lasting },
         }
     }
 
-    fn objection(&self, from: NodeId, incarnation: Incarnation, record: &[u8]) -> Result<MetaState, String> {
-        let state = MetaState::decode(record).map_err(|e| format!("the record does not decode: {e}"))?;
-        state.check()?;
+    /// Why not, and whether only an operator can change that.
+    fn objection(&self, from: NodeId, incarnation: Incarnation, record: &[u8]) -> Result<MetaState, (String, bool)> {
+        let lasting = |reason: String| (reason, true);
+        let passing = |reason: &str| (reason.to_string(), false);
+        let state = MetaState::decode(record).map_err(|e| lasting(format!("the record does not decode: {e}")))?;
+        state.check().map_err(lasting)?;
         let mine = &self.config;
         if state.cluster != mine.cluster {
-            return Err(format!("my cluster is named {:?}, not {:?}", mine.cluster, state.cluster));
+            return Err(lasting(format!("my cluster is named {:?}, not {:?}", mine.cluster, state.cluster)));
         }
         let members: Vec<NodeId> = state.nodes.keys().copied().collect();
         if members != mine.members {
-            return Err(format!("my initial members are {:?}, not {:?}", mine.members, members));
+            return Err(lasting(format!("my initial members are {:?}, not {members:?}", mine.members)));
         }
         if mine.members.first() != Some(&from) {
-            return Err(format!("node {from} is not the lowest initial member"));
+            return Err(lasting(format!("node {from} is not the lowest initial member")));
         }
         if state.shards.len() != mine.shards as usize {
-            return Err(format!("I am configured for {} shards, not {}", mine.shards, state.shards.len()));
+            return Err(lasting(format!("I am configured for {} shards, not {}", mine.shards, state.shards.len())));
         }
         if state.nodes.get(&mine.node).map(|n| n.incarnation) != Some(mine.incarnation) {
-            return Err("the record names another life of me".into());
+            return Err(passing("the record names another life of me"));
         }
         if state.nodes.get(&from).map(|n| n.incarnation) != Some(incarnation) {
-            return Err("the record names another life of its proposer".into());
+            return Err(passing("the record names another life of its proposer"));
         }
         if let Some(a) = &self.accepted {
             let alive = self.peers.get(&a.proposer).is_some_and(|p| p.incarnation == a.proposer_incarnation);
             if alive && a.hash != record_hash(record) && a.proposer_incarnation != incarnation {
-                return Err("I accepted the record of a proposer that is still alive".into());
+                return Err(passing("I accepted the record of a proposer that is still alive"));
             }
         }
         Ok(state)
@@ -444,7 +454,8 @@ mod tests {
         let record = |inc: u128, entropy: u64| {
             let mut c = config(1, &[1, 2]);
             c.incarnation = Incarnation(inc);
-            let members = [(NodeId(1), c.incarnation, c.addrs.clone()), (NodeId(2), Incarnation(200), NodeAddrs::default())];
+            let members =
+                [(NodeId(1), c.incarnation, c.addrs.clone()), (NodeId(2), Incarnation(200), NodeAddrs::default())];
             MetaState::found(ClusterUuid(entropy.into()), "t".into(), 1, WallTime(1), &members, 4, 3).encode()
         };
         member.peer_up(NodeId(1), Incarnation(100));

@@ -238,7 +238,8 @@ impl Gateway {
         let flow = &mut self.flows[r.shard.0 as usize];
         if r.write || lane.writes > 0 {
             lane.writes += 1;
-            let w = Write { conn: r.conn, token: r.token, ops: r.ops, deadline: r.deadline, state: WriteState::Waiting };
+            let w =
+                Write { conn: r.conn, token: r.token, ops: r.ops, deadline: r.deadline, state: WriteState::Waiting };
             flow.window.push_back(w);
         } else {
             lane.reads += 1;
@@ -249,11 +250,23 @@ impl Gateway {
     }
 
     /// Answers one request and lets those go on that waited for it.
-    fn complete(&mut self, conn: ConnId, shard: ShardId, token: Token, write: bool, result: ClientResult, done: &mut Vec<Completion>) {
+    fn complete(
+        &mut self,
+        conn: ConnId,
+        shard: ShardId,
+        token: Token,
+        write: bool,
+        result: ClientResult,
+        done: &mut Vec<Completion>,
+    ) {
         self.in_flight -= 1;
         // A closed connection has no lane any more; nobody waits for the answer.
         let Some(lane) = self.lanes.get_mut(&(conn, shard)) else { return };
-        if write { lane.writes -= 1 } else { lane.reads -= 1 }
+        if write {
+            lane.writes -= 1
+        } else {
+            lane.reads -= 1
+        }
         done.push(Completion { conn, token, result });
         let mut go_on = Vec::new();
         let (mut writes, mut reads) = (lane.writes, lane.reads);
@@ -261,7 +274,11 @@ impl Gateway {
             if next.write && reads > 0 {
                 break;
             }
-            if next.write || writes > 0 { writes += 1 } else { reads += 1 }
+            if next.write || writes > 0 {
+                writes += 1
+            } else {
+                reads += 1
+            }
             go_on.push(lane.held.pop_front().expect("just seen"));
         }
         if writes == 0 && reads == 0 && lane.held.is_empty() {
@@ -360,7 +377,10 @@ impl Gateway {
                 if w.state == WriteState::Waiting {
                     let tag = SessionTag { session, seq: Seq(seq), low: Seq(flow.low) };
                     let id = KIND_WRITE << KIND_SHIFT | attempt << SEQ_BITS | seq;
-                    send.push((target.node, Request { shard, id, body: RequestBody::Write { tag, ops: w.ops.clone() } }));
+                    send.push((
+                        target.node,
+                        Request { shard, id, body: RequestBody::Write { tag, ops: w.ops.clone() } },
+                    ));
                 }
                 flow.sent += 1;
                 flow.ever = flow.ever.max(flow.sent);
@@ -370,7 +390,14 @@ impl Gateway {
 
     /// Takes an answer to a request sent earlier. Late, repeated and foreign ones are harmless. Returns what a
     /// refusal says about the shard's leader.
-    pub fn answer(&mut self, shard: ShardId, id: u64, answer: Answer, now: MonoTime, done: &mut Vec<Completion>) -> Option<(Option<NodeId>, Term)> {
+    pub fn answer(
+        &mut self,
+        shard: ShardId,
+        id: u64,
+        answer: Answer,
+        now: MonoTime,
+        done: &mut Vec<Completion>,
+    ) -> Option<(Option<NodeId>, Term)> {
         let flow = self.flows.get_mut(shard.0 as usize)?;
         let hint = match &answer {
             Answer::NotLeader { leader, term } => Some((*leader, *term)),
@@ -603,7 +630,10 @@ mod tests {
         fn submit(&mut self, conn: u64, token: u64, write: bool) {
             let deadline = self.now.after(Duration::from_secs(5));
             let ops = Bytes::from(token.to_string());
-            self.g.submit(ClientRequest { conn: ConnId(conn), token: Token(token), shard: S, write, ops, deadline }, &mut self.done);
+            self.g.submit(
+                ClientRequest { conn: ConnId(conn), token: Token(token), shard: S, write, ops, deadline },
+                &mut self.done,
+            );
         }
         fn sent(&mut self) -> Vec<(NodeId, Request)> {
             let mut out = Vec::new();

@@ -15,8 +15,9 @@ use crate::effect::{
 use crate::founding::{Decision, Founding, FoundingConfig};
 use crate::gateway::{Gateway, Target};
 use crate::message::{
-    Answer, Control, KIND_ANSWERS, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS, MAX_FRAME_BYTES, Request, RequestBody, TARGET_FRAME_BYTES,
-    decode_answers, decode_control, decode_envelopes, decode_requests, encode_answer, encode_control, encode_request,
+    Answer, Control, KIND_ANSWERS, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS, MAX_FRAME_BYTES, Request, RequestBody,
+    TARGET_FRAME_BYTES, decode_answers, decode_control, decode_envelopes, decode_requests, encode_answer,
+    encode_control, encode_request,
 };
 use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement};
 use crate::placement::preferred_leader;
@@ -25,7 +26,9 @@ use crate::replica::{Machine, Replica};
 use crate::router::{NodeRoute, Router, RoutingView, ShardRoute};
 use crate::timing::Timing;
 use bytes::Bytes;
-use crema_core::{ClusterUuid, CodecError, Epoch, Incarnation, LogIndex, MonoTime, NodeId, Now, Outcome, ReplicaId, ShardId, Term};
+use crema_core::{
+    ClusterUuid, CodecError, Epoch, Incarnation, LogIndex, MonoTime, NodeId, Now, Outcome, ReplicaId, ShardId, Term,
+};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -185,7 +188,11 @@ impl Host {
             state: None,
             peers: BTreeMap::new(),
             heard: BTreeMap::new(),
-            view: Arc::new(RoutingView { this: config.node, not_ready: Some("starting".into()), ..RoutingView::default() }),
+            view: Arc::new(RoutingView {
+                this: config.node,
+                not_ready: Some("starting".into()),
+                ..RoutingView::default()
+            }),
             view_stale: true,
             view_sent: false,
             out: Effects::default(),
@@ -230,10 +237,8 @@ impl Host {
         if peer == self.config.node {
             return;
         }
-        self.peers.insert(
-            peer,
-            Peer { incarnation, last_heard: now.mono, live_since: Some(now.mono), epoch: Epoch(0) },
-        );
+        self.peers
+            .insert(peer, Peer { incarnation, last_heard: now.mono, live_since: Some(now.mono), epoch: Epoch(0) });
         self.coordinator.set_connected(peer, Some(incarnation));
         if self.state.is_none() {
             let sends = self.founding.peer_up(peer, incarnation);
@@ -265,7 +270,14 @@ impl Host {
     }
 
     /// A frame of a peer. An error means that its sender cannot be trusted: drop the connection and count it.
-    pub fn frame(&mut self, now: Now, peer: NodeId, incarnation: Incarnation, channel: Channel, frame: Bytes) -> Result<(), CodecError> {
+    pub fn frame(
+        &mut self,
+        now: Now,
+        peer: NodeId,
+        incarnation: Incarnation,
+        channel: Channel,
+        frame: Bytes,
+    ) -> Result<(), CodecError> {
         let result = self.take_frame(now, peer, incarnation, channel, frame);
         if result.is_err() {
             self.frames_refused += 1;
@@ -273,7 +285,14 @@ impl Host {
         result
     }
 
-    fn take_frame(&mut self, now: Now, peer: NodeId, incarnation: Incarnation, channel: Channel, frame: Bytes) -> Result<(), CodecError> {
+    fn take_frame(
+        &mut self,
+        now: Now,
+        peer: NodeId,
+        incarnation: Incarnation,
+        channel: Channel,
+        frame: Bytes,
+    ) -> Result<(), CodecError> {
         if peer == self.config.node || self.is_fenced(peer, incarnation) {
             return Ok(());
         }
@@ -467,7 +486,11 @@ impl Host {
                 }
             }
             Control::SetDraining { draining } => self.set_draining(from, incarnation, draining),
-            Control::Answer { state: None, .. } | Control::Accept { .. } | Control::Refuse { .. } | Control::Found { .. } | Control::Beat { .. } => {}
+            Control::Answer { state: None, .. }
+            | Control::Accept { .. }
+            | Control::Refuse { .. }
+            | Control::Found { .. }
+            | Control::Beat { .. } => {}
         }
     }
 
@@ -478,7 +501,9 @@ impl Host {
         };
         self.gateway.set_shards(state.shards.len());
         self.router.set_shards(state.shards.len());
-        if founded && let Err(reason) = self.coordinator.found(&state, self.config.incarnation, self.config.max_log_bytes, now) {
+        if founded
+            && let Err(reason) = self.coordinator.found(&state, self.config.incarnation, self.config.max_log_bytes, now)
+        {
             self.out.notes.push(Note::Misfit(reason));
             return;
         }
@@ -544,7 +569,8 @@ impl Host {
             }
             let old = record.incarnation;
             let recent = |at: MonoTime| now.mono.since(at) < self.config.timing.beat_timeout;
-            let answers = self.heard.get(&node).is_some_and(|lives| lives.iter().any(|(i, at)| *i == old && recent(*at)));
+            let answers =
+                self.heard.get(&node).is_some_and(|lives| lives.iter().any(|(i, at)| *i == old && recent(*at)));
             let connected = self.peers.get(&node).is_some_and(|p| p.incarnation == old && p.live_since.is_some());
             if old != incarnation && (answers || connected) {
                 self.control(node, &Control::RegisterRefused { by: old });
@@ -569,7 +595,7 @@ impl Host {
             if let Some(d) = decision {
                 self.decided(d, now);
             }
-            if let Some(refusal) = self.founding.take_refusal() {
+            if let Some(refusal) = self.founding.take_lasting_refusal() {
                 self.out.notes.push(Note::Misfit(refusal));
             }
             self.view_stale = true;
@@ -581,7 +607,8 @@ impl Host {
         if !registered && !fenced {
             let addrs = self.config.addrs.clone();
             if me.is_some_and(|r| r.incarnation == self.config.incarnation) && self.leads_meta() {
-                let command = MetaCommand::Register { node: self.config.node, incarnation: self.config.incarnation, addrs };
+                let command =
+                    MetaCommand::Register { node: self.config.node, incarnation: self.config.incarnation, addrs };
                 self.coordinator.meta_command(command.encode().into());
             } else {
                 self.control_to_all(&Control::Register { addrs });
@@ -638,7 +665,8 @@ impl Host {
         let leader = l.leader.filter(|n| self.is_live(*n));
         if l.leads {
             self.router.learn(shard, Some(self.config.node), l.term);
-            let epoch = self.state.as_ref().map_or(Epoch(0), |s| s.shards.get(shard.0 as usize).map_or(s.epoch, |p| p.epoch));
+            let epoch =
+                self.state.as_ref().map_or(Epoch(0), |s| s.shards.get(shard.0 as usize).map_or(s.epoch, |p| p.epoch));
             if !shard.is_meta() {
                 self.out.led.push(LedShard { shard, term: l.term, epoch });
             }
@@ -661,7 +689,8 @@ impl Host {
         if due {
             self.next_balance = now.mono.after(BALANCE);
         }
-        let led: Vec<ShardId> = self.coordinator.replicas().filter(|r| r.leadership().leads).map(Replica::shard).collect();
+        let led: Vec<ShardId> =
+            self.coordinator.replicas().filter(|r| r.leadership().leads).map(Replica::shard).collect();
         let mut moves = 0;
         let mut stuck = false;
         for shard in led {
@@ -673,7 +702,8 @@ impl Host {
                 moves += usize::from(self.coordinator.transfer(shard, to));
             }
         }
-        let announced = state.nodes.get(&self.config.node).is_none_or(|r| r.draining || r.incarnation != self.config.incarnation);
+        let announced =
+            state.nodes.get(&self.config.node).is_none_or(|r| r.draining || r.incarnation != self.config.incarnation);
         let alone = self.peers.values().all(|p| p.live_since.is_none());
         if self.draining && !self.drained && !stuck && (announced || alone) {
             self.drained = true;
@@ -768,7 +798,9 @@ impl Host {
                     self.serve(node, self.config.incarnation, request);
                 } else {
                     self.requests_forwarded += 1;
-                    append_frame(&mut self.out.sends, &mut forwards, node, KIND_REQUESTS, |f| encode_request(f, &request));
+                    append_frame(&mut self.out.sends, &mut forwards, node, KIND_REQUESTS, |f| {
+                        encode_request(f, &request)
+                    });
                 }
             }
             self.requests = requests;
@@ -917,7 +949,8 @@ impl Host {
             return Some("joining: this life of the node is not registered yet".into());
         }
         let groups = || (0..state.shards.len() as u32).map(ShardId).chain([ShardId::META]);
-        let lost = |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == me && r.incarnation != self.config.incarnation);
+        let lost =
+            |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == me && r.incarnation != self.config.incarnation);
         let lost = groups().filter(lost).filter(|s| !s.is_meta()).count();
         if lost > 0 || state.meta.iter().any(|r| r.node == me && r.incarnation != self.config.incarnation) {
             let (shards, present, wanted) = state.underreplicated();
@@ -979,7 +1012,13 @@ impl Host {
 }
 
 /// Appends to the frame for `node`, closing it first when it is large enough.
-fn append_frame(sends: &mut Vec<Send>, frames: &mut BTreeMap<NodeId, Vec<u8>>, node: NodeId, kind: u8, write: impl FnOnce(&mut Vec<u8>)) {
+fn append_frame(
+    sends: &mut Vec<Send>,
+    frames: &mut BTreeMap<NodeId, Vec<u8>>,
+    node: NodeId,
+    kind: u8,
+    write: impl FnOnce(&mut Vec<u8>),
+) {
     let frame = frames.entry(node).or_default();
     if frame.len() >= TARGET_FRAME_BYTES {
         sends.push(Send { to: node, channel: Channel::Requests, frame: std::mem::take(frame).into() });
@@ -1031,7 +1070,8 @@ mod tests {
                     (NodeId(n), Host::new(config, now))
                 })
                 .collect();
-            let mut net = Net { hosts, frames: VecDeque::new(), now, done: BTreeMap::new(), notes: Vec::new(), next_token: 0 };
+            let mut net =
+                Net { hosts, frames: VecDeque::new(), now, done: BTreeMap::new(), notes: Vec::new(), next_token: 0 };
             for a in 1..=nodes {
                 for b in (1..=nodes).filter(|b| *b != a) {
                     net.hosts.get_mut(&NodeId(a)).unwrap().peer_up(now, NodeId(b), incarnation(b));
@@ -1087,7 +1127,14 @@ mod tests {
             let shard = host.view().shard_of(key.slot).expect("the placement is known");
             self.next_token += 1;
             let deadline = self.now.mono.after(Duration::from_secs(5));
-            let request = ClientRequest { conn: ConnId(node), token: Token(self.next_token), shard, write, ops: op(key), deadline };
+            let request = ClientRequest {
+                conn: ConnId(node),
+                token: Token(self.next_token),
+                shard,
+                write,
+                ops: op(key),
+                deadline,
+            };
             host.submit(self.now, request);
             self.next_token
         }
@@ -1106,7 +1153,10 @@ mod tests {
         fn leaders(&self) -> BTreeMap<NodeId, usize> {
             let mut count = BTreeMap::new();
             for (n, h) in &self.hosts {
-                count.insert(*n, h.coordinator().replicas().filter(|r| r.leadership().leads && !r.shard().is_meta()).count());
+                count.insert(
+                    *n,
+                    h.coordinator().replicas().filter(|r| r.leadership().leads && !r.shard().is_meta()).count(),
+                );
             }
             count
         }
@@ -1117,7 +1167,11 @@ mod tests {
         let mut net = Net::new(3, 16);
         net.settle();
         net.run(500);
-        assert!(net.hosts.values().all(|h| h.view().not_ready.is_none()), "{:?}", net.hosts[&NodeId(1)].view().not_ready);
+        assert!(
+            net.hosts.values().all(|h| h.view().not_ready.is_none()),
+            "{:?}",
+            net.hosts[&NodeId(1)].view().not_ready
+        );
         assert!(net.leaders().values().all(|l| (5..=6).contains(l)), "{:?}", net.leaders());
         let tokens: Vec<(u64, u64)> = (1..=3).map(|n| (n, net.set(n, format!("k{n}").as_bytes(), b"v"))).collect();
         net.run(50);
@@ -1133,7 +1187,9 @@ mod tests {
         let awake: Vec<_> = net
             .hosts
             .iter()
-            .flat_map(|(n, h)| h.coordinator().replicas().filter(|r| !r.asleep()).map(move |r| (*n, r.shard(), r.leadership())))
+            .flat_map(|(n, h)| {
+                h.coordinator().replicas().filter(|r| !r.asleep()).map(move |r| (*n, r.shard(), r.leadership()))
+            })
             .collect();
         assert!(awake.is_empty(), "idle groups sleep: {awake:?}");
         let t = net.set(2, b"k1", b"w");
@@ -1162,7 +1218,11 @@ mod tests {
         assert!(net.notes.contains(&(NodeId(2), Note::Drained)));
         let t = net.set(2, b"k1", b"w");
         net.run(20);
-        assert_eq!(net.done.get(&(NodeId(2), t)), Some(&ClientResult::Reply(Reply::Ok)), "it still serves as a gateway");
+        assert_eq!(
+            net.done.get(&(NodeId(2), t)),
+            Some(&ClientResult::Reply(Reply::Ok)),
+            "it still serves as a gateway"
+        );
         assert!(!net.hosts[&NodeId(2)].needed_by().is_empty(), "but its vote is needed");
     }
 }

@@ -26,7 +26,8 @@ pub mod router;
 pub mod timing;
 
 pub use effect::{
-    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, Refusal, Send, Token,
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, Refusal, Send,
+    Token,
 };
 pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
 pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};

@@ -196,13 +196,9 @@ pub fn decode_envelopes(frame: &Bytes) -> Result<Vec<Envelope>, CodecError> {
     while !rest.is_empty() {
         let w: WireMessage<'_> = read(&mut rest)?;
         let body = match w.kind {
-            MSG_SLEEP | MSG_SLEEP_OK => Body::Sleep {
-                from: w.from,
-                to: w.to,
-                term: Term(w.term),
-                index: w.index,
-                ok: w.kind == MSG_SLEEP_OK,
-            },
+            MSG_SLEEP | MSG_SLEEP_OK => {
+                Body::Sleep { from: w.from, to: w.to, term: Term(w.term), index: w.index, ok: w.kind == MSG_SLEEP_OK }
+            }
             kind => {
                 let Some(msg_type) = TYPES.get(usize::from(kind)) else { return Err(CodecError::Malformed) };
                 let mut m = Message {
@@ -285,8 +281,10 @@ pub enum Control {
     Refuse {
         /// [`crate::founding::record_hash`] of the record.
         hash: u64,
-        /// Why, for the proposer's log.
+        /// Why, for the proposer's operator.
         reason: String,
+        /// Whether only an operator can change that; else it is worth proposing again.
+        lasting: bool,
     },
     /// Founding: everybody accepted the record with this hash: the cluster exists.
     Found {
@@ -478,9 +476,24 @@ mod tests {
     use crema_core::{KeyRef, Op, Reply, Seq, SessionId, encode_ops};
 
     fn append() -> Envelope {
-        let mut m = Message { msg_type: MessageType::MsgAppend, to: 7, from: 9, term: 4, log_term: 3, index: 10, commit: 8, ..Message::default() };
+        let mut m = Message {
+            msg_type: MessageType::MsgAppend,
+            to: 7,
+            from: 9,
+            term: 4,
+            log_term: 3,
+            index: 10,
+            commit: 8,
+            ..Message::default()
+        };
         let data = Bytes::from_static(b"payload");
-        m.set_entries(vec![Entry { term: 4, index: 11, data, ..Entry::default() }, Entry { term: 4, index: 12, ..Entry::default() }].into());
+        m.set_entries(
+            vec![
+                Entry { term: 4, index: 11, data, ..Entry::default() },
+                Entry { term: 4, index: 12, ..Entry::default() },
+            ]
+            .into(),
+        );
         Envelope { shard: ShardId(3), log_time: 55, floor: 2, body: Body::Raft(m) }
     }
 

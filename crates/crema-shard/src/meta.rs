@@ -11,8 +11,8 @@
 
 use crate::placement::{MAX_SHARDS, arcs, assign};
 use crema_core::{
-    ClusterUuid, CodecError, CorruptEntry, Epoch, Incarnation, LogIndex, NodeId, ReplicaId,
-    SLOT_COUNT, ShardId, SlotRange, WallTime,
+    ClusterUuid, CodecError, CorruptEntry, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, SLOT_COUNT, ShardId,
+    SlotRange, WallTime,
 };
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -54,12 +54,7 @@ impl NodeAddrs {
     /// Whether the addresses can be registered; the error says what is wrong. Ask before proposing
     /// [`MetaCommand::Register`]: apply ignores addresses that break a bound.
     pub fn check(&self) -> Result<(), String> {
-        let Self {
-            raft,
-            redis,
-            redis_cluster,
-            http,
-        } = self;
+        let Self { raft, redis, redis_cluster, http } = self;
         let all = [
             ("raft", Some(raft)),
             ("redis", redis.as_ref()),
@@ -68,9 +63,7 @@ impl NodeAddrs {
         ];
         for (what, addr) in all {
             if addr.is_some_and(|a| a.len() > MAX_ADDR_BYTES) {
-                return Err(format!(
-                    "the {what} address is longer than {MAX_ADDR_BYTES} bytes"
-                ));
+                return Err(format!("the {what} address is longer than {MAX_ADDR_BYTES} bytes"));
             }
         }
         Ok(())
@@ -171,24 +164,12 @@ impl MetaState {
     ) -> MetaState {
         assert!(!members.is_empty(), "a cluster has a member");
         let most = MAX_REPLICAS as u32;
-        assert!(
-            (1..=most).contains(&replication),
-            "{replication} replicas; 1 to {most} are possible"
-        );
+        assert!((1..=most).contains(&replication), "{replication} replicas; 1 to {most} are possible");
         let nodes: BTreeMap<NodeId, NodeRecord> = members
             .iter()
             .map(|(id, incarnation, addrs)| {
                 let (incarnation, addrs) = (*incarnation, addrs.clone());
-                (
-                    *id,
-                    NodeRecord {
-                        incarnation,
-                        past: Vec::new(),
-                        addrs,
-                        approved: true,
-                        draining: false,
-                    },
-                )
+                (*id, NodeRecord { incarnation, past: Vec::new(), addrs, approved: true, draining: false })
             })
             .collect();
         let generation = 1;
@@ -196,11 +177,7 @@ impl MetaState {
         let mut place = |node: NodeId| {
             let id = ReplicaId::new(generation, next_replica);
             next_replica += 1;
-            ReplicaPlacement {
-                id,
-                node,
-                incarnation: nodes[&node].incarnation,
-            }
+            ReplicaPlacement { id, node, incarnation: nodes[&node].incarnation }
         };
         let meta = nodes.keys().take(MAX_REPLICAS).map(|n| place(*n)).collect();
         let hosts: Vec<(NodeId, Option<&str>)> = nodes.keys().map(|n| (*n, None)).collect();
@@ -208,11 +185,7 @@ impl MetaState {
         let shards = arcs(shards)
             .into_iter()
             .zip(assign(shards, replication, &hosts))
-            .map(|(range, on)| ShardPlacement {
-                range,
-                epoch,
-                replicas: on.into_iter().map(&mut place).collect(),
-            })
+            .map(|(range, on)| ShardPlacement { range, epoch, replicas: on.into_iter().map(&mut place).collect() })
             .collect();
         MetaState {
             uuid,
@@ -237,15 +210,9 @@ impl MetaState {
             format!("the cluster's name is longer than {MAX_NAME_BYTES} bytes")
         })?;
         ensure(self.generation >= 1, &|| "the generation is 0".into())?;
-        ensure(self.cluster_version >= 1, &|| {
-            "the cluster version is 0".into()
-        })?;
-        ensure((Epoch(1)..=MAX_EPOCH).contains(&self.epoch), &|| {
-            format!("epoch {} is out of range", self.epoch)
-        })?;
-        ensure((1..=MAX_NODES).contains(&self.nodes.len()), &|| {
-            format!("{} nodes", self.nodes.len())
-        })?;
+        ensure(self.cluster_version >= 1, &|| "the cluster version is 0".into())?;
+        ensure((Epoch(1)..=MAX_EPOCH).contains(&self.epoch), &|| format!("epoch {} is out of range", self.epoch))?;
+        ensure((1..=MAX_NODES).contains(&self.nodes.len()), &|| format!("{} nodes", self.nodes.len()))?;
         for (id, node) in &self.nodes {
             ensure(id.0 != 0, &|| "a node has id 0".into())?;
             node.addrs.check().map_err(|e| format!("node {id}: {e}"))?;
@@ -253,14 +220,9 @@ impl MetaState {
                 format!("node {id} has {} earlier lives", node.past.len())
             })?;
             let lives: BTreeSet<_> = node.past.iter().chain([&node.incarnation]).collect();
-            ensure(lives.len() == node.past.len() + 1, &|| {
-                format!("node {id} has one life twice")
-            })?;
+            ensure(lives.len() == node.past.len() + 1, &|| format!("node {id} has one life twice"))?;
         }
-        ensure(
-            (1..=MAX_SHARDS as usize).contains(&self.shards.len()),
-            &|| format!("{} shards", self.shards.len()),
-        )?;
+        ensure((1..=MAX_SHARDS as usize).contains(&self.shards.len()), &|| format!("{} shards", self.shards.len()))?;
         let mut ids = BTreeSet::new();
         self.check_group("the meta group", &self.meta, &mut ids)?;
         let mut end = 0;
@@ -273,16 +235,11 @@ impl MetaState {
             })?;
             end = shard.range.end;
             ensure((Epoch(1)..=self.epoch).contains(&shard.epoch), &|| {
-                format!(
-                    "shard {i} has epoch {} in a table of epoch {}",
-                    shard.epoch, self.epoch
-                )
+                format!("shard {i} has epoch {} in a table of epoch {}", shard.epoch, self.epoch)
             })?;
             self.check_group(&format!("shard {i}"), &shard.replicas, &mut ids)?;
         }
-        ensure(end == SLOT_COUNT, &|| {
-            format!("the shards end at slot {end} of {SLOT_COUNT}")
-        })
+        ensure(end == SLOT_COUNT, &|| format!("the shards end at slot {end} of {SLOT_COUNT}"))
     }
 
     /// Checks one group's replicas; `ids` collects those of all groups, none of which may occur twice.
@@ -297,33 +254,20 @@ impl MetaState {
         }
         for (i, r) in replicas.iter().enumerate() {
             let (generation, counter) = ((r.id.0 >> 32) as u32, r.id.0 as u32);
-            let given = generation < self.generation
-                || generation == self.generation && counter < self.next_replica;
+            let given = generation < self.generation || generation == self.generation && counter < self.next_replica;
             if generation == 0 || counter == 0 || !given {
-                return Err(format!(
-                    "{group} has replica {:#x}, an id that was never given",
-                    r.id.0
-                ));
+                return Err(format!("{group} has replica {:#x}, an id that was never given", r.id.0));
             }
             if !ids.insert(r.id) {
-                return Err(format!(
-                    "{group} has replica {:#x}, which occurs twice",
-                    r.id.0
-                ));
+                return Err(format!("{group} has replica {:#x}, which occurs twice", r.id.0));
             }
             let Some(node) = self.nodes.get(&r.node) else {
-                return Err(format!(
-                    "{group} has a replica on node {}, which does not exist",
-                    r.node
-                ));
+                return Err(format!("{group} has a replica on node {}, which does not exist", r.node));
             };
             // Lives may have been forgotten once the list of them is full.
             let known = node.incarnation == r.incarnation || node.past.contains(&r.incarnation);
             if !known && node.past.len() < MAX_PAST_INCARNATIONS {
-                return Err(format!(
-                    "{group} has a replica in a life of node {} that never was",
-                    r.node
-                ));
+                return Err(format!("{group} has a replica in a life of node {} that never was", r.node));
             }
             if replicas[..i].iter().any(|other| other.node == r.node) {
                 return Err(format!("{group} has two replicas on node {}", r.node));
@@ -348,40 +292,24 @@ impl MetaState {
 
     /// The placement of a shard, the meta group included.
     pub fn replicas(&self, shard: ShardId) -> &[ReplicaPlacement] {
-        if shard.is_meta() {
-            &self.meta
-        } else {
-            self.shards
-                .get(shard.0 as usize)
-                .map_or(&[], |s| &s.replicas)
-        }
+        if shard.is_meta() { &self.meta } else { self.shards.get(shard.0 as usize).map_or(&[], |s| &s.replicas) }
     }
 
     /// Whether the life of the node that the replica lives in is the one that counts. If not, the replica is lost.
     pub fn replica_is_present(&self, replica: &ReplicaPlacement) -> bool {
-        self.nodes
-            .get(&replica.node)
-            .is_some_and(|n| n.incarnation == replica.incarnation)
+        self.nodes.get(&replica.node).is_some_and(|n| n.incarnation == replica.incarnation)
     }
 
     /// For "16 shards at 2 of 3 replicas": how many data shards have lost replicas, how many replicas the worst of all
     /// data shards still has, and how many that one should have. Without losses the first number is 0.
     pub fn underreplicated(&self) -> (usize, usize, usize) {
         let counts = self.shards.iter().map(|s| {
-            let present = s
-                .replicas
-                .iter()
-                .filter(|r| self.replica_is_present(r))
-                .count();
+            let present = s.replicas.iter().filter(|r| self.replica_is_present(r)).count();
             (present, s.replicas.len())
         });
-        let missing = counts
-            .clone()
-            .filter(|(present, wanted)| present < wanted)
-            .count();
-        let (present, wanted) = counts
-            .min_by_key(|(present, wanted)| (*present, std::cmp::Reverse(*wanted)))
-            .unwrap_or_default();
+        let missing = counts.clone().filter(|(present, wanted)| present < wanted).count();
+        let (present, wanted) =
+            counts.min_by_key(|(present, wanted)| (*present, std::cmp::Reverse(*wanted))).unwrap_or_default();
         (missing, present, wanted)
     }
 }
@@ -434,11 +362,7 @@ pub struct MetaMachine {
 impl MetaMachine {
     /// A machine whose state is that after the entry `applied`.
     pub fn new(state: Arc<MetaState>, applied: LogIndex) -> Self {
-        MetaMachine {
-            state,
-            applied,
-            digest: OnceLock::new(),
-        }
+        MetaMachine { state, applied, digest: OnceLock::new() }
     }
 
     /// The table as of [`MetaMachine::applied`].
@@ -453,9 +377,7 @@ impl MetaMachine {
 
     /// Hash of the whole table: replicas that have applied the same entries have the same.
     pub fn digest(&self) -> u64 {
-        *self
-            .digest
-            .get_or_init(|| xxhash_rust::xxh3::xxh3_64(&self.state.encode()))
+        *self.digest.get_or_init(|| xxhash_rust::xxh3::xxh3_64(&self.state.encode()))
     }
 
     /// Applies the next committed entry and says whether the table changed; every change raises its epoch. An empty
@@ -464,10 +386,7 @@ impl MetaMachine {
     /// After an error nothing has changed and the replica must stop: the entry is not the next one, or is in no format
     /// known here.
     pub fn apply(&mut self, index: LogIndex, payload: &[u8]) -> Result<bool, CorruptEntry> {
-        let corrupt = |reason: String| CorruptEntry {
-            index: index.0,
-            reason,
-        };
+        let corrupt = |reason: String| CorruptEntry { index: index.0, reason };
         if self.applied.0.checked_add(1) != Some(index.0) {
             return Err(corrupt(format!("entry {} was applied last", self.applied)));
         }
@@ -476,16 +395,10 @@ impl MetaMachine {
             _ => Some(MetaCommand::decode(payload).map_err(|e| corrupt(e.to_string()))?),
         };
         let changed = match command {
-            Some(MetaCommand::Register {
-                node,
-                incarnation,
-                addrs,
-            }) => self.register(node, incarnation, addrs),
-            Some(MetaCommand::SetDraining {
-                node,
-                incarnation,
-                draining,
-            }) => self.set_draining(node, incarnation, draining),
+            Some(MetaCommand::Register { node, incarnation, addrs }) => self.register(node, incarnation, addrs),
+            Some(MetaCommand::SetDraining { node, incarnation, draining }) => {
+                self.set_draining(node, incarnation, draining)
+            }
             None => false,
         };
         self.applied = index;
@@ -504,17 +417,13 @@ impl MetaMachine {
             Some(known) if known.past.contains(&incarnation) => return false,
             _ => {}
         }
-        let record = self
-            .change()
-            .nodes
-            .entry(node)
-            .or_insert_with(|| NodeRecord {
-                incarnation,
-                past: Vec::new(),
-                addrs: NodeAddrs::default(),
-                approved: false,
-                draining: false,
-            });
+        let record = self.change().nodes.entry(node).or_insert_with(|| NodeRecord {
+            incarnation,
+            past: Vec::new(),
+            addrs: NodeAddrs::default(),
+            approved: false,
+            draining: false,
+        });
         record.addrs = addrs;
         if record.incarnation != incarnation {
             if record.past.len() >= MAX_PAST_INCARNATIONS {
@@ -528,12 +437,7 @@ impl MetaMachine {
     }
 
     fn set_draining(&mut self, node: NodeId, incarnation: Incarnation, draining: bool) -> bool {
-        if !self
-            .state
-            .nodes
-            .get(&node)
-            .is_some_and(|n| n.incarnation == incarnation && n.draining != draining)
-        {
+        if !self.state.nodes.get(&node).is_some_and(|n| n.incarnation == incarnation && n.draining != draining) {
             return false;
         }
         if let Some(record) = self.change().nodes.get_mut(&node) {
@@ -552,8 +456,7 @@ impl MetaMachine {
 }
 
 fn encode<T: Serialize>(version: u8, value: &T) -> Vec<u8> {
-    postcard::to_extend(value, vec![version])
-        .expect("derived serializers of plain data do not fail")
+    postcard::to_extend(value, vec![version]).expect("derived serializers of plain data do not fail")
 }
 
 fn decode<'a, T: Deserialize<'a>>(known: u8, bytes: &'a [u8]) -> Result<T, CodecError> {
@@ -568,9 +471,7 @@ fn decode<'a, T: Deserialize<'a>>(known: u8, bytes: &'a [u8]) -> Result<T, Codec
 }
 
 /// Reads a list of at most `MAX` elements. Without the bound, a few bytes an element would become many in memory.
-fn bounded_vec<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
-    from: D,
-) -> Result<Vec<T>, D::Error> {
+fn bounded_vec<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(from: D) -> Result<Vec<T>, D::Error> {
     struct Bounded<T, const MAX: usize>(PhantomData<T>);
 
     impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Bounded<T, MAX> {
@@ -604,9 +505,7 @@ where
 {
     struct Bounded<K, V, const MAX: usize>(PhantomData<(K, V)>);
 
-    impl<'de, K: Deserialize<'de> + Ord, V: Deserialize<'de>, const MAX: usize> Visitor<'de>
-        for Bounded<K, V, MAX>
-    {
+    impl<'de, K: Deserialize<'de> + Ord, V: Deserialize<'de>, const MAX: usize> Visitor<'de> for Bounded<K, V, MAX> {
         type Value = BTreeMap<K, V>;
 
         fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -637,11 +536,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn addrs(n: u64) -> NodeAddrs {
-        NodeAddrs {
-            raft: format!("127.0.0.1:{}", 9000 + n),
-            http: Some("h:1".into()),
-            ..NodeAddrs::default()
-        }
+        NodeAddrs { raft: format!("127.0.0.1:{}", 9000 + n), http: Some("h:1".into()), ..NodeAddrs::default() }
     }
 
     fn life(n: u64) -> Incarnation {
@@ -649,18 +544,8 @@ mod tests {
     }
 
     fn founded(members: u64, shards: u32, replication: u32) -> MetaState {
-        let members: Vec<_> = (1..=members)
-            .map(|n| (NodeId(n), life(n), addrs(n)))
-            .collect();
-        MetaState::found(
-            ClusterUuid(5),
-            "test".into(),
-            6,
-            WallTime(7),
-            &members,
-            shards,
-            replication,
-        )
+        let members: Vec<_> = (1..=members).map(|n| (NodeId(n), life(n), addrs(n))).collect();
+        MetaState::found(ClusterUuid(5), "test".into(), 6, WallTime(7), &members, shards, replication)
     }
 
     fn machine() -> MetaMachine {
@@ -668,78 +553,34 @@ mod tests {
     }
 
     fn run(m: &mut MetaMachine, command: MetaCommand) -> bool {
-        m.apply(LogIndex(m.applied().0 + 1), &command.encode())
-            .unwrap()
+        m.apply(LogIndex(m.applied().0 + 1), &command.encode()).unwrap()
     }
 
     fn register(node: u64, incarnation: Incarnation) -> MetaCommand {
-        MetaCommand::Register {
-            node: NodeId(node),
-            incarnation,
-            addrs: addrs(node),
-        }
+        MetaCommand::Register { node: NodeId(node), incarnation, addrs: addrs(node) }
     }
 
     fn draining(node: u64, incarnation: Incarnation, draining: bool) -> MetaCommand {
-        MetaCommand::SetDraining {
-            node: NodeId(node),
-            incarnation,
-            draining,
-        }
+        MetaCommand::SetDraining { node: NodeId(node), incarnation, draining }
     }
 
     #[test]
     fn a_founding_record_is_whole() {
-        for (members, shards, replication) in [
-            (1, 1, 1),
-            (1, 16, 3),
-            (2, 5, 3),
-            (3, 16, 3),
-            (5, 64, 3),
-            (9, 100, 5),
-        ] {
+        for (members, shards, replication) in [(1, 1, 1), (1, 16, 3), (2, 5, 3), (3, 16, 3), (5, 64, 3), (9, 100, 5)] {
             let s = founded(members, shards, replication);
             assert_eq!(s.check(), Ok(()), "{members} members");
             assert_eq!((s.generation, s.epoch, s.cluster_version), (1, Epoch(1), 1));
-            assert!(
-                s.nodes
-                    .values()
-                    .all(|n| n.approved && !n.draining && n.past.is_empty())
-            );
+            assert!(s.nodes.values().all(|n| n.approved && !n.draining && n.past.is_empty()));
             let meta: Vec<u64> = s.meta.iter().map(|r| r.node.0).collect();
-            assert_eq!(
-                meta,
-                (1..=members.min(7)).collect::<Vec<_>>(),
-                "lowest ids first"
-            );
+            assert_eq!(meta, (1..=members.min(7)).collect::<Vec<_>>(), "lowest ids first");
             let counts = s.shards.iter().map(|p| p.replicas.len());
-            assert!(
-                counts
-                    .clone()
-                    .all(|c| c as u64 == members.min(replication.into()))
-            );
+            assert!(counts.clone().all(|c| c as u64 == members.min(replication.into())));
             // Ids are counted from 1 without gaps.
-            let all: Vec<u64> = s
-                .meta
-                .iter()
-                .chain(s.shards.iter().flat_map(|p| &p.replicas))
-                .map(|r| r.id.0)
-                .collect();
-            assert_eq!(
-                all,
-                (1..=all.len() as u64)
-                    .map(|c| 1 << 32 | c)
-                    .collect::<Vec<_>>()
-            );
+            let all: Vec<u64> =
+                s.meta.iter().chain(s.shards.iter().flat_map(|p| &p.replicas)).map(|r| r.id.0).collect();
+            assert_eq!(all, (1..=all.len() as u64).map(|c| 1 << 32 | c).collect::<Vec<_>>());
             assert_eq!(s.next_replica as usize, all.len() + 1);
-            assert_eq!(
-                s.underreplicated(),
-                (
-                    0,
-                    counts.min().unwrap(),
-                    members.min(replication.into()) as usize
-                )
-            );
+            assert_eq!(s.underreplicated(), (0, counts.min().unwrap(), members.min(replication.into()) as usize));
             assert_eq!(MetaState::decode(&s.encode()), Ok(s));
         }
     }
@@ -755,49 +596,25 @@ mod tests {
             ("is out of range", |s| s.epoch = Epoch(u64::MAX)),
             ("0 nodes", |s| s.nodes.clear()),
             ("1025 nodes", |s| {
-                s.nodes.extend(
-                    (10..1032)
-                        .map(|n| (NodeId(n), s.nodes[&NodeId(1)].clone()))
-                        .collect::<Vec<_>>(),
-                )
+                s.nodes.extend((10..1032).map(|n| (NodeId(n), s.nodes[&NodeId(1)].clone())).collect::<Vec<_>>())
             }),
-            ("id 0", |s| {
-                _ = s.nodes.insert(NodeId(0), s.nodes[&NodeId(1)].clone())
-            }),
-            ("raft address", |s| {
-                s.nodes.get_mut(&NodeId(2)).unwrap().addrs.raft = "x".repeat(261)
-            }),
-            ("http address", |s| {
-                s.nodes.get_mut(&NodeId(2)).unwrap().addrs.http = Some("x".repeat(261))
-            }),
-            ("65 earlier", |s| {
-                s.nodes.get_mut(&NodeId(2)).unwrap().past = (1000..1065).map(Incarnation).collect()
-            }),
-            ("life twice", |s| {
-                s.nodes.get_mut(&NodeId(2)).unwrap().past = vec![life(2)]
-            }),
+            ("id 0", |s| _ = s.nodes.insert(NodeId(0), s.nodes[&NodeId(1)].clone())),
+            ("raft address", |s| s.nodes.get_mut(&NodeId(2)).unwrap().addrs.raft = "x".repeat(261)),
+            ("http address", |s| s.nodes.get_mut(&NodeId(2)).unwrap().addrs.http = Some("x".repeat(261))),
+            ("65 earlier", |s| s.nodes.get_mut(&NodeId(2)).unwrap().past = (1000..1065).map(Incarnation).collect()),
+            ("life twice", |s| s.nodes.get_mut(&NodeId(2)).unwrap().past = vec![life(2)]),
             ("0 shards", |s| s.shards.clear()),
             ("end at slot", |s| _ = s.shards.pop()),
             ("shard 1 owns", |s| s.shards[1].range.start += 1),
             ("shard 2 owns", |s| s.shards[1].range.end -= 1),
-            ("shard 1 owns", |s| {
-                s.shards[1].range.end = s.shards[1].range.start
-            }),
+            ("shard 1 owns", |s| s.shards[1].range.end = s.shards[1].range.start),
             ("shard 1 has epoch 2", |s| s.shards[1].epoch = Epoch(2)),
             ("shard 3 has 0 replicas", |s| s.shards[3].replicas.clear()),
             ("meta group has 0", |s| s.meta.clear()),
-            ("never given", |s| {
-                s.shards[0].replicas[0].id = ReplicaId::new(1, s.next_replica)
-            }),
-            ("never given", |s| {
-                s.shards[0].replicas[0].id = ReplicaId::new(2, 1)
-            }),
-            ("occurs twice", |s| {
-                s.shards[0].replicas[0].id = s.meta[2].id
-            }),
-            ("does not exist", |s| {
-                s.shards[0].replicas[0].node = NodeId(4)
-            }),
+            ("never given", |s| s.shards[0].replicas[0].id = ReplicaId::new(1, s.next_replica)),
+            ("never given", |s| s.shards[0].replicas[0].id = ReplicaId::new(2, 1)),
+            ("occurs twice", |s| s.shards[0].replicas[0].id = s.meta[2].id),
+            ("does not exist", |s| s.shards[0].replicas[0].node = NodeId(4)),
             ("never was", |s| s.meta[0].incarnation = life(9)),
             ("two replicas on node", |s| {
                 let other = s.shards[0].replicas[1];
@@ -809,10 +626,7 @@ mod tests {
             let mut s = founded(3, 4, 3);
             break_it(&mut s);
             let error = s.check().expect_err(expected);
-            assert!(
-                error.contains(expected),
-                "{error:?} should contain {expected:?}"
-            );
+            assert!(error.contains(expected), "{error:?} should contain {expected:?}");
         }
     }
 
@@ -820,16 +634,9 @@ mod tests {
     fn the_largest_table_fits_its_bound() {
         let mut s = founded(7, MAX_SHARDS, 7);
         let long = || Some("a".repeat(MAX_ADDR_BYTES));
-        let addrs = NodeAddrs {
-            raft: long().unwrap(),
-            redis: long(),
-            redis_cluster: long(),
-            http: long(),
-        };
+        let addrs = NodeAddrs { raft: long().unwrap(), redis: long(), redis_cluster: long(), http: long() };
         for n in 0..MAX_NODES as u64 {
-            let past = (0..MAX_PAST_INCARNATIONS as u128)
-                .map(|i| Incarnation(u128::MAX - i))
-                .collect();
+            let past = (0..MAX_PAST_INCARNATIONS as u128).map(|i| Incarnation(u128::MAX - i)).collect();
             let record = NodeRecord {
                 incarnation: Incarnation(u128::MAX - 99),
                 past,
@@ -842,17 +649,12 @@ mod tests {
         (1..=7).for_each(|n| _ = s.nodes.remove(&NodeId(n)));
         s.cluster = "c".repeat(MAX_NAME_BYTES);
         (s.uuid, s.secret, s.founded_at) = (ClusterUuid(u128::MAX), u64::MAX, WallTime(u64::MAX));
-        (s.generation, s.next_replica, s.cluster_version, s.epoch) =
-            (u32::MAX, u32::MAX, u32::MAX, MAX_EPOCH);
+        (s.generation, s.next_replica, s.cluster_version, s.epoch) = (u32::MAX, u32::MAX, u32::MAX, MAX_EPOCH);
         let mut counter = u32::MAX;
         for shard in &mut s.shards {
             shard.epoch = MAX_EPOCH;
         }
-        for r in s
-            .meta
-            .iter_mut()
-            .chain(s.shards.iter_mut().flat_map(|p| &mut p.replicas))
-        {
+        for r in s.meta.iter_mut().chain(s.shards.iter_mut().flat_map(|p| &mut p.replicas)) {
             counter -= 1;
             r.id = ReplicaId::new(u32::MAX, counter);
             r.node = NodeId(u64::MAX - r.node.0);
@@ -869,33 +671,15 @@ mod tests {
         let s = founded(3, 4, 3);
         let bytes = s.encode();
         assert_eq!(MetaState::decode(&[]), Err(CodecError::Malformed));
-        assert_eq!(
-            MetaState::decode(&vec![1; MAX_STATE_BYTES + 1]),
-            Err(CodecError::TooLarge)
-        );
-        assert_eq!(
-            MetaState::decode(&[&[9], &bytes[1..]].concat()),
-            Err(CodecError::UnknownVersion(9))
-        );
-        assert_eq!(
-            MetaState::decode(&[&bytes[..], &[0]].concat()),
-            Err(CodecError::Malformed),
-            "trailing bytes"
-        );
+        assert_eq!(MetaState::decode(&vec![1; MAX_STATE_BYTES + 1]), Err(CodecError::TooLarge));
+        assert_eq!(MetaState::decode(&[&[9], &bytes[1..]].concat()), Err(CodecError::UnknownVersion(9)));
+        assert_eq!(MetaState::decode(&[&bytes[..], &[0]].concat()), Err(CodecError::Malformed), "trailing bytes");
         for cut in 1..bytes.len() {
-            assert_eq!(
-                MetaState::decode(&bytes[..cut]),
-                Err(CodecError::Malformed),
-                "cut at {cut}"
-            );
+            assert_eq!(MetaState::decode(&bytes[..cut]), Err(CodecError::Malformed), "cut at {cut}");
         }
         let mut long = s.clone();
         long.meta = vec![long.meta[0]; 8];
-        assert_eq!(
-            MetaState::decode(&long.encode()),
-            Err(CodecError::Malformed),
-            "more than a group can have"
-        );
+        assert_eq!(MetaState::decode(&long.encode()), Err(CodecError::Malformed), "more than a group can have");
     }
 
     #[test]
@@ -904,31 +688,13 @@ mod tests {
         struct List(#[serde(deserialize_with = "bounded_vec::<_, _, 3>")] Vec<u8>);
         #[derive(Debug, Deserialize)]
         struct Map(#[serde(deserialize_with = "bounded_map::<_, _, _, 2>")] BTreeMap<u8, u8>);
-        assert_eq!(
-            postcard::from_bytes::<List>(&[3, 1, 2, 3]).unwrap().0,
-            vec![1, 2, 3]
-        );
+        assert_eq!(postcard::from_bytes::<List>(&[3, 1, 2, 3]).unwrap().0, vec![1, 2, 3]);
         assert!(postcard::from_bytes::<List>(&[4, 1, 2, 3, 4]).is_err());
         assert!(postcard::from_bytes::<List>(&[0xff, 0xff, 0xff, 0xff, 0x0f, 1]).is_err());
-        assert_eq!(
-            postcard::from_bytes::<Map>(&[2, 1, 0, 2, 0])
-                .unwrap()
-                .0
-                .len(),
-            2
-        );
-        assert!(
-            postcard::from_bytes::<Map>(&[2, 2, 0, 1, 0]).is_err(),
-            "descending"
-        );
-        assert!(
-            postcard::from_bytes::<Map>(&[2, 1, 0, 1, 0]).is_err(),
-            "twice"
-        );
-        assert!(
-            postcard::from_bytes::<Map>(&[3, 1, 0, 2, 0, 3, 0]).is_err(),
-            "too many"
-        );
+        assert_eq!(postcard::from_bytes::<Map>(&[2, 1, 0, 2, 0]).unwrap().0.len(), 2);
+        assert!(postcard::from_bytes::<Map>(&[2, 2, 0, 1, 0]).is_err(), "descending");
+        assert!(postcard::from_bytes::<Map>(&[2, 1, 0, 1, 0]).is_err(), "twice");
+        assert!(postcard::from_bytes::<Map>(&[3, 1, 0, 2, 0, 3, 0]).is_err(), "too many");
     }
 
     #[test]
@@ -938,35 +704,19 @@ mod tests {
         assert!(run(&mut m, register(2, life(20))));
         let node = &m.state().nodes[&NodeId(2)];
         assert_eq!(
-            (
-                node.incarnation,
-                &node.past[..],
-                node.draining,
-                node.approved
-            ),
+            (node.incarnation, &node.past[..], node.draining, node.approved),
             (life(20), &[life(2)][..], false, true)
         );
         assert_eq!(m.state().epoch, Epoch(3));
         let before = m.state().clone();
-        assert!(
-            !run(&mut m, register(2, life(2))),
-            "a fenced life never comes back"
-        );
-        assert!(
-            !run(&mut m, draining(2, life(2), true)),
-            "nor is it listened to"
-        );
+        assert!(!run(&mut m, register(2, life(2))), "a fenced life never comes back");
+        assert!(!run(&mut m, draining(2, life(2), true)), "nor is it listened to");
         assert_eq!(*m.state(), before);
         assert_eq!(m.applied(), LogIndex(5));
         // The replicas of the old life are lost.
         let (lost, present, wanted) = m.state().underreplicated();
         assert_eq!((lost, present, wanted), (4, 2, 3));
-        let of_2 = m
-            .state()
-            .meta
-            .iter()
-            .filter(|r| !m.state().replica_is_present(r))
-            .map(|r| r.node);
+        let of_2 = m.state().meta.iter().filter(|r| !m.state().replica_is_present(r)).map(|r| r.node);
         assert_eq!(of_2.collect::<Vec<_>>(), vec![NodeId(2)]);
         assert_eq!(m.state().check(), Ok(()));
     }
@@ -977,26 +727,11 @@ mod tests {
         assert!(!run(&mut m, register(1, life(1))), "nothing new");
         assert_eq!(m.state().epoch, Epoch(1));
         run(&mut m, draining(1, life(1), true));
-        let moved = NodeAddrs {
-            raft: "elsewhere:1".into(),
-            ..NodeAddrs::default()
-        };
-        let command = MetaCommand::Register {
-            node: NodeId(1),
-            incarnation: life(1),
-            addrs: moved.clone(),
-        };
+        let moved = NodeAddrs { raft: "elsewhere:1".into(), ..NodeAddrs::default() };
+        let command = MetaCommand::Register { node: NodeId(1), incarnation: life(1), addrs: moved.clone() };
         assert!(run(&mut m, command));
         let node = &m.state().nodes[&NodeId(1)];
-        assert_eq!(
-            (
-                &node.addrs,
-                node.incarnation,
-                node.draining,
-                node.past.len()
-            ),
-            (&moved, life(1), true, 0)
-        );
+        assert_eq!((&node.addrs, node.incarnation, node.draining, node.past.len()), (&moved, life(1), true, 0));
         assert_eq!(m.state().epoch, Epoch(3));
         assert!(run(&mut m, draining(1, life(1), false)));
         assert!(!run(&mut m, draining(1, life(1), false)), "nothing new");
@@ -1012,21 +747,11 @@ mod tests {
             assert!(!m.state().nodes[&NodeId(n)].approved);
         }
         assert!(!run(&mut m, register(9999, life(1))), "the table is full");
-        assert!(
-            run(&mut m, register(4, life(2000))),
-            "known nodes may restart"
-        );
+        assert!(run(&mut m, register(4, life(2000))), "known nodes may restart");
         assert_eq!(m.state().check(), Ok(()));
-        let long = NodeAddrs {
-            raft: "x".repeat(MAX_ADDR_BYTES + 1),
-            ..NodeAddrs::default()
-        };
+        let long = NodeAddrs { raft: "x".repeat(MAX_ADDR_BYTES + 1), ..NodeAddrs::default() };
         assert!(long.check().is_err());
-        let command = MetaCommand::Register {
-            node: NodeId(1),
-            incarnation: life(3000),
-            addrs: long,
-        };
+        let command = MetaCommand::Register { node: NodeId(1), incarnation: life(3000), addrs: long };
         assert!(!run(&mut m, command), "a bad address is not taken");
     }
 
@@ -1038,10 +763,7 @@ mod tests {
         }
         let node = &m.state().nodes[&NodeId(3)];
         assert_eq!(node.past.len(), MAX_PAST_INCARNATIONS);
-        assert_eq!(
-            (node.past[0], node.past.last()),
-            (life(104), Some(&life(167)))
-        );
+        assert_eq!((node.past[0], node.past.last()), (life(104), Some(&life(167))));
         assert_eq!(node.incarnation, life(168));
         // Its replicas stand in a life that is forgotten; the table still holds together.
         assert_eq!(m.state().check(), Ok(()));
@@ -1053,20 +775,12 @@ mod tests {
         assert_eq!(m.apply(LogIndex(2), &[]), Ok(false));
         let (state, digest) = (m.state().clone(), m.digest());
         let good = register(7, life(7)).encode();
-        for (index, payload) in [
-            (3, &[9, 0][..]),
-            (3, &[1][..]),
-            (3, &[&good[..], &[0]].concat()),
-            (2, &good),
-            (4, &good),
-        ] {
+        for (index, payload) in
+            [(3, &[9, 0][..]), (3, &[1][..]), (3, &[&good[..], &[0]].concat()), (2, &good), (4, &good)]
+        {
             let error = m.apply(LogIndex(index), payload).unwrap_err();
             assert_eq!(error.index, index);
-            assert_eq!(
-                (m.applied(), m.state(), m.digest()),
-                (LogIndex(2), &state, digest),
-                "{error}"
-            );
+            assert_eq!((m.applied(), m.state(), m.digest()), (LogIndex(2), &state, digest), "{error}");
         }
         assert_eq!(m.apply(LogIndex(3), &good), Ok(true));
     }
@@ -1092,17 +806,9 @@ mod tests {
         let (node, incarnation) = (0u64..6, (0u64..5).prop_map(life));
         prop_oneof![
             (node.clone(), incarnation.clone(), 0u64..3).prop_map(|(node, incarnation, a)| {
-                MetaCommand::Register {
-                    node: NodeId(node),
-                    incarnation,
-                    addrs: addrs(a),
-                }
+                MetaCommand::Register { node: NodeId(node), incarnation, addrs: addrs(a) }
             }),
-            (node, incarnation, any::<bool>()).prop_map(|(node, incarnation, d)| draining(
-                node,
-                incarnation,
-                d
-            )),
+            (node, incarnation, any::<bool>()).prop_map(|(node, incarnation, d)| draining(node, incarnation, d)),
         ]
     }
 

@@ -25,18 +25,10 @@ pub const MAX_SHARDS: u32 = SLOT_COUNT as u32;
 ///
 /// If `shards` is not 1 to [`MAX_SHARDS`]; configurations and records are checked before.
 pub fn arcs(shards: u32) -> Vec<SlotRange> {
-    assert!(
-        (1..=MAX_SHARDS).contains(&shards),
-        "{shards} shards; 1 to {MAX_SHARDS} are possible"
-    );
+    assert!((1..=MAX_SHARDS).contains(&shards), "{shards} shards; 1 to {MAX_SHARDS} are possible");
     // At most 16,384 * 16,384, and the quotient is at most 16,384.
     let cut = |i: u32| (i * MAX_SHARDS / shards) as u16;
-    (0..shards)
-        .map(|i| SlotRange {
-            start: cut(i),
-            end: cut(i + 1),
-        })
-        .collect()
+    (0..shards).map(|i| SlotRange { start: cut(i), end: cut(i + 1) }).collect()
 }
 
 /// Gives each shard `replication` nodes, or all if there are fewer, in the order in which they are wanted as leaders.
@@ -75,14 +67,8 @@ pub fn assign(shards: u32, replication: u32, nodes: &[(NodeId, Option<&str>)]) -
 }
 
 /// The node that should lead now: the first in order of preference that `usable` says yes to.
-pub fn preferred_leader(
-    replicas: &[ReplicaPlacement],
-    usable: impl Fn(NodeId, Incarnation) -> bool,
-) -> Option<NodeId> {
-    replicas
-        .iter()
-        .find(|r| usable(r.node, r.incarnation))
-        .map(|r| r.node)
+pub fn preferred_leader(replicas: &[ReplicaPlacement], usable: impl Fn(NodeId, Incarnation) -> bool) -> Option<NodeId> {
+    replicas.iter().find(|r| usable(r.node, r.incarnation)).map(|r| r.node)
 }
 
 /// The nodes to choose from, ascending by id; below, a node is its position here.
@@ -102,10 +88,7 @@ impl Field {
         names.dedup();
         Field {
             ids: nodes.iter().map(|(id, _)| *id).collect(),
-            zone: nodes
-                .iter()
-                .map(|(_, zone)| names.partition_point(|n| n < zone))
-                .collect(),
+            zone: nodes.iter().map(|(_, zone)| names.partition_point(|n| n < zone)).collect(),
             zones: names.len(),
         }
     }
@@ -120,8 +103,7 @@ impl Field {
 
     /// How much worse `to` is than `from` by hash.
     fn loss(&self, shard: u32, from: usize, to: usize) -> u64 {
-        self.score(shard, from)
-            .saturating_sub(self.score(shard, to))
+        self.score(shard, from).saturating_sub(self.score(shard, to))
     }
 
     /// The nodes of a shard by hash and zone alone: always the best node of those zones that have the fewest yet.
@@ -131,8 +113,7 @@ impl Field {
         let mut set = Vec::with_capacity(count);
         while set.len() < count {
             let free = (0..self.ids.len()).filter(|n| !set.contains(n));
-            let Some(next) = free.min_by_key(|n| (in_zone[self.zone[*n]], Reverse(scores[*n])))
-            else {
+            let Some(next) = free.min_by_key(|n| (in_zone[self.zone[*n]], Reverse(scores[*n]))) else {
                 break;
             };
             in_zone[self.zone[next]] += 1;
@@ -144,8 +125,7 @@ impl Field {
     /// Whether `to` may take `from`'s place without the shard being spread over zones less evenly.
     fn may_replace(&self, set: &[usize], from: usize, to: usize) -> bool {
         let count = |zone: usize| set.iter().filter(|n| self.zone[**n] == zone).count();
-        !set.contains(&to)
-            && (self.zone[from] == self.zone[to] || count(self.zone[to]) < count(self.zone[from]))
+        !set.contains(&to) && (self.zone[from] == self.zone[to] || count(self.zone[to]) < count(self.zone[from]))
     }
 }
 
@@ -166,10 +146,7 @@ impl Table {
     }
 
     fn replace(&mut self, shard: usize, from: usize, to: usize) {
-        let place = self.sets[shard]
-            .iter_mut()
-            .find(|n| **n == from)
-            .expect("a node is replaced where it is");
+        let place = self.sets[shard].iter_mut().find(|n| **n == from).expect("a node is replaced where it is");
         *place = to;
         self.load[from] -= 1;
         self.load[to] += 1;
@@ -212,10 +189,7 @@ impl Table {
         while let Some(node) = queue.pop_front() {
             for shard in (0..self.sets.len()).filter(|s| self.holds(*s, node)) {
                 for to in 0..self.load.len() {
-                    if to == from
-                        || came_by[to].is_some()
-                        || !self.field.may_replace(&self.sets[shard], node, to)
-                    {
+                    if to == from || came_by[to].is_some() || !self.field.may_replace(&self.sets[shard], node, to) {
                         continue;
                     }
                     came_by[to] = Some((node, shard));
@@ -250,26 +224,13 @@ impl Table {
     /// Chooses one node of each of `shards`, not `gone`, such that the nodes' loads, which begin at `base`, come out even.
     /// Where some still differ by more than `tolerance` because the nodes with too little hold too few of these shards,
     /// replicas are moved to them, within the bound.
-    fn choose(
-        &mut self,
-        shards: &[usize],
-        gone: Option<usize>,
-        base: Vec<usize>,
-        tolerance: usize,
-    ) -> Vec<usize> {
-        let others = |shard: &usize| {
-            self.sets[*shard]
-                .iter()
-                .copied()
-                .filter(|n| Some(*n) != gone)
-                .collect()
-        };
+    fn choose(&mut self, shards: &[usize], gone: Option<usize>, base: Vec<usize>, tolerance: usize) -> Vec<usize> {
+        let others = |shard: &usize| self.sets[*shard].iter().copied().filter(|n| Some(*n) != gone).collect();
         let mut options: Vec<Vec<usize>> = shards.iter().map(others).collect();
         let mut choice = Choice::new(&options, base);
         choice.even_out(&options);
         // Every round makes the sum of squares smaller, so this ends.
-        while let Some((item, from, to)) = self.widening(shards, &options, gone, &choice, tolerance)
-        {
+        while let Some((item, from, to)) = self.widening(shards, &options, gone, &choice, tolerance) {
             self.replace(shards[item], from, to);
             options[item].retain(|n| *n != from);
             options[item].push(to);
@@ -291,15 +252,11 @@ impl Table {
     ) -> Option<(usize, usize, usize)> {
         let nodes = || (0..self.load.len()).filter(|n| Some(*n) != gone);
         let least = nodes().map(|n| choice.load[n]).min()?;
-        let mut rich: Vec<usize> = nodes()
-            .filter(|n| choice.load[*n] > least + tolerance)
-            .collect();
+        let mut rich: Vec<usize> = nodes().filter(|n| choice.load[*n] > least + tolerance).collect();
         rich.sort_by_key(|n| (Reverse(choice.load[*n]), *n));
         for leader in rich {
             let mut best = None;
-            let poor = |n: &usize| {
-                choice.load[*n] + tolerance < choice.load[leader] && self.load[*n] < self.bound
-            };
+            let poor = |n: &usize| choice.load[*n] + tolerance < choice.load[leader] && self.load[*n] < self.bound;
             for to in nodes().filter(poor) {
                 for &item in &choice.held[leader] {
                     for &from in &options[item] {
@@ -327,11 +284,7 @@ impl Table {
         let mut order: Vec<Vec<usize>> = vec![Vec::new(); all.len()];
         let mut leads = vec![0; self.load.len()];
         let mut led_by = vec![Vec::new(); self.load.len()];
-        for (shard, leader) in self
-            .choose(&all, None, leads.clone(), 1)
-            .into_iter()
-            .enumerate()
-        {
+        for (shard, leader) in self.choose(&all, None, leads.clone(), 1).into_iter().enumerate() {
             leads[leader] += 1;
             led_by[leader].push(shard);
             order[shard].push(leader);
@@ -340,10 +293,7 @@ impl Table {
             // With one replica nobody takes over.
             if shards.iter().all(|s| self.sets[*s].len() > 1) {
                 let second = self.choose(&shards, Some(gone), leads.clone(), 2);
-                shards
-                    .into_iter()
-                    .zip(second)
-                    .for_each(|(shard, node)| order[shard].push(node));
+                shards.into_iter().zip(second).for_each(|(shard, node)| order[shard].push(node));
             }
         }
         for (shard, set) in self.sets.iter_mut().enumerate() {
@@ -351,10 +301,7 @@ impl Table {
             set.retain(|n| !order[shard].contains(n));
             order[shard].append(set);
         }
-        order
-            .into_iter()
-            .map(|nodes| nodes.into_iter().map(|n| self.field.ids[n]).collect())
-            .collect()
+        order.into_iter().map(|nodes| nodes.into_iter().map(|n| self.field.ids[n]).collect()).collect()
     }
 }
 
@@ -376,10 +323,7 @@ impl Choice {
             .iter()
             .enumerate()
             .map(|(item, options)| {
-                let node = *options
-                    .iter()
-                    .min_by_key(|n| load[**n])
-                    .expect("an item has an option");
+                let node = *options.iter().min_by_key(|n| load[**n]).expect("an item has an option");
                 load[node] += 1;
                 held[node].push(item);
                 node
@@ -389,10 +333,7 @@ impl Choice {
     }
 
     fn shift(&mut self, item: usize, from: usize, to: usize) {
-        let at = self.held[from]
-            .iter()
-            .position(|i| *i == item)
-            .expect("a node gives away what it holds");
+        let at = self.held[from].iter().position(|i| *i == item).expect("a node gives away what it holds");
         self.held[from].swap_remove(at);
         self.held[to].push(item);
         self.of[item] = to;
@@ -462,9 +403,7 @@ mod tests {
 
     fn loads(nodes: &[(NodeId, Option<&str>)], a: &Assignment) -> BTreeMap<NodeId, usize> {
         let mut load: BTreeMap<NodeId, usize> = nodes.iter().map(|(n, _)| (*n, 0)).collect();
-        a.iter()
-            .flatten()
-            .for_each(|n| *load.get_mut(n).expect("a given node") += 1);
+        a.iter().flatten().for_each(|n| *load.get_mut(n).expect("a given node") += 1);
         load
     }
 
@@ -480,46 +419,23 @@ mod tests {
         led.values().max().unwrap_or(&0) - led.values().min().unwrap_or(&0)
     }
 
-    fn check_bounds(
-        nodes: &[(NodeId, Option<&str>)],
-        shards: u32,
-        replication: u32,
-        a: &Assignment,
-    ) {
-        let what = format!(
-            "{} nodes, {shards} shards, {replication} replicas",
-            nodes.len()
-        );
+    fn check_bounds(nodes: &[(NodeId, Option<&str>)], shards: u32, replication: u32, a: &Assignment) {
+        let what = format!("{} nodes, {shards} shards, {replication} replicas", nodes.len());
         assert_eq!(a.len(), shards as usize, "{what}");
         let wanted = nodes.len().min(replication as usize);
         for set in a {
-            assert_eq!(
-                set.iter().collect::<BTreeSet<_>>().len(),
-                wanted,
-                "{what}: distinct nodes"
-            );
+            assert_eq!(set.iter().collect::<BTreeSet<_>>().len(), wanted, "{what}: distinct nodes");
             assert_eq!(set.len(), wanted, "{what}: replicas");
         }
         let bound = (shards as usize * wanted).div_ceil(nodes.len()) + 1;
         for (node, load) in loads(nodes, a) {
-            assert!(
-                load <= bound,
-                "{what}: node {node} holds {load}, more than {bound}"
-            );
+            assert!(load <= bound, "{what}: node {node} holds {load}, more than {bound}");
         }
-        assert!(
-            spread(nodes, a, None) <= 1,
-            "{what}: first choices differ by {}",
-            spread(nodes, a, None)
-        );
+        assert!(spread(nodes, a, None) <= 1, "{what}: first choices differ by {}", spread(nodes, a, None));
     }
 
     fn failover_spread(nodes: &[(NodeId, Option<&str>)], a: &Assignment) -> usize {
-        nodes
-            .iter()
-            .map(|(n, _)| spread(nodes, a, Some(*n)))
-            .max()
-            .unwrap_or(0)
+        nodes.iter().map(|(n, _)| spread(nodes, a, Some(*n))).max().unwrap_or(0)
     }
 
     #[test]
@@ -530,11 +446,7 @@ mod tests {
             assert_eq!((arcs[0].start, arcs[arcs.len() - 1].end), (0, SLOT_COUNT));
             assert!(arcs.windows(2).all(|w| w[0].end == w[1].start));
             let (floor, ceil) = (MAX_SHARDS / shards, MAX_SHARDS.div_ceil(shards));
-            assert!(
-                arcs.iter()
-                    .all(|a| (floor..=ceil).contains(&(a.len() as u32))),
-                "{shards} shards"
-            );
+            assert!(arcs.iter().all(|a| (floor..=ceil).contains(&(a.len() as u32))), "{shards} shards");
         }
     }
 
@@ -548,10 +460,7 @@ mod tests {
                     check_bounds(&nodes, shards, replication, &a);
                     if replication >= 3 {
                         let got = failover_spread(&nodes, &a);
-                        assert!(
-                            got <= 3,
-                            "{n} nodes, {shards} shards, {replication} replicas: {got} after a failure"
-                        );
+                        assert!(got <= 3, "{n} nodes, {shards} shards, {replication} replicas: {got} after a failure");
                     }
                 }
             }
@@ -560,24 +469,11 @@ mod tests {
 
     #[test]
     fn usual_clusters_stay_even_when_a_node_is_gone() {
-        for (n, shards) in [
-            (3, 16),
-            (3, 64),
-            (3, 1024),
-            (4, 64),
-            (5, 16),
-            (5, 64),
-            (5, 128),
-            (5, 1024),
-            (7, 256),
-        ] {
+        for (n, shards) in [(3, 16), (3, 64), (3, 1024), (4, 64), (5, 16), (5, 64), (5, 128), (5, 1024), (7, 256)] {
             let nodes = nodes(n);
             let a = assign(shards, 3, &nodes);
             let got = failover_spread(&nodes, &a);
-            assert!(
-                got <= 2,
-                "{n} nodes, {shards} shards: first choices differ by {got} after a failure"
-            );
+            assert!(got <= 2, "{n} nodes, {shards} shards: first choices differ by {got} after a failure");
         }
     }
 
@@ -590,10 +486,7 @@ mod tests {
                     continue;
                 }
                 let shards = 1024;
-                let (before, after) = (
-                    assign(shards, replication, &few),
-                    assign(shards, replication, &more),
-                );
+                let (before, after) = (assign(shards, replication, &few), assign(shards, replication, &more));
                 let mut moved = 0;
                 for (b, a) in before.iter().zip(&after) {
                     moved += a.iter().filter(|n| !b.contains(n)).count();
@@ -602,15 +495,9 @@ mod tests {
                 let share = total / (n as usize + 1);
                 // What the bound, and for single replicas the even lead, shifts on both sides.
                 let slack = total / 12;
-                assert!(
-                    moved <= share + slack,
-                    "{n} nodes, {replication} replicas: {moved} moved, share {share}"
-                );
+                assert!(moved <= share + slack, "{n} nodes, {replication} replicas: {moved} moved, share {share}");
                 let pulled = loads(&more, &after)[&NodeId(n + 1)];
-                assert!(
-                    pulled + slack >= share,
-                    "the new node got {pulled} of {share}"
-                );
+                assert!(pulled + slack >= share, "the new node got {pulled} of {share}");
             }
         }
     }
@@ -628,21 +515,8 @@ mod tests {
     #[test]
     fn the_placement_is_fixed_for_ever() {
         // Another hash, or another order of its input, would move every replica of a running cluster.
-        let a: Vec<Vec<u64>> = assign(6, 3, &nodes(5))
-            .iter()
-            .map(|set| set.iter().map(|n| n.0).collect())
-            .collect();
-        assert_eq!(
-            a,
-            [
-                [4, 5, 3],
-                [3, 2, 5],
-                [1, 2, 4],
-                [3, 1, 2],
-                [5, 1, 3],
-                [2, 5, 3]
-            ]
-        );
+        let a: Vec<Vec<u64>> = assign(6, 3, &nodes(5)).iter().map(|set| set.iter().map(|n| n.0).collect()).collect();
+        assert_eq!(a, [[4, 5, 3], [3, 2, 5], [1, 2, 4], [3, 1, 2], [5, 1, 3], [2, 5, 3]]);
     }
 
     #[test]
@@ -652,20 +526,11 @@ mod tests {
         let nodes: Vec<(NodeId, Option<&str>)> = (1..).map(NodeId).zip(zones.map(Some)).collect();
         let mut sets = vec![vec![0, 1]; 4];
         sets.extend(vec![vec![3, 4]; 3]);
-        let mut table = Table {
-            field: Field::new(&nodes),
-            sets,
-            load: vec![4, 4, 0, 3, 3],
-            bound: 3,
-        };
+        let mut table = Table { field: Field::new(&nodes), sets, load: vec![4, 4, 0, 3, 3], bound: 3 };
         table.relieve();
         let mut load = vec![0; 5];
         for set in &table.sets {
-            assert_eq!(
-                set.iter().map(|n| zones[*n]).collect::<BTreeSet<_>>().len(),
-                2,
-                "{set:?}"
-            );
+            assert_eq!(set.iter().map(|n| zones[*n]).collect::<BTreeSet<_>>().len(), 2, "{set:?}");
             set.iter().for_each(|n| load[*n] += 1);
         }
         assert_eq!(load, table.load);
@@ -685,27 +550,18 @@ mod tests {
         let zone: BTreeMap<NodeId, &str> = uneven.iter().map(|(n, z)| (*n, z.unwrap())).collect();
         let a = assign(128, 3, &uneven);
         for set in &a {
-            assert_eq!(
-                set.iter().map(|n| zone[n]).collect::<BTreeSet<_>>().len(),
-                3,
-                "{set:?}"
-            );
+            assert_eq!(set.iter().map(|n| zone[n]).collect::<BTreeSet<_>>().len(), 3, "{set:?}");
         }
         let load = loads(&uneven, &a);
         assert_eq!(load[&NodeId(1)], 128);
-        assert!(
-            load.iter()
-                .all(|(n, l)| *n == NodeId(1) || *l <= 128 * 3 / 5 + 2),
-            "{load:?}"
-        );
+        assert!(load.iter().all(|(n, l)| *n == NodeId(1) || *l <= 128 * 3 / 5 + 2), "{load:?}");
         assert!(spread(&uneven, &a, None) <= 1, "who leads is free of zones");
     }
 
     #[test]
     fn two_zones_split_five_replicas_three_to_two() {
-        let nodes: Vec<(NodeId, Option<&str>)> = (1..=8)
-            .map(|i| (NodeId(i), Some(if i % 2 == 0 { "even" } else { "odd" })))
-            .collect();
+        let nodes: Vec<(NodeId, Option<&str>)> =
+            (1..=8).map(|i| (NodeId(i), Some(if i % 2 == 0 { "even" } else { "odd" }))).collect();
         for set in assign(200, 5, &nodes) {
             let odd = set.iter().filter(|n| n.0 % 2 == 1).count();
             assert!(odd == 2 || odd == 3, "{set:?}");
@@ -722,10 +578,7 @@ mod tests {
             })
             .collect();
         assert_eq!(preferred_leader(&replicas, |_, _| true), Some(NodeId(1)));
-        assert_eq!(
-            preferred_leader(&replicas, |_, i| i != Incarnation(10)),
-            Some(NodeId(2))
-        );
+        assert_eq!(preferred_leader(&replicas, |_, i| i != Incarnation(10)), Some(NodeId(2)));
         assert_eq!(preferred_leader(&replicas, |_, _| false), None);
     }
 

@@ -618,7 +618,8 @@ impl Replica {
     /// Whether `voter` answers and has everything up to the last tick's commit: it could take over.
     pub fn caught_up(&self, voter: ReplicaId) -> bool {
         let committed = self.raw.raft.raft_log.committed;
-        voter == self.id || self.raw.raft.prs().get(voter.0).is_some_and(|p| p.recent_active && p.matched + 1024 >= committed)
+        voter == self.id
+            || self.raw.raft.prs().get(voter.0).is_some_and(|p| p.recent_active && p.matched + 1024 >= committed)
     }
 
     fn note_leadership(&mut self, out: &mut Out) {
@@ -938,6 +939,9 @@ impl Replica {
 
     /// Whether requests wait for this replica.
     pub fn busy(&self) -> bool {
-        !self.proposals.is_empty() || !self.reads.is_empty() || !self.queue.is_empty() || !self.awaiting_advance.is_empty()
+        !self.proposals.is_empty()
+            || !self.reads.is_empty()
+            || !self.queue.is_empty()
+            || !self.awaiting_advance.is_empty()
     }
 }
