@@ -1,165 +1,275 @@
-//! Entries, operations and outcomes as bytes: postcard for structure, payloads borrowed from the input.
+//! The bytes of requests, log entries and outcomes.
 //!
 //! ```text
-//!   entry   = version | Header | Kind | body          batch body = (SessionTag | length | ops)*
-//!   ops     = count | Op*                             outcome = postcard of a borrowed mirror
+//!   [Op] --encode_ops--> ops block: count, ops ----EntryBuilder----> entry: version, stamp, wall offset, kind, body
+//!         OpsRef::parse <--'   (checked once, borrowed ever after)        decode_entry <--'   EntryView borrows
+//!   Outcome --encode_outcome--> peer frame --decode_outcome--> Outcome, its strings slices of the frame
 //! ```
+//!
+//! Structure is postcard (little-endian varints, length-prefixed bytes); the position of an enum's variant is its code.
+//! Decoding copies no payload, and allocates nothing but the lists of a reply, whose length is checked before. It never
+//! panics, whatever the bytes: what it accepts is fully checked, so that apply may rely on every [`Op`] it gets.
+//!
+//! | kind | body |
+//! |---|---|
+//! | 0 batch | `u32` number of requests (four bytes, little-endian), then each: tag, length, ops block |
+//! | 1 open session | gateway's incarnation |
+//! | 2 advance | – |
+//! | 3 check digest | index, digest |
 
 use crate::error::{CodecError, OpError};
+use crate::glob::MAX_PATTERN_BYTES;
 use crate::ids::{Incarnation, LogIndex};
-use crate::limits;
+use crate::key::KeyRef;
+use crate::limits::{
+    DATABASES, MAX_KEY_BYTES, MAX_OPS_PER_REQUEST, MAX_REQUEST_BYTES, MAX_SCAN_COUNT, MAX_VALUE_BYTES,
+};
 use crate::op::{Op, SetExpire};
 use crate::reply::{Outcome, Reply, ValueType};
 use crate::session::SessionTag;
 use crate::slot::slot_of;
 use crate::time::LogTime;
 use bytes::Bytes;
+use postcard::ser_flavors::Flavor;
 use serde::{Deserialize, Serialize};
 
-/// Version of the entry format that this build writes.
+/// Version of entries that this build writes; the only one it reads.
 pub const ENTRY_VERSION: u8 = 1;
+/// Most operations of one request that concern all keys of a shard (SCAN, FLUSHDB). Each may cost as much as thousands
+/// of others, and a request is not interrupted.
+pub const MAX_SHARD_WIDE_OPS: usize = 16;
 
-fn put<T: Serialize>(out: &mut Vec<u8>, v: &T) {
-    let taken = std::mem::take(out);
-    *out = postcard::to_extend(v, taken).expect("derived serializers of plain data do not fail");
+const KIND_BATCH: u8 = 0;
+const KIND_OPEN_SESSION: u8 = 1;
+const KIND_ADVANCE: u8 = 2;
+const KIND_CHECK_DIGEST: u8 = 3;
+
+/// Bytes of an operation besides its key, value and pattern: codes, lengths and numbers, each at its longest.
+const OP_OVERHEAD: usize = 48;
+/// Lists of a reply get room for this many items at once; beyond, they grow as items are really found in the input.
+const PREALLOCATED_ITEMS: usize = 1024;
+
+/// Lets postcard append to a vector that somebody else owns.
+struct Append<'v>(&'v mut Vec<u8>);
+
+impl Flavor for Append<'_> {
+    type Output = ();
+    fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
+        self.0.push(byte);
+        Ok(())
+    }
+    fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+    fn finalize(self) -> postcard::Result<()> {
+        Ok(())
+    }
+}
+
+fn put<T: Serialize>(out: &mut Vec<u8>, value: &T) {
+    postcard::serialize_with_flavor(value, Append(out)).expect("plain data of known length always serializes");
 }
 
 fn take<'a, T: Deserialize<'a>>(bytes: &mut &'a [u8]) -> Result<T, CodecError> {
-    let (v, rest) = postcard::take_from_bytes(bytes).map_err(|_| CodecError::Malformed)?;
+    let (value, rest) = postcard::take_from_bytes(bytes).map_err(|_| CodecError::Malformed)?;
     *bytes = rest;
-    Ok(v)
+    Ok(value)
 }
 
-/// Encodes one request's operations. Fails if there are none or too many, or if one is over a limit or ill-formed.
-pub fn encode_ops(ops: &[Op<'_>]) -> Result<Bytes, CodecError> {
-    if ops.is_empty() {
+fn put_varint(out: &mut Vec<u8>, mut n: u64) {
+    while n >= 0x80 {
+        out.push(n as u8 | 0x80);
+        n >>= 7;
+    }
+    out.push(n as u8);
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_varint(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+fn put_key(out: &mut Vec<u8>, key: &KeyRef<'_>) {
+    put_varint(out, u64::from(key.slot.0));
+    out.push(key.db);
+    put_bytes(out, key.bytes);
+}
+
+/// Writes what postcard would write. By hand only where a payload is copied: serde knows a slice of bytes as a sequence
+/// of numbers, and would write it byte by byte.
+fn put_op(out: &mut Vec<u8>, op: &Op<'_>) {
+    match op {
+        Op::Get { key } => {
+            out.push(0);
+            put_key(out, key);
+        }
+        Op::Set { key, value, cond, expire, get } => {
+            out.push(1);
+            put_key(out, key);
+            put_bytes(out, value);
+            put(out, &(cond, expire, get));
+        }
+        Op::Append { key, value } => {
+            out.push(8);
+            put_key(out, key);
+            put_bytes(out, value);
+        }
+        other => put(out, other),
+    }
+}
+
+fn check_key(key: &KeyRef<'_>) -> Result<(), CodecError> {
+    if key.bytes.len() > MAX_KEY_BYTES {
+        return Err(CodecError::TooLarge);
+    }
+    if key.db >= DATABASES || key.slot != slot_of(key.bytes) {
         return Err(CodecError::Malformed);
     }
-    if ops.len() > limits::MAX_OPS_PER_REQUEST {
-        return Err(CodecError::TooLarge);
-    }
-    let payload: usize = ops.iter().map(payload_len).sum();
-    if payload > limits::MAX_REQUEST_BYTES {
-        return Err(CodecError::TooLarge);
-    }
-    let mut out = Vec::with_capacity(8 + ops.len() * 16 + payload);
-    put(&mut out, &(ops.len() as u32));
-    for op in ops {
-        check_op(op)?;
-        put(&mut out, op);
-    }
-    if out.len() > limits::MAX_REQUEST_BYTES { Err(CodecError::TooLarge) } else { Ok(out.into()) }
+    Ok(())
 }
 
-fn payload_len(op: &Op<'_>) -> usize {
-    let value = match op {
-        Op::Set { value, .. } | Op::Append { value, .. } => value.len(),
-        Op::Scan { pattern, .. } => pattern.map_or(0, <[u8]>::len),
-        _ => 0,
-    };
-    op.key().map_or(0, |k| k.bytes.len()) + value
+fn check_expire(expire: SetExpire) -> Result<(), CodecError> {
+    if expire == SetExpire::After(0) { Err(CodecError::Malformed) } else { Ok(()) }
 }
 
+/// Everything about one operation that does not depend on state.
 fn check_op(op: &Op<'_>) -> Result<(), CodecError> {
-    let database = |db: u8| if db < limits::DATABASES { Ok(()) } else { Err(CodecError::Malformed) };
     if let Some(key) = op.key() {
-        database(key.db)?;
-        if key.bytes.len() > limits::MAX_KEY_BYTES {
-            return Err(CodecError::TooLarge);
-        }
-        if slot_of(key.bytes) != key.slot {
-            return Err(CodecError::Malformed);
-        }
+        check_key(&key)?;
     }
-    match op {
-        Op::Set { value, .. } | Op::Append { value, .. } if value.len() > limits::MAX_VALUE_BYTES => {
-            return Err(CodecError::TooLarge);
+    match *op {
+        Op::Set { value, expire, .. } => {
+            check_expire(expire)?;
+            if value.len() > MAX_VALUE_BYTES { Err(CodecError::TooLarge) } else { Ok(()) }
         }
-        _ => {}
-    }
-    match op {
-        Op::Set { expire: SetExpire::After(0), .. } | Op::GetEx { expire: SetExpire::After(0), .. } => {
-            Err(CodecError::Malformed)
-        }
+        Op::Append { value, .. } if value.len() > MAX_VALUE_BYTES => Err(CodecError::TooLarge),
+        Op::GetEx { expire, .. } => check_expire(expire),
         Op::IncrByFloat { by, .. } if !by.get().is_finite() => Err(CodecError::Malformed),
-        Op::DbSize { db } | Op::Flush { db: Some(db) } => database(*db),
+        Op::DbSize { db } | Op::Flush { db: Some(db) } if db >= DATABASES => Err(CodecError::Malformed),
         Op::Scan { db, count, pattern, .. } => {
-            database(*db)?;
-            if !(1..=limits::MAX_SCAN_COUNT).contains(count) || pattern.is_some_and(|p| p.len() > limits::MAX_KEY_BYTES)
-            {
+            if db >= DATABASES || count == 0 {
                 return Err(CodecError::Malformed);
             }
-            Ok(())
+            let long = pattern.is_some_and(|p| p.len() > MAX_PATTERN_BYTES);
+            if long || count > MAX_SCAN_COUNT { Err(CodecError::TooLarge) } else { Ok(()) }
         }
         _ => Ok(()),
     }
 }
 
-/// Operations of one request, checked once so that apply may rely on them.
+fn check_count(count: usize) -> Result<(), CodecError> {
+    match count {
+        0 => Err(CodecError::Malformed),
+        1..=MAX_OPS_PER_REQUEST => Ok(()),
+        _ => Err(CodecError::TooLarge),
+    }
+}
+
+/// Counts what concerns all keys of a shard and refuses too much of it in one request.
+fn check_wide(op: &Op<'_>, wide: &mut usize) -> Result<(), CodecError> {
+    *wide += usize::from(matches!(op, Op::Scan { .. } | Op::Flush { .. }));
+    if *wide > MAX_SHARD_WIDE_OPS { Err(CodecError::TooLarge) } else { Ok(()) }
+}
+
+/// Encodes the operations of one request into an ops block.
+///
+/// # Errors
+/// [`CodecError::Malformed`] without any operation, or for one that cannot be (a slot that is not its key's, an unknown
+/// database, an expiry after 0 ms, an infinite increment, a SCAN of nothing); [`CodecError::TooLarge`] over one of the
+/// [`crate::limits`], [`MAX_PATTERN_BYTES`] or [`MAX_SHARD_WIDE_OPS`].
+pub fn encode_ops(ops: &[Op<'_>]) -> Result<Bytes, CodecError> {
+    check_count(ops.len())?;
+    let mut wide = 0;
+    let mut size = 4usize;
+    for op in ops {
+        check_op(op)?;
+        check_wide(op, &mut wide)?;
+        let payload = match *op {
+            Op::Set { value, .. } | Op::Append { value, .. } => value.len(),
+            Op::Scan { pattern: Some(pattern), .. } => pattern.len(),
+            _ => 0,
+        };
+        // What is certainly too long is refused before room for it is made.
+        let bare = payload + op.key().map_or(0, |k| k.bytes.len());
+        size += bare + OP_OVERHEAD;
+        if size - 4 > MAX_REQUEST_BYTES + ops.len() * OP_OVERHEAD {
+            return Err(CodecError::TooLarge);
+        }
+    }
+    let mut out = Vec::with_capacity(size);
+    put_varint(&mut out, ops.len() as u64);
+    for op in ops {
+        put_op(&mut out, op);
+    }
+    debug_assert!(out.len() <= size, "an operation is longer than its bound");
+    if out.len() > MAX_REQUEST_BYTES {
+        return Err(CodecError::TooLarge);
+    }
+    Ok(Bytes::from(out))
+}
+
+/// The operations of one request: an ops block that has been checked. Copies freely, borrows the block.
 #[derive(Clone, Copy, Debug)]
 pub struct OpsRef<'a> {
-    bytes: &'a [u8],
+    /// The operations, without their count.
+    body: &'a [u8],
     count: u32,
-    writes: bool,
 }
 
 impl<'a> OpsRef<'a> {
-    /// Checks form and limits of every operation.
+    /// Checks form and limits of every operation, that there is at least one, and that nothing follows the last.
+    ///
+    /// # Errors
+    /// As [`encode_ops`]; [`CodecError::Malformed`] also for bytes that are no ops block.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, CodecError> {
-        if bytes.len() > limits::MAX_REQUEST_BYTES {
+        if bytes.len() > MAX_REQUEST_BYTES {
             return Err(CodecError::TooLarge);
         }
-        let mut rest = bytes;
-        let count: u32 = take(&mut rest)?;
-        if count == 0 || count as usize > limits::MAX_OPS_PER_REQUEST {
-            return Err(CodecError::Malformed);
-        }
-        let body = rest;
-        let mut writes = false;
-        for _ in 0..count {
+        let ops = Self::trusted(bytes)?;
+        check_count(ops.len())?;
+        let (mut rest, mut wide) = (ops.body, 0);
+        for _ in 0..ops.count {
             let op: Op<'a> = take(&mut rest)?;
             check_op(&op)?;
-            writes |= op.is_write();
+            check_wide(&op, &mut wide)?;
         }
-        if rest.is_empty() { Ok(OpsRef { bytes: body, count, writes }) } else { Err(CodecError::Malformed) }
+        if rest.is_empty() { Ok(ops) } else { Err(CodecError::Malformed) }
     }
-    /// The operations, in order. Does not allocate.
+
+    /// A block that is known to have been checked: only its count is read.
+    fn trusted(mut bytes: &'a [u8]) -> Result<Self, CodecError> {
+        let count = take(&mut bytes)?;
+        Ok(OpsRef { body: bytes, count })
+    }
+
+    /// The operations, in order. Allocates nothing.
     pub fn iter(&self) -> impl Iterator<Item = Op<'a>> + use<'a> {
-        let mut rest = self.bytes;
+        let mut rest = self.body;
+        // Checked when parsed: no operation can fail to decode, so the iterator never ends early.
         (0..self.count).map_while(move |_| take(&mut rest).ok())
     }
-    /// Number of operations, at least 1.
+
+    /// Number of operations, 1 to [`MAX_OPS_PER_REQUEST`].
     pub fn len(&self) -> usize {
         self.count as usize
     }
-    /// Never: a request has at least one operation.
+
+    /// Whether there is none; never true of a parsed block.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
-    /// Whether any operation writes.
+
+    /// Whether any operation writes, so that the request must go through the log.
     pub fn is_write(&self) -> bool {
-        self.writes
+        self.iter().any(|op| op.is_write())
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Header {
-    stamp: LogTime,
-    wall_offset: i64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-enum Kind {
-    Batch,
-    OpenSession { gateway: Incarnation },
-    Advance,
-    CheckDigest { index: LogIndex, digest: u64 },
-}
-
-fn begin(stamp: LogTime, wall_offset: i64, kind: Kind) -> Vec<u8> {
-    let mut out = vec![ENTRY_VERSION];
-    put(&mut out, &Header { stamp, wall_offset });
-    put(&mut out, &kind);
+fn entry_head(stamp: LogTime, wall_offset: i64, kind: u8) -> Vec<u8> {
+    let mut out = Vec::with_capacity(64);
+    out.push(ENTRY_VERSION);
+    put(&mut out, &(stamp, wall_offset, kind));
     out
 }
 
@@ -167,218 +277,599 @@ fn begin(stamp: LogTime, wall_offset: i64, kind: Kind) -> Vec<u8> {
 #[derive(Debug)]
 pub struct EntryBuilder {
     bytes: Vec<u8>,
-    len: usize,
+    /// Where the number of requests stands; filled in at the end.
+    count_at: usize,
+    count: u32,
 }
 
 impl EntryBuilder {
     /// An entry stamped with log time and the leader's wall-clock offset (wall minus log time, milliseconds).
     pub fn new(stamp: LogTime, wall_offset: i64) -> Self {
-        EntryBuilder { bytes: begin(stamp, wall_offset, Kind::Batch), len: 0 }
+        let mut bytes = entry_head(stamp, wall_offset, KIND_BATCH);
+        let count_at = bytes.len();
+        bytes.extend_from_slice(&0u32.to_le_bytes());
+        EntryBuilder { bytes, count_at, count: 0 }
     }
-    /// Adds one request; `ops` as [`encode_ops`] wrote them.
+
+    /// Adds one request. `ops` must be an ops block that [`OpsRef::parse`] accepts: every replica stops at an entry that
+    /// holds anything else. When to close an entry is the caller's decision, by [`EntryBuilder::size`].
     pub fn push(&mut self, tag: SessionTag, ops: &[u8]) {
+        debug_assert!(OpsRef::parse(ops).is_ok(), "requests are checked before they are proposed");
         put(&mut self.bytes, &tag);
-        put(&mut self.bytes, &ops);
-        self.len += 1;
+        put_bytes(&mut self.bytes, ops);
+        self.count += 1;
     }
+
     /// Number of requests so far.
     pub fn len(&self) -> usize {
-        self.len
+        self.count as usize
     }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.count == 0
     }
-    /// Bytes so far.
+
+    /// Bytes so far, header included.
     pub fn size(&self) -> usize {
         self.bytes.len()
     }
+
     /// The payload.
-    pub fn finish(self) -> Bytes {
-        self.bytes.into()
+    pub fn finish(mut self) -> Bytes {
+        self.bytes[self.count_at..self.count_at + 4].copy_from_slice(&self.count.to_le_bytes());
+        Bytes::from(self.bytes)
     }
 }
 
 /// An entry that opens a session for a gateway, replacing its earlier one; the outcome is `Reply::Int(session id)`.
 pub fn encode_open_session(stamp: LogTime, gateway: Incarnation) -> Bytes {
-    begin(stamp, 0, Kind::OpenSession { gateway }).into()
+    let mut out = entry_head(stamp, 0, KIND_OPEN_SESSION);
+    put(&mut out, &gateway);
+    Bytes::from(out)
 }
 
 /// An entry that only moves log time on.
 pub fn encode_advance(stamp: LogTime) -> Bytes {
-    begin(stamp, 0, Kind::Advance).into()
+    Bytes::from(entry_head(stamp, 0, KIND_ADVANCE))
 }
 
 /// An entry that compares digests: every replica must have had `digest` when it had applied `index`.
 pub fn encode_check_digest(stamp: LogTime, index: LogIndex, digest: u64) -> Bytes {
-    begin(stamp, 0, Kind::CheckDigest { index, digest }).into()
+    let mut out = entry_head(stamp, 0, KIND_CHECK_DIGEST);
+    put(&mut out, &(index, digest));
+    Bytes::from(out)
+}
+
+/// A decoded entry; borrows its payload. Everything in it has been checked.
+#[derive(Clone, Copy, Debug)]
+pub struct EntryView<'a> {
+    /// Log time when the leader proposed the entry.
+    pub stamp: LogTime,
+    /// The leader's wall time minus its log time at the proposal, in milliseconds.
+    pub wall_offset: i64,
+    /// What the entry does.
+    pub body: EntryBody<'a>,
 }
 
 /// What an entry does.
 #[derive(Clone, Copy, Debug)]
 pub enum EntryBody<'a> {
-    /// Requests of sessions.
+    /// Executes requests.
     Batch(Requests<'a>),
-    /// Opens a session.
+    /// Opens a session for a gateway.
     OpenSession {
-        /// For this life of a node.
+        /// One life of a gateway node.
         gateway: Incarnation,
     },
-    /// Moves log time on.
+    /// Moves log time on, as every entry does, and nothing else.
     Advance,
     /// Compares digests.
     CheckDigest {
-        /// At this applied index.
+        /// The log index.
         index: LogIndex,
-        /// The leader's.
+        /// The digest of a right state that has applied exactly up to there.
         digest: u64,
     },
 }
 
-/// A decoded entry. Payloads borrow from its bytes.
+/// The requests of a batch entry.
 #[derive(Clone, Copy, Debug)]
-pub struct EntryView<'a> {
-    /// Log time of its leader.
-    pub stamp: LogTime,
-    /// The leader's wall time minus `stamp`, in milliseconds.
-    pub wall_offset: i64,
-    /// What it does.
-    pub body: EntryBody<'a>,
+pub struct Requests<'a> {
+    body: &'a [u8],
+    count: u32,
 }
 
-/// The requests of a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Requests<'a>(&'a [u8]);
+impl<'a> Requests<'a> {
+    /// The requests, in order. Allocates nothing.
+    pub fn iter(&self) -> impl Iterator<Item = (SessionTag, OpsRef<'a>)> + use<'a> {
+        let mut rest = self.body;
+        // Checked when decoded: nothing can fail here.
+        (0..self.count).map_while(move |_| {
+            let (tag, ops) = take::<(SessionTag, &'a [u8])>(&mut rest).ok()?;
+            Some((tag, OpsRef::trusted(ops).ok()?))
+        })
+    }
 
-impl<'a> Iterator for Requests<'a> {
-    type Item = Result<(SessionTag, OpsRef<'a>), CodecError>;
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let mut one = || {
-            let tag = take(&mut self.0)?;
-            let ops: &'a [u8] = take(&mut self.0)?;
-            Ok((tag, OpsRef::parse(ops)?))
-        };
-        let item = one();
-        if item.is_err() {
-            self.0 = &[];
-        }
-        Some(item)
+    /// Number of requests.
+    pub fn len(&self) -> usize {
+        self.count as usize
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
     }
 }
 
-/// Decodes an entry. The requests of a batch are checked as they are iterated.
+/// Decodes and checks an entry, the operations of its requests included.
+///
+/// # Errors
+/// [`CodecError::UnknownVersion`] if a later version wrote it; else as [`OpsRef::parse`].
 pub fn decode_entry(bytes: &[u8]) -> Result<EntryView<'_>, CodecError> {
-    let (version, mut rest) = bytes.split_first().ok_or(CodecError::Malformed)?;
-    if *version != ENTRY_VERSION {
-        return Err(CodecError::UnknownVersion(*version));
+    let mut rest = bytes;
+    let version: u8 = take(&mut rest)?;
+    if version != ENTRY_VERSION {
+        return Err(CodecError::UnknownVersion(version));
     }
-    let header: Header = take(&mut rest)?;
-    let body = match take(&mut rest)? {
-        Kind::Batch => {
-            return Ok(EntryView {
-                stamp: header.stamp,
-                wall_offset: header.wall_offset,
-                body: EntryBody::Batch(Requests(rest)),
-            });
-        }
-        Kind::OpenSession { gateway } => EntryBody::OpenSession { gateway },
-        Kind::Advance => EntryBody::Advance,
-        Kind::CheckDigest { index, digest } => EntryBody::CheckDigest { index, digest },
-    };
-    if !rest.is_empty() {
-        return Err(CodecError::Malformed);
-    }
-    Ok(EntryView { stamp: header.stamp, wall_offset: header.wall_offset, body })
-}
-
-/// Flat mirror of [`Reply`], borrowing payloads. An array is its length followed by its elements.
-#[derive(Serialize, Deserialize)]
-enum WireReply<'a> {
-    Ok,
-    Nil,
-    Int(i64),
-    Bulk(&'a [u8]),
-    Type(ValueType),
-    Scan {
-        next: Option<u64>,
-        #[serde(borrow)]
-        keys: Vec<&'a [u8]>,
-    },
-    Error(OpError),
-    Array(u32),
-}
-
-#[derive(Serialize, Deserialize)]
-enum WireOutcome {
-    Reply,
-    Gap,
-    Unknown,
-    NoSession,
-}
-
-fn put_reply(reply: &Reply, out: &mut Vec<u8>) {
-    let wire = match reply {
-        Reply::Ok => WireReply::Ok,
-        Reply::Nil => WireReply::Nil,
-        Reply::Int(i) => WireReply::Int(*i),
-        Reply::Bulk(b) => WireReply::Bulk(b),
-        Reply::Type(t) => WireReply::Type(*t),
-        Reply::Scan { next, keys } => WireReply::Scan { next: *next, keys: keys.iter().map(|k| &k[..]).collect() },
-        Reply::Error(e) => WireReply::Error(*e),
-        Reply::Array(items) => {
-            put(out, &WireReply::Array(items.len() as u32));
-            return items.iter().for_each(|r| put_reply(r, out));
-        }
-    };
-    put(out, &wire);
-}
-
-fn take_reply<'a>(whole: &Bytes, rest: &mut &'a [u8], arrays: bool) -> Result<Reply, CodecError> {
-    Ok(match take::<WireReply<'a>>(rest)? {
-        WireReply::Ok => Reply::Ok,
-        WireReply::Nil => Reply::Nil,
-        WireReply::Int(i) => Reply::Int(i),
-        WireReply::Bulk(b) => Reply::Bulk(whole.slice_ref(b)),
-        WireReply::Type(t) => Reply::Type(t),
-        WireReply::Scan { next, keys } => {
-            Reply::Scan { next, keys: keys.into_iter().map(|k| whole.slice_ref(k)).collect() }
-        }
-        WireReply::Error(e) => Reply::Error(e),
-        WireReply::Array(n) if arrays && n as usize <= limits::MAX_OPS_PER_REQUEST => {
-            let mut items = Vec::new();
-            for _ in 0..n {
-                items.push(take_reply(whole, rest, false)?);
+    let (stamp, wall_offset, kind): (LogTime, i64, u8) = take(&mut rest)?;
+    let body = match kind {
+        KIND_BATCH => {
+            let (count, requests) = rest.split_first_chunk::<4>().ok_or(CodecError::Malformed)?;
+            let count = u32::from_le_bytes(*count);
+            rest = requests;
+            // Every request has bytes of its own, so a count that lies runs out of them.
+            for _ in 0..count {
+                let (_, ops) = take::<(SessionTag, &[u8])>(&mut rest)?;
+                OpsRef::parse(ops)?;
             }
-            Reply::Array(items)
+            EntryBody::Batch(Requests { body: requests, count })
         }
-        WireReply::Array(_) => return Err(CodecError::Malformed),
+        KIND_OPEN_SESSION => EntryBody::OpenSession { gateway: take(&mut rest)? },
+        KIND_ADVANCE => EntryBody::Advance,
+        KIND_CHECK_DIGEST => {
+            let (index, digest) = take(&mut rest)?;
+            EntryBody::CheckDigest { index, digest }
+        }
+        _ => return Err(CodecError::Malformed),
+    };
+    if rest.is_empty() { Ok(EntryView { stamp, wall_offset, body }) } else { Err(CodecError::Malformed) }
+}
+
+const OUTCOME_REPLY: u8 = 0;
+const OUTCOME_GAP: u8 = 1;
+const OUTCOME_UNKNOWN: u8 = 2;
+const OUTCOME_NO_SESSION: u8 = 3;
+
+const REPLY_OK: u8 = 0;
+const REPLY_NIL: u8 = 1;
+const REPLY_INT: u8 = 2;
+const REPLY_BULK: u8 = 3;
+const REPLY_TYPE: u8 = 4;
+const REPLY_SCAN: u8 = 5;
+const REPLY_ERROR: u8 = 6;
+const REPLY_ARRAY: u8 = 7;
+
+/// Appends an outcome to a frame. Arrays hold no arrays: the replies of a request are those of single operations.
+pub fn encode_outcome(outcome: &Outcome, out: &mut Vec<u8>) {
+    match outcome {
+        Outcome::Reply(reply) => {
+            out.push(OUTCOME_REPLY);
+            put_reply(out, reply);
+        }
+        Outcome::Gap => out.push(OUTCOME_GAP),
+        Outcome::Unknown => out.push(OUTCOME_UNKNOWN),
+        Outcome::NoSession => out.push(OUTCOME_NO_SESSION),
+    }
+}
+
+fn put_reply(out: &mut Vec<u8>, reply: &Reply) {
+    match reply {
+        Reply::Ok => out.push(REPLY_OK),
+        Reply::Nil => out.push(REPLY_NIL),
+        Reply::Int(n) => put(out, &(REPLY_INT, n)),
+        Reply::Bulk(bytes) => {
+            out.push(REPLY_BULK);
+            put_bytes(out, bytes);
+        }
+        Reply::Type(t) => put(out, &(REPLY_TYPE, t)),
+        Reply::Scan { next, keys } => {
+            put(out, &(REPLY_SCAN, next));
+            put_varint(out, keys.len() as u64);
+            keys.iter().for_each(|key| put_bytes(out, key));
+        }
+        Reply::Error(e) => put(out, &(REPLY_ERROR, e)),
+        Reply::Array(replies) => {
+            out.push(REPLY_ARRAY);
+            put_varint(out, replies.len() as u64);
+            for reply in replies {
+                debug_assert!(!matches!(reply, Reply::Array(_)), "an operation answers no array");
+                put_reply(out, reply);
+            }
+        }
+    }
+}
+
+/// Decodes the outcome at the beginning of `input`. Returns it and the number of bytes it took; strings in it are
+/// slices of `input`, and so keep all of it alive.
+///
+/// # Errors
+/// [`CodecError::Malformed`] for bytes that are no outcome; [`CodecError::TooLarge`] for a string longer than
+/// [`MAX_VALUE_BYTES`] or a list longer than any state machine answers.
+pub fn decode_outcome(input: &Bytes) -> Result<(Outcome, usize), CodecError> {
+    let mut rest: &[u8] = input;
+    let outcome = match take::<u8>(&mut rest)? {
+        OUTCOME_REPLY => Outcome::Reply(match take::<u8>(&mut rest)? {
+            REPLY_ARRAY => {
+                let count = take_count(&mut rest, MAX_OPS_PER_REQUEST)?;
+                let mut replies = Vec::with_capacity(count.min(PREALLOCATED_ITEMS));
+                for _ in 0..count {
+                    let code = take(&mut rest)?;
+                    replies.push(take_reply(input, code, &mut rest)?);
+                }
+                Reply::Array(replies)
+            }
+            code => take_reply(input, code, &mut rest)?,
+        }),
+        OUTCOME_GAP => Outcome::Gap,
+        OUTCOME_UNKNOWN => Outcome::Unknown,
+        OUTCOME_NO_SESSION => Outcome::NoSession,
+        _ => return Err(CodecError::Malformed),
+    };
+    Ok((outcome, input.len() - rest.len()))
+}
+
+/// The reply of a single operation; an array is refused, so nothing here recurses.
+fn take_reply(input: &Bytes, code: u8, rest: &mut &[u8]) -> Result<Reply, CodecError> {
+    Ok(match code {
+        REPLY_OK => Reply::Ok,
+        REPLY_NIL => Reply::Nil,
+        REPLY_INT => Reply::Int(take(rest)?),
+        REPLY_BULK => Reply::Bulk(take_slice(input, rest, MAX_VALUE_BYTES)?),
+        REPLY_TYPE => Reply::Type(take::<ValueType>(rest)?),
+        REPLY_SCAN => {
+            let next = take(rest)?;
+            let count = take_count(rest, MAX_SCAN_COUNT as usize)?;
+            let mut keys = Vec::with_capacity(count.min(PREALLOCATED_ITEMS));
+            for _ in 0..count {
+                keys.push(take_slice(input, rest, MAX_KEY_BYTES)?);
+            }
+            Reply::Scan { next, keys }
+        }
+        REPLY_ERROR => Reply::Error(take::<OpError>(rest)?),
+        _ => return Err(CodecError::Malformed),
     })
 }
 
-/// Appends an outcome.
-pub fn encode_outcome(outcome: &Outcome, out: &mut Vec<u8>) {
-    match outcome {
-        Outcome::Reply(r) => {
-            put(out, &WireOutcome::Reply);
-            put_reply(r, out);
-        }
-        Outcome::Gap => put(out, &WireOutcome::Gap),
-        Outcome::Unknown => put(out, &WireOutcome::Unknown),
-        Outcome::NoSession => put(out, &WireOutcome::NoSession),
-    }
+fn take_count(rest: &mut &[u8], most: usize) -> Result<usize, CodecError> {
+    let count: u64 = take(rest)?;
+    if count > most as u64 { Err(CodecError::TooLarge) } else { Ok(count as usize) }
 }
 
-/// Decodes an outcome at the beginning of `bytes`, and how many bytes it took. Payloads are slices of `bytes`.
-pub fn decode_outcome(bytes: &Bytes) -> Result<(Outcome, usize), CodecError> {
-    let mut rest: &[u8] = bytes;
-    let outcome = match take(&mut rest)? {
-        WireOutcome::Reply => Outcome::Reply(take_reply(bytes, &mut rest, true)?),
-        WireOutcome::Gap => Outcome::Gap,
-        WireOutcome::Unknown => Outcome::Unknown,
-        WireOutcome::NoSession => Outcome::NoSession,
-    };
-    Ok((outcome, bytes.len() - rest.len()))
+fn take_slice(input: &Bytes, rest: &mut &[u8], most: usize) -> Result<Bytes, CodecError> {
+    let slice: &[u8] = take(rest)?;
+    if slice.len() > most { Err(CodecError::TooLarge) } else { Ok(input.slice_ref(slice)) }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::error::OpError;
+    use crate::ids::{Epoch, Seq, SessionId};
+    use crate::op::{ExpireAt, ExpireCond, SetCond, f64Bits};
+    use crate::slot::Slot;
+    use crate::time::WallTime;
+    use proptest::prelude::*;
+
+    pub(crate) fn key(bytes: &[u8]) -> KeyRef<'_> {
+        KeyRef::new(0, bytes).expect("a short key")
+    }
+
+    pub(crate) fn tag(session: u64, seq: u64, low: u64) -> SessionTag {
+        SessionTag { session: SessionId(session), seq: Seq(seq), low: Seq(low) }
+    }
+
+    /// Every operation once, with values that need more than one byte.
+    fn all_ops() -> Vec<Op<'static>> {
+        let key = KeyRef::new(15, b"{tag}key").expect("a short key");
+        vec![
+            Op::Get { key },
+            Op::Set { key, value: &[7; 300], cond: SetCond::IfPresent, expire: SetExpire::After(1 << 40), get: true },
+            Op::Set { key, value: b"", cond: SetCond::IfAbsent, expire: SetExpire::At(WallTime(u64::MAX)), get: false },
+            Op::GetEx { key, expire: SetExpire::Keep },
+            Op::GetDel { key },
+            Op::Del { key },
+            Op::Exists { key },
+            Op::IncrBy { key, by: i64::MIN },
+            Op::IncrByFloat { key, by: f64Bits::from(-1.5) },
+            Op::Append { key, value: &[9; 200] },
+            Op::Strlen { key },
+            Op::Expire { key, at: ExpireAt::At(-1), cond: ExpireCond::IfLess },
+            Op::Expire { key, at: ExpireAt::After(i64::MAX), cond: ExpireCond::IfGreater },
+            Op::Persist { key },
+            Op::Pttl { key },
+            Op::Type { key },
+            Op::DbSize { db: 3 },
+            Op::Scan { db: 1, cursor: u64::MAX, count: 10, pattern: Some(b"*") },
+            Op::Scan { db: 1, cursor: 0, count: MAX_SCAN_COUNT, pattern: None },
+            Op::Flush { db: None },
+            Op::Flush { db: Some(15) },
+        ]
+    }
+
+    fn batch() -> Bytes {
+        let mut b = EntryBuilder::new(LogTime(1_700_000_000_000), -12_345);
+        assert!(b.is_empty());
+        b.push(tag(5, 1, 0), &encode_ops(&all_ops()).unwrap());
+        b.push(tag(u64::MAX, 300, 299), &encode_ops(&[Op::Del { key: key(b"k") }]).unwrap());
+        assert_eq!(b.len(), 2);
+        let size = b.size();
+        let bytes = b.finish();
+        assert_eq!(bytes.len(), size);
+        bytes
+    }
+
+    fn entries() -> Vec<Bytes> {
+        vec![
+            batch(),
+            encode_open_session(LogTime(300), Incarnation(u128::MAX / 3)),
+            encode_advance(LogTime(300)),
+            encode_check_digest(LogTime(300), LogIndex(1024), u64::MAX),
+            EntryBuilder::new(LogTime(0), i64::MIN).finish(),
+        ]
+    }
+
+    #[test]
+    fn hand_written_operations_are_those_of_postcard() {
+        for op in all_ops() {
+            let mut ours = Vec::new();
+            put_op(&mut ours, &op);
+            assert_eq!(ours, postcard::to_allocvec(&op).unwrap(), "{op:?}");
+        }
+    }
+
+    #[test]
+    fn operations_come_back() {
+        let ops = all_ops();
+        let bytes = encode_ops(&ops).unwrap();
+        let parsed = OpsRef::parse(&bytes).unwrap();
+        assert_eq!(parsed.iter().collect::<Vec<_>>(), ops);
+        assert_eq!((parsed.len(), parsed.is_empty(), parsed.is_write()), (ops.len(), false, true));
+        let reads = encode_ops(&[Op::Get { key: key(b"a") }, Op::DbSize { db: 0 }]).unwrap();
+        assert!(!OpsRef::parse(&reads).unwrap().is_write());
+    }
+
+    #[test]
+    fn payloads_are_borrowed() {
+        let bytes = encode_ops(&[Op::Append { key: key(b"k"), value: b"value" }]).unwrap();
+        let Some(Op::Append { value, .. }) = OpsRef::parse(&bytes).unwrap().iter().next() else { panic!("an append") };
+        assert!(bytes.as_ptr_range().contains(&value.as_ptr()));
+    }
+
+    #[test]
+    fn entries_come_back() {
+        let entries = entries();
+        let view = decode_entry(&entries[0]).unwrap();
+        assert_eq!((view.stamp, view.wall_offset), (LogTime(1_700_000_000_000), -12_345));
+        let EntryBody::Batch(requests) = view.body else { panic!("a batch") };
+        let found: Vec<_> = requests.iter().map(|(tag, ops)| (tag, ops.iter().collect::<Vec<_>>())).collect();
+        assert_eq!(requests.len(), 2);
+        assert_eq!(found, [(tag(5, 1, 0), all_ops()), (tag(u64::MAX, 300, 299), vec![Op::Del { key: key(b"k") }])]);
+        let EntryBody::OpenSession { gateway } = decode_entry(&entries[1]).unwrap().body else { panic!("a session") };
+        assert_eq!(gateway, Incarnation(u128::MAX / 3));
+        assert!(matches!(
+            decode_entry(&entries[2]),
+            Ok(EntryView { stamp: LogTime(300), wall_offset: 0, body: EntryBody::Advance })
+        ));
+        let EntryBody::CheckDigest { index, digest } = decode_entry(&entries[3]).unwrap().body else {
+            panic!("a check")
+        };
+        assert_eq!((index, digest), (LogIndex(1024), u64::MAX));
+        assert!(matches!(decode_entry(&entries[4]).unwrap().body, EntryBody::Batch(r) if r.is_empty()));
+    }
+
+    #[test]
+    fn an_entry_that_is_cut_or_continued_is_refused() {
+        for entry in entries() {
+            for end in 0..entry.len() {
+                assert!(decode_entry(&entry[..end]).is_err(), "cut to {end} of {}", entry.len());
+            }
+            assert!(decode_entry(&[&entry[..], &[0]].concat()).is_err());
+        }
+    }
+
+    #[test]
+    fn other_versions_and_kinds_are_refused() {
+        let mut entry = encode_advance(LogTime(1)).to_vec();
+        entry[0] = 2;
+        assert_eq!(decode_entry(&entry).unwrap_err(), CodecError::UnknownVersion(2));
+        entry[0] = ENTRY_VERSION;
+        *entry.last_mut().unwrap() = 9;
+        assert_eq!(decode_entry(&entry).unwrap_err(), CodecError::Malformed);
+    }
+
+    /// Writes operations without any check, as a faulty peer might.
+    fn unchecked(ops: &[Op<'_>]) -> Vec<u8> {
+        let mut out = Vec::new();
+        put_varint(&mut out, ops.len() as u64);
+        ops.iter().for_each(|op| put_op(&mut out, op));
+        out
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_both_sides() {
+        let k = key(b"k");
+        let set = |value, expire| Op::Set { key: k, value, cond: SetCond::Always, expire, get: false };
+        let scan = |db, count, pattern| Op::Scan { db, cursor: 0, count, pattern };
+        let long_key = vec![b'k'; MAX_KEY_BYTES + 1];
+        let long_value = vec![0; MAX_VALUE_BYTES + 1];
+        let long_pattern = vec![b'*'; MAX_PATTERN_BYTES + 1];
+        use CodecError::{Malformed, TooLarge};
+        for (op, why) in [
+            (Op::Get { key: KeyRef { slot: Slot(k.slot.0 ^ 1), ..k } }, Malformed),
+            (Op::Get { key: KeyRef { db: DATABASES, ..k } }, Malformed),
+            (Op::Get { key: KeyRef { slot: slot_of(&long_key), db: 0, bytes: &long_key } }, TooLarge),
+            (set(&long_value, SetExpire::Clear), TooLarge),
+            (Op::Append { key: k, value: &long_value }, TooLarge),
+            (set(b"", SetExpire::After(0)), Malformed),
+            (Op::GetEx { key: k, expire: SetExpire::After(0) }, Malformed),
+            (Op::IncrByFloat { key: k, by: f64::NAN.into() }, Malformed),
+            (Op::IncrByFloat { key: k, by: f64::INFINITY.into() }, Malformed),
+            (Op::DbSize { db: DATABASES }, Malformed),
+            (Op::Flush { db: Some(DATABASES) }, Malformed),
+            (scan(DATABASES, 1, None), Malformed),
+            (scan(0, 0, None), Malformed),
+            (scan(0, MAX_SCAN_COUNT + 1, None), TooLarge),
+            (scan(0, 1, Some(&long_pattern[..])), TooLarge),
+        ] {
+            assert_eq!(encode_ops(&[op]).unwrap_err(), why, "{op:?}");
+            assert_eq!(OpsRef::parse(&unchecked(&[op])).unwrap_err(), why, "{op:?}");
+            let mut b = entry_head(LogTime(1), 0, KIND_BATCH);
+            b.extend_from_slice(&1u32.to_le_bytes());
+            put(&mut b, &tag(1, 1, 0));
+            put_bytes(&mut b, &unchecked(&[op]));
+            assert_eq!(decode_entry(&b).unwrap_err(), why, "{op:?}");
+        }
+        let many = vec![Op::Exists { key: k }; MAX_OPS_PER_REQUEST + 1];
+        let wide = vec![Op::Flush { db: None }; MAX_SHARD_WIDE_OPS + 1];
+        for (ops, why) in [(&[][..], Malformed), (&many, TooLarge), (&wide, TooLarge)] {
+            assert_eq!(encode_ops(ops).unwrap_err(), why);
+            assert_eq!(OpsRef::parse(&unchecked(ops)).unwrap_err(), why);
+        }
+        assert!(encode_ops(&many[1..]).is_ok());
+        assert!(encode_ops(&wide[1..]).is_ok());
+    }
+
+    #[test]
+    fn limits_are_inclusive_and_requests_have_one_of_their_own() {
+        let long_key = vec![b'k'; MAX_KEY_BYTES];
+        let value = vec![1; MAX_VALUE_BYTES];
+        let set = Op::Append { key: KeyRef::new(0, &long_key).unwrap(), value: &value };
+        let one = encode_ops(&[set]).unwrap();
+        assert!(OpsRef::parse(&one).is_ok());
+        assert_eq!(encode_ops(&[set, set]).unwrap_err(), CodecError::TooLarge);
+        assert_eq!(OpsRef::parse(&vec![0; MAX_REQUEST_BYTES + 1]).unwrap_err(), CodecError::TooLarge);
+        // A count that lies does not make room for what it promises.
+        assert!(OpsRef::parse(&[0xff, 0xff, 0xff, 0xff, 0x0f]).is_err());
+        let mut lying = entry_head(LogTime(1), 0, KIND_BATCH);
+        lying.extend_from_slice(&u32::MAX.to_le_bytes());
+        assert!(decode_entry(&lying).is_err());
+    }
+
+    fn outcomes() -> Vec<Outcome> {
+        let leaves = vec![
+            Reply::Ok,
+            Reply::Nil,
+            Reply::Int(i64::MIN),
+            Reply::Bulk(Bytes::from_static(b"value")),
+            Reply::Bulk(Bytes::new()),
+            Reply::Type(ValueType::String),
+            Reply::Scan { next: Some(u64::MAX), keys: vec![Bytes::from_static(b"a"), Bytes::new()] },
+            Reply::Scan { next: None, keys: vec![] },
+            Reply::Error(OpError::WrongSlot { epoch: Epoch(300) }),
+            Reply::Error(OpError::TooLong),
+        ];
+        let mut all: Vec<_> = leaves.iter().cloned().map(Outcome::Reply).collect();
+        all.push(Outcome::Reply(Reply::Array(leaves)));
+        all.push(Outcome::Reply(Reply::Array(vec![])));
+        all.extend([Outcome::Gap, Outcome::Unknown, Outcome::NoSession]);
+        all
+    }
+
+    #[test]
+    fn outcomes_come_back_as_slices_and_tell_their_length() {
+        for outcome in outcomes() {
+            let mut bytes = Vec::new();
+            encode_outcome(&outcome, &mut bytes);
+            let length = bytes.len();
+            bytes.extend_from_slice(b"what follows");
+            let bytes = Bytes::from(bytes);
+            let (decoded, used) = decode_outcome(&bytes).unwrap();
+            assert_eq!((&decoded, used), (&outcome, length));
+            if let Outcome::Reply(Reply::Bulk(b)) = &decoded
+                && !b.is_empty()
+            {
+                assert!(bytes.as_ptr_range().contains(&b.as_ptr()), "copied");
+            }
+            for end in 0..length {
+                assert!(decode_outcome(&bytes.slice(..end)).is_err(), "{outcome:?} cut to {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn lists_of_a_reply_are_bounded_and_flat() {
+        let array = |n: u64| {
+            let mut b = vec![OUTCOME_REPLY, REPLY_ARRAY];
+            put_varint(&mut b, n);
+            Bytes::from(b)
+        };
+        assert_eq!(decode_outcome(&array(MAX_OPS_PER_REQUEST as u64 + 1)).unwrap_err(), CodecError::TooLarge);
+        assert_eq!(decode_outcome(&array(u64::MAX)).unwrap_err(), CodecError::TooLarge);
+        assert_eq!(decode_outcome(&array(MAX_OPS_PER_REQUEST as u64)).unwrap_err(), CodecError::Malformed);
+        let mut scan = vec![OUTCOME_REPLY, REPLY_SCAN, 0];
+        put_varint(&mut scan, u64::from(MAX_SCAN_COUNT) + 1);
+        assert_eq!(decode_outcome(&scan.into()).unwrap_err(), CodecError::TooLarge);
+        let nested = [vec![OUTCOME_REPLY], [REPLY_ARRAY, 1].repeat(100_000), vec![REPLY_OK]].concat();
+        assert_eq!(decode_outcome(&nested.into()).unwrap_err(), CodecError::Malformed);
+    }
+
+    /// Uses everything a decoder returns: what was accepted must be usable to the end.
+    fn decode_all(bytes: &[u8]) {
+        if let Ok(view) = decode_entry(bytes)
+            && let EntryBody::Batch(requests) = view.body
+        {
+            assert_eq!(requests.iter().count(), requests.len());
+            for (_, ops) in requests.iter() {
+                assert_eq!(ops.iter().count(), ops.len());
+            }
+        }
+        if let Ok(ops) = OpsRef::parse(bytes) {
+            let all: Vec<_> = ops.iter().collect();
+            assert_eq!(all.len(), ops.len());
+            assert!(encode_ops(&all).is_ok(), "accepted what may not be written: {all:?}");
+        }
+        if let Ok((outcome, used)) = decode_outcome(&Bytes::copy_from_slice(bytes)) {
+            assert!(used <= bytes.len());
+            encode_outcome(&outcome, &mut Vec::new());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_a_decoder_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..300), first in 0u8..9) {
+            decode_all(&bytes);
+            if let Some(b) = bytes.first_mut() {
+                *b = first;
+            }
+            decode_all(&bytes);
+        }
+
+        #[test]
+        fn no_mutation_of_good_bytes_makes_a_decoder_panic(
+            which in 0usize..21,
+            changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..3), 1..6),
+        ) {
+            let mut good = entries();
+            good.push(encode_ops(&all_ops()).unwrap());
+            good.extend(outcomes().iter().map(|o| {
+                let mut b = Vec::new();
+                encode_outcome(o, &mut b);
+                Bytes::from(b)
+            }));
+            let mut bytes = good[which % good.len()].to_vec();
+            for (at, value, how) in changes {
+                if bytes.is_empty() {
+                    break;
+                }
+                let at = at.index(bytes.len());
+                match how {
+                    0 => bytes[at] = value,
+                    1 => bytes.insert(at, value),
+                    _ => { bytes.remove(at); }
+                }
+            }
+            decode_all(&bytes);
+        }
+    }
 }

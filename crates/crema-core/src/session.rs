@@ -46,8 +46,7 @@ struct Kept {
     seq: u64,
     /// First slot that the write touched: a move of slots takes the answer along.
     slot: Option<Slot>,
-    /// `None`: executed, but the answer was too large to keep.
-    reply: Option<Reply>,
+    reply: Reply,
     bytes: usize,
 }
 
@@ -115,7 +114,7 @@ impl Sessions {
         }
         if seq <= s.last {
             return match s.kept.binary_search_by_key(&seq, |k| k.seq) {
-                Ok(i) => s.kept[i].reply.clone().map_or(Verdict::Unknown, Verdict::Again),
+                Ok(i) => Verdict::Again(s.kept[i].reply.clone()),
                 Err(_) => Verdict::Unknown,
             };
         }
@@ -127,13 +126,11 @@ impl Sessions {
         let Some(s) = self.by_id.get_mut(&tag.session) else { return };
         s.last = tag.seq.0;
         let size = reply_bytes(reply);
-        let fits = s.bytes + size <= SESSION_REPLY_BYTES && s.kept.len() < SESSION_WINDOW;
-        let bytes = if fits { size } else { 0 };
-        s.bytes += bytes;
-        s.kept.push_back(Kept { seq: tag.seq.0, slot, reply: fits.then(|| reply.clone()), bytes });
-        // More than a window means a gateway that ignores it; the oldest answers go.
-        while s.kept.len() > SESSION_WINDOW {
-            s.bytes -= s.kept.pop_front().map_or(0, |k| k.bytes);
+        // What does not fit is not kept: `last` alone remembers that it was executed. Answers kept earlier stay, since
+        // only a gateway that ignores its window can have more of them than there is room for.
+        if s.bytes + size <= SESSION_REPLY_BYTES && s.kept.len() < SESSION_WINDOW {
+            s.bytes += size;
+            s.kept.push_back(Kept { seq: tag.seq.0, slot, reply: reply.clone(), bytes: size });
         }
     }
 
@@ -163,11 +160,172 @@ impl Sessions {
     }
 }
 
+/// Accounted bytes of a kept reply. Constants, not sizes of types: what is kept must not depend on the build.
 fn reply_bytes(reply: &Reply) -> usize {
     16 + match reply {
         Reply::Bulk(b) => b.len(),
         Reply::Scan { keys, .. } => keys.iter().map(|k| k.len() + 16).sum(),
         Reply::Array(items) => items.iter().map(reply_bytes).sum(),
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    const G: Incarnation = Incarnation(7);
+
+    fn tag(session: SessionId, seq: u64, low: u64) -> SessionTag {
+        SessionTag { session, seq: Seq(seq), low: Seq(low) }
+    }
+
+    struct Rig {
+        s: Sessions,
+        id: SessionId,
+        index: u64,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let mut s = Sessions::default();
+            let id = s.open(G, LogIndex(10));
+            Rig { s, id, index: 10 }
+        }
+        fn judge(&mut self, seq: u64, low: u64) -> Verdict {
+            self.index += 1;
+            self.s.judge(tag(self.id, seq, low), LogIndex(self.index))
+        }
+        /// Executes the write with its number as the answer.
+        fn execute(&mut self, seq: u64, low: u64) {
+            assert_eq!(self.judge(seq, low), Verdict::Execute, "write {seq}");
+            self.s.executed(tag(self.id, seq, low), Some(Slot(3)), &Reply::Int(seq as i64));
+        }
+    }
+
+    #[test]
+    fn writes_execute_once_and_in_order() {
+        let mut r = Rig::new();
+        assert_eq!(r.id, SessionId(10));
+        assert_eq!(r.judge(0, 0), Verdict::Unknown, "numbers begin at 1");
+        assert_eq!(r.judge(2, 0), Verdict::Gap, "the first is missing");
+        r.execute(1, 0);
+        r.execute(2, 0);
+        assert_eq!(r.judge(1, 0), Verdict::Again(Reply::Int(1)));
+        assert_eq!(r.judge(2, 0), Verdict::Again(Reply::Int(2)));
+        assert_eq!(r.judge(4, 0), Verdict::Gap);
+        r.execute(3, 0);
+        r.execute(4, 0);
+    }
+
+    #[test]
+    fn the_low_watermark_forgets_skips_and_never_sinks() {
+        let mut r = Rig::new();
+        (1..=3).for_each(|seq| r.execute(seq, 0));
+        assert_eq!(r.judge(3, 2), Verdict::Again(Reply::Int(3)));
+        assert_eq!(r.judge(2, 0), Verdict::Unknown, "finished, though this copy does not know it");
+        // 4 and 5 were given up by the gateway: 6 follows 3.
+        assert_eq!(r.judge(6, 4), Verdict::Gap, "5 may still come");
+        r.execute(6, 5);
+        assert_eq!(r.judge(5, 0), Verdict::Unknown);
+        assert_eq!(r.judge(3, 0), Verdict::Unknown, "at or below the watermark");
+        r.execute(7, 0);
+    }
+
+    #[test]
+    fn a_low_watermark_counts_even_with_a_gap() {
+        let mut r = Rig::new();
+        r.execute(1, 0);
+        assert_eq!(r.judge(9, 1), Verdict::Gap);
+        assert_eq!(r.judge(1, 0), Verdict::Unknown);
+    }
+
+    #[test]
+    fn numbers_at_their_end_do_not_overflow() {
+        let mut r = Rig::new();
+        r.execute(u64::MAX, u64::MAX - 1);
+        assert_eq!(r.judge(u64::MAX, 0), Verdict::Again(Reply::Int(-1)));
+        assert_eq!(r.judge(u64::MAX, u64::MAX), Verdict::Unknown);
+    }
+
+    #[test]
+    fn what_does_not_fit_was_executed_but_is_not_remembered() {
+        let mut r = Rig::new();
+        assert_eq!(r.judge(1, 0), Verdict::Execute);
+        let large = Reply::Bulk(Bytes::from(vec![0; SESSION_REPLY_BYTES]));
+        r.s.executed(tag(r.id, 1, 0), None, &large);
+        assert_eq!(r.judge(1, 0), Verdict::Unknown, "never executed again");
+        r.execute(2, 0);
+        assert_eq!(r.judge(2, 0), Verdict::Again(Reply::Int(2)), "a small one still fits");
+        // A full budget is free again once the gateway has finished.
+        let half = Reply::Bulk(Bytes::from(vec![0; SESSION_REPLY_BYTES / 2]));
+        for seq in 3..=4 {
+            assert_eq!(r.judge(seq, 0), Verdict::Execute);
+            r.s.executed(tag(r.id, seq, 0), None, &half);
+        }
+        assert_eq!(r.judge(3, 0), Verdict::Again(half.clone()));
+        assert_eq!(r.judge(4, 0), Verdict::Unknown, "both together are too much");
+        assert_eq!(r.judge(5, 3), Verdict::Execute);
+        r.s.executed(tag(r.id, 5, 3), None, &half);
+        assert_eq!(r.judge(5, 3), Verdict::Again(half));
+    }
+
+    #[test]
+    fn a_whole_window_is_kept_and_no_more() {
+        let mut r = Rig::new();
+        let window = SESSION_WINDOW as u64;
+        (1..=window + 1).for_each(|seq| r.execute(seq, 0));
+        assert_eq!(r.judge(1, 0), Verdict::Again(Reply::Int(1)));
+        assert_eq!(r.judge(window, 0), Verdict::Again(Reply::Int(window as i64)));
+        assert_eq!(r.judge(window + 1, 0), Verdict::Unknown, "beyond the window");
+    }
+
+    #[test]
+    fn opening_again_replaces_the_gateways_session_only() {
+        let mut r = Rig::new();
+        r.execute(1, 0);
+        let other = r.s.open(Incarnation(8), LogIndex(50));
+        let new = r.s.open(G, LogIndex(51));
+        assert_eq!((new, r.s.len()), (SessionId(51), 2));
+        assert_eq!(r.judge(1, 0), Verdict::NoSession);
+        assert_eq!(r.judge(2, 0), Verdict::NoSession);
+        assert_eq!(r.s.judge(tag(new, 1, 0), LogIndex(60)), Verdict::Execute);
+        assert_eq!(r.s.judge(tag(other, 1, 0), LogIndex(60)), Verdict::Execute);
+    }
+
+    #[test]
+    fn the_least_recently_used_session_goes() {
+        let mut s = Sessions::default();
+        let count = MAX_SESSIONS as u64;
+        for i in 1..=count {
+            s.open(Incarnation(u128::from(i)), LogIndex(i));
+        }
+        // The first is used, by a write that is not even executed; the second is now the oldest.
+        assert_eq!(s.judge(tag(SessionId(1), 5, 0), LogIndex(count + 1)), Verdict::Gap);
+        s.open(Incarnation(0), LogIndex(count + 2));
+        assert_eq!(s.len(), MAX_SESSIONS);
+        assert_eq!(s.judge(tag(SessionId(2), 1, 0), LogIndex(count + 3)), Verdict::NoSession);
+        assert_eq!(s.judge(tag(SessionId(1), 1, 0), LogIndex(count + 3)), Verdict::Execute);
+        // Of sessions used by the same entry, the oldest.
+        for i in (3..=count).rev() {
+            s.judge(tag(SessionId(i), 1, 0), LogIndex(count + 4));
+        }
+        s.judge(tag(SessionId(1), 1, 0), LogIndex(count + 5));
+        s.judge(tag(SessionId(count + 2), 1, 0), LogIndex(count + 5));
+        s.open(Incarnation(u128::MAX), LogIndex(count + 6));
+        assert_eq!(s.judge(tag(SessionId(3), 1, 0), LogIndex(count + 7)), Verdict::NoSession);
+        assert_eq!(s.judge(tag(SessionId(4), 1, 0), LogIndex(count + 7)), Verdict::Execute);
+    }
+
+    #[test]
+    fn the_digest_tells_progress_apart() {
+        let mut r = Rig::new();
+        let mut seen = vec![Sessions::default().digest(), r.s.digest()];
+        r.execute(1, 0);
+        seen.push(r.s.digest());
+        r.execute(2, 1);
+        seen.push(r.s.digest());
+        assert!((1..seen.len()).all(|i| !seen[..i].contains(&seen[i])), "{seen:?}");
     }
 }

@@ -116,4 +116,44 @@ mod tests {
             assert_eq!(slot_of(key.as_bytes()), Slot(slot), "{key}");
         }
     }
+
+    #[test]
+    fn slots_of_odd_keys_as_redis_answers_them() {
+        // CLUSTER KEYSLOT of Redis 7.0.15: braces at every place, and bytes that are no text.
+        let answers: [(&[u8], u16); 28] = [
+            (b"a", 15495),
+            (b"b", 3300),
+            (b"key:000000000042", 7803),
+            (b"user1000", 3443),
+            (b"{", 4092),
+            (b"}", 12090),
+            (b"}{", 12793),
+            (b"}{a}", 15495),
+            (b"a}", 5921),
+            (b"{a}", 15495),
+            (b"{}{a}", 13650),
+            (b"{{}}", 4092),
+            (b"{{}", 4092),
+            (b"{}}", 14790),
+            (b"{a}{b}", 15495),
+            (b"x{a}y{b}z", 15495),
+            (b"x{a", 6541),
+            (b"x{}", 2608),
+            (b"{ }", 9314),
+            (b" ", 9314),
+            (b"\x00", 0),
+            (b"{\x00}x", 0),
+            (b"\xff\xfe{\xff}\x80", 7920),
+            (b"\r\n", 5910),
+            (b"{a}\x00{b}", 15495),
+            ("caf\u{e9}".as_bytes(), 5735),
+            (b"{user}:{id}:1", 5474),
+            (b"page:/index.html?x={y}", 12222),
+        ];
+        for (key, slot) in answers {
+            assert_eq!(slot_of(key), Slot(slot), "{}", key.escape_ascii());
+        }
+        assert_eq!(slot_of(&[b'x'; 300]), Slot(11216));
+        assert_eq!(slot_of(&[b"{".as_slice(), &[b'y'; 299], b"}tail"].concat()), Slot(133));
+    }
 }

@@ -5,30 +5,38 @@
 //! ```
 //!
 //! `apply` is synchronous, total and pure: the same entries make the same state and the same outcomes on every replica.
-//! Whatever depends on state (conditions, types, slots) is decided here and nowhere else.
+//! Whatever depends on state (conditions, expiry, slots) is decided here and nowhere else.
+//!
+//! A key whose expiry is at or before log time is absent, whether its record is still there or not; the next write to the
+//! key removes it. So nobody has to watch the clock, and a key that is expired for one reader is so for all later ones.
 
 use crate::codec::{EntryBody, OpsRef, decode_entry};
 use crate::error::{CorruptEntry, OpError};
-use crate::glob::glob_match;
 use crate::ids::{Epoch, LogIndex};
 use crate::key::KeyRef;
-use crate::limits;
+use crate::limits::{MAX_REQUEST_BYTES, MAX_VALUE_BYTES};
 use crate::op::{ExpireAt, ExpireCond, Op, SetCond, SetExpire};
 use crate::reply::{Outcome, Reply, ValueType};
 use crate::session::{Sessions, Verdict};
-use crate::slot::SlotRange;
-use crate::store::Table;
+use crate::slot::{Slot, SlotRange};
+use crate::store::{Edit, Entry, SCAN_BYTES, ScanQuery, Table, TableWriter};
 use crate::time::LogTime;
 use bytes::Bytes;
 use std::collections::VecDeque;
+use std::io::Write;
 use std::sync::Arc;
 
+/// Most bytes of values and keys in the replies of one request. A request may name one large value thousands of times; an
+/// operation that would answer beyond this is refused with [`OpError::TooLong`], and changes nothing.
+pub const MAX_REPLY_BYTES: usize = MAX_REQUEST_BYTES;
 /// A digest is recorded each time the applied index passes a multiple of this.
 const DIGEST_EVERY: u64 = 1024;
 /// Recorded digests that are kept for comparison.
 const DIGESTS_KEPT: usize = 8;
-/// Latest expiry: far beyond any clock, and well below overflow.
-const MAX_EXPIRY: u64 = i64::MAX as u64 / 2;
+/// Latest expiry in milliseconds of log time: what remains of it fits a reply.
+const MAX_EXPIRY: u64 = i64::MAX as u64;
+/// Longest text that is taken for a float; Redis has the same limit.
+const MAX_FLOAT_TEXT: usize = 5 * 1024;
 
 /// What a shard begins with.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +56,7 @@ pub struct ShardInit {
 /// Result of applying one entry.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
-    /// One outcome a request, in order.
+    /// One outcome a request, in order; one for an entry that opens a session; else none.
     pub outcomes: Vec<Outcome>,
     /// Index at which this replica's digest differs from the leader's: stop the line.
     pub digest_mismatch: Option<LogIndex>,
@@ -67,40 +75,78 @@ pub enum ReadResult {
 /// The state of one shard.
 #[derive(Debug)]
 pub struct StateMachine {
-    init: ShardInit,
-    table: Arc<Table>,
+    range: SlotRange,
+    epoch: Epoch,
+    table: TableWriter,
     sessions: Sessions,
     log_time: LogTime,
     applied: LogIndex,
     digests: VecDeque<(LogIndex, u64)>,
+    /// The newest index that an applied entry compared.
     checked: LogIndex,
 }
 
-/// A value that is alive at a point of log time.
-struct Alive {
-    value: Bytes,
-    expire_at: u64,
+/// Bytes that the replies of a request may still take.
+struct ReplyBudget(usize);
+
+impl ReplyBudget {
+    fn take(&mut self, bytes: usize) -> Result<(), OpError> {
+        self.0 = self.0.checked_sub(bytes).ok_or(OpError::TooLong)?;
+        Ok(())
+    }
+
+    /// The value of a live key, or nil.
+    fn bulk(&mut self, entry: Option<Entry<'_>>) -> Result<Reply, OpError> {
+        let Some(entry) = entry else { return Ok(Reply::Nil) };
+        self.take(entry.value.len())?;
+        Ok(Reply::Bulk(Bytes::copy_from_slice(entry.value)))
+    }
+}
+
+/// What a read finds of a key.
+enum Seen<'a> {
+    /// Absent, or expired by log time.
+    Absent,
+    Live(Entry<'a>),
+    /// Expired by the estimate but not by log time.
+    Undecided,
+}
+
+/// What an expiry asked for comes to.
+#[derive(Clone, Copy)]
+enum Expiry {
+    Never,
+    Keep,
+    /// In future, in log time.
+    At(u64),
+    /// At or before log time.
+    Past,
 }
 
 impl StateMachine {
     /// The founding state: no keys, no sessions.
     pub fn new(init: ShardInit) -> Self {
         StateMachine {
-            init,
-            table: Arc::new(Table::new(init.range, init.secret)),
+            range: init.range,
+            epoch: init.epoch,
+            table: TableWriter::new(init.range, init.secret),
             sessions: Sessions::default(),
             log_time: init.log_time,
             applied: init.applied,
-            digests: VecDeque::new(),
+            digests: VecDeque::with_capacity(DIGESTS_KEPT),
             checked: LogIndex(0),
         }
     }
 
     /// Applies the committed entry at `index`, which must be the successor of the last one. An empty payload (Raft's own
-    /// no-op) only moves `applied`. An error means that the replica must stop: its state may differ from the others'.
+    /// no-op) only moves `applied`.
+    ///
+    /// # Errors
+    /// The entry does not decode, or is not the next. Nothing has changed, and the replica must stop: skipping an entry
+    /// would let replicas differ.
     pub fn apply(&mut self, index: LogIndex, payload: &[u8]) -> Result<Applied, CorruptEntry> {
         let corrupt = |reason: String| CorruptEntry { index: index.0, reason };
-        if index.0 != self.applied.0 + 1 {
+        if self.applied.0.checked_add(1) != Some(index.0) {
             return Err(corrupt(format!("it does not follow entry {}", self.applied)));
         }
         let mut result = Applied::default();
@@ -109,21 +155,19 @@ impl StateMachine {
             self.log_time = self.log_time.max(entry.stamp);
             match entry.body {
                 EntryBody::Batch(requests) => {
-                    for request in requests {
-                        let (tag, ops) = request.map_err(|e| corrupt(e.to_string()))?;
-                        let outcome = match self.sessions.judge(tag, index) {
+                    result.outcomes.reserve_exact(requests.len());
+                    for (tag, ops) in requests.iter() {
+                        result.outcomes.push(match self.sessions.judge(tag, index) {
                             Verdict::Execute => {
                                 let reply = self.execute(ops, entry.wall_offset);
-                                let slot = ops.iter().next().and_then(|op| op.key()).map(|k| k.slot);
-                                self.sessions.executed(tag, slot, &reply);
+                                self.sessions.executed(tag, first_slot(ops), &reply);
                                 Outcome::Reply(reply)
                             }
                             Verdict::Again(reply) => Outcome::Reply(reply),
                             Verdict::Gap => Outcome::Gap,
                             Verdict::Unknown => Outcome::Unknown,
                             Verdict::NoSession => Outcome::NoSession,
-                        };
-                        result.outcomes.push(outcome);
+                        });
                     }
                 }
                 EntryBody::OpenSession { gateway } => {
@@ -132,7 +176,10 @@ impl StateMachine {
                 }
                 EntryBody::Advance => {}
                 EntryBody::CheckDigest { index: at, digest } => {
-                    self.checked = self.checked.max(at);
+                    // One that names the future compares nothing, and must not keep later ones from being proposed.
+                    if at < index {
+                        self.checked = self.checked.max(at);
+                    }
                     let own = self.digests.iter().find(|(i, _)| *i == at);
                     if own.is_some_and(|(_, d)| *d != digest) {
                         result.digest_mismatch = Some(at);
@@ -151,223 +198,293 @@ impl StateMachine {
         Ok(result)
     }
 
-    /// Answers read-only operations from the applied state. `estimate` is the leader's log time now.
+    /// Answers read-only operations from the applied state: the reply of one operation, [`Reply::Array`] of several.
+    /// `estimate` is the leader's log time now; an earlier one than the applied counts as that.
+    ///
+    /// `ops` must be an ops block without writes. Should it be anything else, nothing is executed, and the answer is
+    /// [`OpError::WrongSlot`], the refusal that tells its caller just that.
     pub fn read(&self, ops: &[u8], estimate: LogTime) -> ReadResult {
-        let Ok(ops) = OpsRef::parse(ops) else {
-            debug_assert!(false, "reads are checked before they are taken");
-            return ReadResult::Reply(Reply::Error(OpError::InvalidExpire));
+        let ops = OpsRef::parse(ops).ok().filter(|ops| !ops.is_write());
+        debug_assert!(ops.is_some(), "reads are checked before they are taken");
+        let Some(ops) = ops.filter(|ops| self.owns_all(*ops)) else {
+            return ReadResult::Reply(self.wrong_slot());
         };
         let now = self.log_time.max(estimate);
+        let mut budget = ReplyBudget(MAX_REPLY_BYTES);
+        let mut replies = Vec::new();
         for op in ops.iter() {
-            if let Some(key) = op.key().filter(|k| self.init.range.contains(k.slot)) {
-                let expire_at = self.table.get(key, |e| e.map_or(0, |e| e.expire_at));
-                if expire_at > self.log_time.0 && expire_at <= now.0 {
-                    return ReadResult::NeedsAdvance;
-                }
+            match self.observe(&op, now, &mut budget) {
+                Some(Ok(reply)) if ops.len() == 1 => return ReadResult::Reply(reply),
+                Some(Err(e)) if ops.len() == 1 => return ReadResult::Reply(Reply::Error(e)),
+                Some(answer) => replies.push(answer.unwrap_or_else(Reply::Error)),
+                None => return ReadResult::NeedsAdvance,
             }
         }
-        ReadResult::Reply(self.each(ops, |op| self.observe(op, now)))
+        ReadResult::Reply(Reply::Array(replies))
     }
 
-    fn each<'a>(&self, ops: OpsRef<'a>, mut f: impl FnMut(&Op<'a>) -> Reply) -> Reply {
-        if ops.iter().any(|op| op.key().is_some_and(|k| !self.init.range.contains(k.slot))) {
-            return Reply::Error(OpError::WrongSlot { epoch: self.init.epoch });
-        }
-        if ops.len() == 1 {
-            return ops.iter().next().map_or(Reply::Nil, |op| f(&op));
-        }
-        Reply::Array(ops.iter().map(|op| f(&op)).collect())
-    }
-
+    /// Executes the operations of a request, in order. One that fails does not undo the others, as in a Redis transaction;
+    /// but if any names a slot that this shard does not own, none is executed, and the answer is a bare error.
     fn execute(&mut self, ops: OpsRef<'_>, wall_offset: i64) -> Reply {
-        // A request that names a foreign slot does nothing at all.
-        if ops.iter().any(|op| op.key().is_some_and(|k| !self.init.range.contains(k.slot))) {
-            return Reply::Error(OpError::WrongSlot { epoch: self.init.epoch });
+        if !self.owns_all(ops) {
+            return self.wrong_slot();
         }
-        let one = |me: &mut Self, op: &Op<'_>| {
-            if op.is_write() { me.change(op, wall_offset) } else { me.observe(op, me.log_time) }
-        };
+        let mut budget = ReplyBudget(MAX_REPLY_BYTES);
+        let mut one = |op: Op<'_>| self.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error);
         if ops.len() == 1 {
-            return ops.iter().next().map_or(Reply::Nil, |op| one(self, &op));
+            return ops.iter().next().map_or(Reply::Nil, one);
         }
         let mut replies = Vec::with_capacity(ops.len());
-        for op in ops.iter() {
-            replies.push(one(self, &op));
-        }
+        ops.iter().for_each(|op| replies.push(one(op)));
         Reply::Array(replies)
     }
 
-    fn alive(&self, key: KeyRef<'_>, now: LogTime) -> Option<Alive> {
-        self.table.get(key, |e| {
-            e.filter(|e| e.expire_at == 0 || e.expire_at > now.0)
-                .map(|e| Alive { value: Bytes::copy_from_slice(e.value), expire_at: e.expire_at })
+    fn owns_all(&self, ops: OpsRef<'_>) -> bool {
+        ops.iter().all(|op| match op {
+            Op::Scan { cursor, .. } => self.table.table().holds_cursor(cursor),
+            op => op.key().is_none_or(|k| self.range.contains(k.slot)),
         })
     }
 
-    fn expiry_of(&self, key: KeyRef<'_>, now: LogTime) -> Option<u64> {
-        self.table.get(key, |e| e.filter(|e| e.expire_at == 0 || e.expire_at > now.0).map(|e| e.expire_at))
+    fn wrong_slot(&self) -> Reply {
+        Reply::Error(OpError::WrongSlot { epoch: self.epoch })
     }
 
-    /// Read-only operations at `now`.
-    fn observe(&self, op: &Op<'_>, now: LogTime) -> Reply {
-        match *op {
-            Op::Get { key } => self.alive(key, now).map_or(Reply::Nil, |a| Reply::Bulk(a.value)),
-            Op::Exists { key } => Reply::Int(i64::from(self.expiry_of(key, now).is_some())),
-            Op::Strlen { key } => {
-                let len = self
-                    .table
-                    .get(key, |e| e.filter(|e| e.expire_at == 0 || e.expire_at > now.0).map_or(0, |e| e.value.len()));
-                Reply::Int(len as i64)
-            }
-            Op::Pttl { key } => Reply::Int(match self.expiry_of(key, now) {
-                None => -2,
-                Some(0) => -1,
-                Some(at) => (at - now.0) as i64,
-            }),
-            Op::Type { key } => {
-                let there = self.expiry_of(key, now).is_some();
-                Reply::Type(if there { ValueType::String } else { ValueType::None })
-            }
-            Op::DbSize { db } => Reply::Int(self.table.len(db) as i64),
-            Op::Scan { db, cursor, count, pattern } => {
-                let wanted = |key: &[u8]| pattern.is_none_or(|p| glob_match(p, key));
-                let step = self.table.scan(db, cursor, count, now.0, wanted);
-                Reply::Scan { next: step.next, keys: step.keys }
-            }
-            _ => {
-                debug_assert!(false, "a write among reads");
-                Reply::Nil
-            }
-        }
-    }
-
-    /// Log time at which a value set now expires. `Err` if that is beyond all time; a past point comes out as is.
-    fn expiry(&self, expire: SetExpire, old: u64, wall_offset: i64) -> Result<u64, OpError> {
-        let at = match expire {
-            SetExpire::Clear => return Ok(0),
-            SetExpire::Keep => return Ok(old),
-            SetExpire::After(ms) => self.log_time.0.checked_add(ms).ok_or(OpError::InvalidExpire)?,
-            // Wall time minus the leader's offset is log time.
-            SetExpire::At(wall) => {
-                i64::try_from(wall.0).map_err(|_| OpError::InvalidExpire)?.saturating_sub(wall_offset).max(1) as u64
-            }
+    /// Answers a read-only operation at `now`, which is log time or the leader's estimate of it. `None` if the answer
+    /// depends on which of the two it is.
+    fn observe(&self, op: &Op<'_>, now: LogTime, budget: &mut ReplyBudget) -> Option<Result<Reply, OpError>> {
+        let table = self.table.table();
+        let Some(key) = op.key() else {
+            return Some(self.observe_all(op, now, budget));
         };
-        if at > MAX_EXPIRY { Err(OpError::InvalidExpire) } else { Ok(at.max(1)) }
+        table.get(key, |entry| {
+            let seen = match entry {
+                Some(e) if e.expire_at == 0 || e.expire_at > now.0 => Seen::Live(e),
+                Some(e) if e.expire_at > self.log_time.0 => Seen::Undecided,
+                _ => Seen::Absent,
+            };
+            let entry = match seen {
+                Seen::Live(e) => Some(e),
+                Seen::Absent => None,
+                Seen::Undecided => return None,
+            };
+            Some(match op {
+                Op::Get { .. } => budget.bulk(entry),
+                Op::Exists { .. } => Ok(Reply::Int(i64::from(entry.is_some()))),
+                Op::Strlen { .. } => Ok(Reply::Int(entry.map_or(0, |e| e.value.len() as i64))),
+                Op::Pttl { .. } => Ok(Reply::Int(match entry.map(|e| e.expire_at) {
+                    None => -2,
+                    Some(0) => -1,
+                    Some(at) => (at - now.0) as i64,
+                })),
+                Op::Type { .. } => Ok(Reply::Type(if entry.is_some() { ValueType::String } else { ValueType::None })),
+                // Writes are told apart before; named, so that a new operation is not forgotten here.
+                Op::Set { .. }
+                | Op::GetEx { .. }
+                | Op::GetDel { .. }
+                | Op::Del { .. }
+                | Op::IncrBy { .. }
+                | Op::IncrByFloat { .. }
+                | Op::Append { .. }
+                | Op::Expire { .. }
+                | Op::Persist { .. }
+                | Op::DbSize { .. }
+                | Op::Scan { .. }
+                | Op::Flush { .. } => {
+                    debug_assert!(false, "not a read of a key");
+                    Err(OpError::WrongSlot { epoch: self.epoch })
+                }
+            })
+        })
     }
 
-    /// Writing operations at log time.
-    fn change(&mut self, op: &Op<'_>, wall_offset: i64) -> Reply {
-        match self.try_change(op, wall_offset) {
-            Ok(reply) => reply,
-            Err(e) => Reply::Error(e),
-        }
-    }
-
-    fn try_change(&mut self, op: &Op<'_>, wall_offset: i64) -> Result<Reply, OpError> {
-        let now = self.log_time;
-        let bulk = |a: &Option<Alive>| a.as_ref().map_or(Reply::Nil, |a| Reply::Bulk(a.value.clone()));
-        Ok(match *op {
-            Op::Set { key, value, cond, expire, get } => {
-                let before = if get { self.alive(key, now) } else { None };
-                let expiry = if get { before.as_ref().map(|b| b.expire_at) } else { self.expiry_of(key, now) };
-                let allowed = match cond {
-                    SetCond::Always => true,
-                    SetCond::IfAbsent => expiry.is_none(),
-                    SetCond::IfPresent => expiry.is_some(),
-                };
-                if allowed {
-                    let at = self.expiry(expire, expiry.unwrap_or(0), wall_offset)?;
-                    self.write(key, [value, &[]], at);
-                }
-                match (get, allowed) {
-                    (true, _) => bulk(&before),
-                    (false, true) => Reply::Ok,
-                    (false, false) => Reply::Nil,
-                }
-            }
-            Op::GetEx { key, expire } => {
-                let before = self.alive(key, now);
-                if let Some(b) = &before {
-                    let at = self.expiry(expire, b.expire_at, wall_offset)?;
-                    self.set_expiry(key, at);
-                }
-                bulk(&before)
-            }
-            Op::GetDel { key } => {
-                let before = self.alive(key, now);
-                self.table.delete(key);
-                bulk(&before)
-            }
-            Op::Del { key } => {
-                let there = self.expiry_of(key, now).is_some();
-                self.table.delete(key);
-                Reply::Int(i64::from(there))
-            }
-            Op::IncrBy { key, by } => {
-                let before = self.alive(key, now);
-                let old = before.as_ref().map_or(Ok(0), |b| parse_integer(&b.value).ok_or(OpError::NotInteger))?;
-                let new = old.checked_add(by).ok_or(OpError::Overflow)?;
-                self.write(key, [new.to_string().as_bytes(), &[]], before.map_or(0, |b| b.expire_at));
-                Reply::Int(new)
-            }
-            Op::IncrByFloat { key, by } => {
-                let before = self.alive(key, now);
-                let old = before.as_ref().map_or(Ok(0.0), |b| parse_float(&b.value).ok_or(OpError::NotFloat))?;
-                let new = old + by.get();
-                if !new.is_finite() {
-                    return Err(OpError::NotFinite);
-                }
-                let text = format_float(new);
-                self.write(key, [text.as_bytes(), &[]], before.map_or(0, |b| b.expire_at));
-                Reply::Bulk(text.into())
-            }
-            Op::Append { key, value } => {
-                let before = self.alive(key, now);
-                let (old, at) = before.as_ref().map_or((&[][..], 0), |b| (&b.value[..], b.expire_at));
-                let len = old.len() + value.len();
-                if len > limits::MAX_VALUE_BYTES {
+    /// Answers a read-only operation on no particular key.
+    fn observe_all(&self, op: &Op<'_>, now: LogTime, budget: &mut ReplyBudget) -> Result<Reply, OpError> {
+        match *op {
+            Op::DbSize { db } => Ok(Reply::Int(self.table.table().len(db) as i64)),
+            Op::Scan { db, cursor, count, pattern } => {
+                // A step finds less than this, but for one key: room is asked for before the work is done.
+                if budget.0 < SCAN_BYTES {
                     return Err(OpError::TooLong);
                 }
-                if !value.is_empty() || before.is_none() {
-                    self.write(key, [old, value], at);
-                }
-                Reply::Int(len as i64)
+                let step = self.table.table().scan(cursor, ScanQuery { db, count, now: now.0, pattern });
+                budget.0 = budget.0.saturating_sub(step.keys.iter().map(Bytes::len).sum());
+                Ok(Reply::Scan { next: step.next, keys: step.keys })
             }
+            _ => {
+                debug_assert!(false, "not a read of a shard");
+                Err(OpError::WrongSlot { epoch: self.epoch })
+            }
+        }
+    }
+
+    /// Edits a key as it is at log time: an expired one is shown as absent, and removed if it would stay.
+    fn edit<'v, R>(&mut self, key: KeyRef<'_>, decide: impl FnOnce(Option<Entry<'_>>) -> (R, Edit<'v>)) -> R {
+        let now = self.log_time.0;
+        self.table.edit(key, |entry| {
+            let live = entry.filter(|e| e.expire_at == 0 || e.expire_at > now);
+            let (answer, edit) = decide(live);
+            let stale = live.is_none() && entry.is_some();
+            (answer, if stale && edit == Edit::Keep { Edit::Delete } else { edit })
+        })
+    }
+
+    /// As [`StateMachine::edit`], for operations that may fail; one that does leaves the key as it is.
+    fn try_edit<'v>(
+        &mut self,
+        key: KeyRef<'_>,
+        decide: impl FnOnce(Option<Entry<'_>>) -> Result<(Reply, Edit<'v>), OpError>,
+    ) -> Result<Reply, OpError> {
+        self.edit(key, |entry| match decide(entry) {
+            Ok((reply, edit)) => (Ok(reply), edit),
+            Err(e) => (Err(e), Edit::Keep),
+        })
+    }
+
+    /// A point `ms` after log time, which may be negative, as log time.
+    fn after(&self, ms: i128) -> Result<Expiry, OpError> {
+        let at = i128::from(self.log_time.0) + ms;
+        match u64::try_from(at.max(0)) {
+            Ok(at) if at <= self.log_time.0 => Ok(Expiry::Past),
+            Ok(at) if at <= MAX_EXPIRY => Ok(Expiry::At(at)),
+            _ => Err(OpError::InvalidExpire),
+        }
+    }
+
+    /// A point of wall time as log time: wall time less the leader's offset.
+    fn at_wall(&self, wall_ms: i128, wall_offset: i64) -> Result<Expiry, OpError> {
+        self.after(wall_ms - i128::from(wall_offset) - i128::from(self.log_time.0))
+    }
+
+    fn expiry(&self, expire: SetExpire, wall_offset: i64) -> Result<Expiry, OpError> {
+        match expire {
+            SetExpire::Clear => Ok(Expiry::Never),
+            SetExpire::Keep => Ok(Expiry::Keep),
+            SetExpire::After(ms) => self.after(i128::from(ms)),
+            SetExpire::At(wall) => self.at_wall(i128::from(wall.0), wall_offset),
+        }
+    }
+
+    /// Executes any operation at log time.
+    fn change(&mut self, op: &Op<'_>, wall_offset: i64, budget: &mut ReplyBudget) -> Result<Reply, OpError> {
+        match *op {
+            Op::Set { key, value, cond, expire, get } => {
+                // As in Redis an impossible expiry is refused before the condition is looked at.
+                let expiry = self.expiry(expire, wall_offset)?;
+                self.try_edit(key, |old| {
+                    let before = if get { Some(budget.bulk(old)?) } else { None };
+                    let allowed = match cond {
+                        SetCond::Always => true,
+                        SetCond::IfAbsent => old.is_none(),
+                        SetCond::IfPresent => old.is_some(),
+                    };
+                    if !allowed {
+                        return Ok((before.unwrap_or(Reply::Nil), Edit::Keep));
+                    }
+                    let edit = match expiry {
+                        Expiry::Never => Edit::Put { value, expire_at: 0 },
+                        Expiry::Keep => Edit::Put { value, expire_at: old.map_or(0, |e| e.expire_at) },
+                        Expiry::At(expire_at) => Edit::Put { value, expire_at },
+                        Expiry::Past => Edit::Delete,
+                    };
+                    Ok((before.unwrap_or(Reply::Ok), edit))
+                })
+            }
+            Op::GetEx { key, expire } => {
+                // As in Redis an absent key is told before an impossible expiry.
+                let expiry = self.expiry(expire, wall_offset);
+                self.try_edit(key, |old| {
+                    if old.is_none() {
+                        return Ok((Reply::Nil, Edit::Keep));
+                    }
+                    let edit = match expiry? {
+                        Expiry::Never => Edit::Expiry(0),
+                        Expiry::Keep => Edit::Keep,
+                        Expiry::At(at) => Edit::Expiry(at),
+                        Expiry::Past => Edit::Delete,
+                    };
+                    Ok((budget.bulk(old)?, edit))
+                })
+            }
+            Op::GetDel { key } => self.try_edit(key, |old| Ok((budget.bulk(old)?, Edit::Delete))),
+            Op::Del { key } => Ok(self.edit(key, |old| (Reply::Int(i64::from(old.is_some())), Edit::Delete))),
+            Op::IncrBy { key, by } => {
+                let mut text = [0u8; 20];
+                let text = &mut text;
+                self.try_edit(key, move |old| {
+                    let (value, expire_at) = match old {
+                        Some(e) => (parse_integer(e.value).ok_or(OpError::NotInteger)?, e.expire_at),
+                        None => (0, 0),
+                    };
+                    let sum = value.checked_add(by).ok_or(OpError::Overflow)?;
+                    Ok((Reply::Int(sum), Edit::Put { value: format_integer(sum, text), expire_at }))
+                })
+            }
+            Op::IncrByFloat { key, by } => {
+                let mut text = String::new();
+                let text = &mut text;
+                self.try_edit(key, move |old| {
+                    let (value, expire_at) = match old {
+                        Some(e) => (parse_float(e.value).ok_or(OpError::NotFloat)?, e.expire_at),
+                        None => (0.0, 0),
+                    };
+                    let sum = value + by.get();
+                    if !sum.is_finite() {
+                        return Err(OpError::NotFinite);
+                    }
+                    *text = format_float(sum);
+                    let value = text.as_bytes();
+                    budget.take(value.len())?;
+                    Ok((Reply::Bulk(Bytes::copy_from_slice(value)), Edit::Put { value, expire_at }))
+                })
+            }
+            Op::Append { key, value } => self.try_edit(key, |old| {
+                let len = old.map_or(0, |e| e.value.len()) + value.len();
+                if len > MAX_VALUE_BYTES {
+                    return Err(OpError::TooLong);
+                }
+                let edit = match old {
+                    // Not an append: the record of an expired key would be continued.
+                    None => Edit::Put { value, expire_at: 0 },
+                    Some(_) if value.is_empty() => Edit::Keep,
+                    Some(_) => Edit::Append(value),
+                };
+                Ok((Reply::Int(len as i64), edit))
+            }),
             Op::Expire { key, at, cond } => {
-                let Some(old) = self.expiry_of(key, now) else { return Ok(Reply::Int(0)) };
-                let at = match at {
-                    ExpireAt::After(ms) => i64::try_from(now.0).ok().and_then(|n| n.checked_add(ms)),
-                    ExpireAt::At(wall) => wall.checked_sub(wall_offset),
-                };
-                let at = at.filter(|at| *at <= MAX_EXPIRY as i64).ok_or(OpError::InvalidExpire)?;
-                let never = old == 0;
-                let allowed = match cond {
-                    ExpireCond::Always => true,
-                    ExpireCond::IfNone => never,
-                    ExpireCond::IfSome => !never,
-                    ExpireCond::IfGreater => !never && at > old as i64,
-                    ExpireCond::IfLess => never || at < old as i64,
-                };
-                if allowed {
-                    self.set_expiry(key, at.max(1) as u64);
+                // As in Redis an impossible expiry is refused before the key is looked at.
+                let new = match at {
+                    ExpireAt::After(ms) => self.after(i128::from(ms)),
+                    ExpireAt::At(wall) => self.at_wall(i128::from(wall), wall_offset),
+                }?;
+                // A past point is earlier than any expiry that a live key can have.
+                let point = if let Expiry::At(at) = new { at } else { 0 };
+                Ok(self.edit(key, |old| {
+                    let Some(old) = old.map(|e| e.expire_at) else { return (Reply::Int(0), Edit::Keep) };
+                    let allowed = match cond {
+                        ExpireCond::Always => true,
+                        ExpireCond::IfNone => old == 0,
+                        ExpireCond::IfSome => old != 0,
+                        ExpireCond::IfGreater => old != 0 && point > old,
+                        ExpireCond::IfLess => old == 0 || point < old,
+                    };
+                    match new {
+                        _ if !allowed => (Reply::Int(0), Edit::Keep),
+                        Expiry::At(at) => (Reply::Int(1), Edit::Expiry(at)),
+                        _ => (Reply::Int(1), Edit::Delete),
+                    }
+                }))
+            }
+            Op::Persist { key } => Ok(self.edit(key, |old| match old {
+                Some(e) if e.expire_at != 0 => (Reply::Int(1), Edit::Expiry(0)),
+                _ => (Reply::Int(0), Edit::Keep),
+            })),
+            Op::Flush { db } => {
+                match db {
+                    Some(db) => self.table.clear_db(db),
+                    None => self.table.clear(),
                 }
-                Reply::Int(i64::from(allowed))
-            }
-            Op::Persist { key } => {
-                let had = self.expiry_of(key, now).is_some_and(|at| at != 0);
-                if had {
-                    self.table.set_expiry(key, 0);
-                }
-                Reply::Int(i64::from(had))
-            }
-            Op::Flush { db: Some(db) } => {
-                self.table.clear_db(db);
-                Reply::Ok
-            }
-            Op::Flush { db: None } => {
-                // Readers of the old table finish with it; it is dropped by whoever holds it last.
-                self.table = Arc::new(Table::new(self.init.range, self.init.secret));
-                Reply::Ok
+                Ok(Reply::Ok)
             }
             Op::Get { .. }
             | Op::Exists { .. }
@@ -375,81 +492,1055 @@ impl StateMachine {
             | Op::Pttl { .. }
             | Op::Type { .. }
             | Op::DbSize { .. }
-            | Op::Scan { .. } => self.observe(op, now),
-        })
-    }
-
-    /// Stores a value; one that is expired already only removes what was there.
-    fn write(&mut self, key: KeyRef<'_>, parts: [&[u8]; 2], expire_at: u64) {
-        if expire_at != 0 && expire_at <= self.log_time.0 {
-            self.table.delete(key);
-        } else {
-            self.table.put(key, parts, expire_at);
+            | Op::Scan { .. } => {
+                // At log time nothing is undecided.
+                self.observe(op, self.log_time, budget).unwrap_or(Ok(Reply::Nil))
+            }
         }
     }
 
-    fn set_expiry(&mut self, key: KeyRef<'_>, expire_at: u64) {
-        if expire_at != 0 && expire_at <= self.log_time.0 {
-            self.table.delete(key);
-        } else {
-            self.table.set_expiry(key, expire_at);
-        }
+    /// The keys and values, for readers. FLUSHALL replaces the table by another one, so ask again for each read.
+    pub fn table(&self) -> &Arc<Table> {
+        self.table.table()
     }
 
-    /// Applied index.
+    /// Index of the last applied entry.
     pub fn applied(&self) -> LogIndex {
         self.applied
     }
-    /// Log time of the last applied stamp.
+
+    /// Log time: the latest applied stamp.
     pub fn log_time(&self) -> LogTime {
         self.log_time
     }
-    /// Digest of the whole state: records, sessions, log time and epoch.
+
+    /// Digest of the whole state: records, sessions, log time and epoch. Equal on all replicas that have applied the same
+    /// entries. Takes time with the number of sessions, not of keys.
     pub fn digest(&self) -> u64 {
-        let parts = [self.table.digest(), self.sessions.digest(), self.log_time.0, self.init.epoch.0];
+        let parts = [self.table().digest(), self.sessions.digest(), self.log_time.0, self.epoch.0];
         let mut bytes = [0u8; 32];
-        for (i, p) in parts.into_iter().enumerate() {
-            bytes[i * 8..i * 8 + 8].copy_from_slice(&p.to_le_bytes());
+        for (i, part) in parts.into_iter().enumerate() {
+            bytes[i * 8..i * 8 + 8].copy_from_slice(&part.to_le_bytes());
         }
         xxhash_rust::xxh3::xxh3_64(&bytes)
     }
-    /// Keys of all databases, expired ones that nobody touched included.
+
+    /// Keys of all databases, expired ones that nobody wrote to included.
     pub fn keys(&self) -> u64 {
-        self.table.keys()
+        self.table().keys()
     }
+
     /// Accounted bytes of keys, values and overhead.
     pub fn bytes(&self) -> u64 {
-        self.table.bytes()
+        self.table().bytes()
     }
-    /// Sessions open.
+
+    /// Number of open sessions.
     pub fn sessions(&self) -> usize {
         self.sessions.len()
     }
-    /// A digest worth checking: the newest recorded one that no applied check covers.
+
+    /// A digest worth checking: the index and digest last recorded by `apply`, if newer than the last checked one.
     pub fn digest_to_check(&self) -> Option<(LogIndex, u64)> {
         self.digests.back().copied().filter(|(i, _)| *i > self.checked)
     }
 }
 
-/// A 64-bit integer exactly as Redis takes it: no plus sign, no spaces, no leading zeros.
+/// The slot of the first operation that has one; the kept outcome moves with it.
+fn first_slot(ops: OpsRef<'_>) -> Option<Slot> {
+    ops.iter().find_map(|op| op.key()).map(|k| k.slot)
+}
+
+/// A 64-bit integer exactly as Redis takes it: no plus sign, no spaces, no leading zeros, no `-0`.
 fn parse_integer(text: &[u8]) -> Option<i64> {
     let digits = text.strip_prefix(b"-").unwrap_or(text);
     let canonical = match digits {
         [b'0'] => text.len() == 1,
-        [b'1'..=b'9', rest @ ..] => rest.iter().all(u8::is_ascii_digit),
+        [b'1'..=b'9', rest @ ..] => rest.len() < 19 && rest.iter().all(u8::is_ascii_digit),
         _ => false,
     };
     if canonical { std::str::from_utf8(text).ok()?.parse().ok() } else { None }
 }
 
-/// A float as Redis takes it: no spaces, not NaN.
-fn parse_float(text: &[u8]) -> Option<f64> {
-    let v: f64 = std::str::from_utf8(text).ok()?.parse().ok()?;
-    (!v.is_nan()).then_some(v)
+/// The decimal text of any 64-bit integer fits twenty bytes.
+fn format_integer(n: i64, text: &mut [u8; 20]) -> &[u8] {
+    let mut rest = &mut text[..];
+    let written = write!(rest, "{n}").is_ok();
+    debug_assert!(written, "twenty bytes are enough");
+    let left = rest.len();
+    &text[..20 - left]
 }
 
-/// Without exponent and trailing zeros, as Redis prints it. Redis computes with 80-bit floats and prints 17 digits after
-/// the point; this is the shortest text that reads back as the same 64-bit float.
-fn format_float(v: f64) -> String {
-    if v == 0.0 { "0".into() } else { format!("{v}") }
+/// A float as Redis takes it: no spaces, not NaN, and no number that is too large to be one. Hexadecimal is not taken.
+fn parse_float(text: &[u8]) -> Option<f64> {
+    if text.len() >= MAX_FLOAT_TEXT {
+        return None;
+    }
+    let value: f64 = std::str::from_utf8(text).ok()?.parse().ok()?;
+    // "inf" is a number, as in Redis, though no sum of it is; digits that come out infinite were out of range.
+    let out_of_range = value.is_infinite() && text.iter().any(u8::is_ascii_digit);
+    (!value.is_nan() && !out_of_range).then_some(value)
+}
+
+/// Without exponent and trailing zeros. Redis computes with 80-bit floats and prints 17 digits after the point, then drops
+/// trailing zeros; this computes with 64 bits, the same on every machine, and prints the shortest text that reads back as
+/// the same number. So 0.1 + 0.2 is 0.30000000000000004 here and 0.3 there.
+fn format_float(value: f64) -> String {
+    if value == 0.0 { "0".into() } else { format!("{value}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::tests::{key, tag};
+    use crate::codec::{EntryBuilder, encode_advance, encode_check_digest, encode_open_session, encode_ops};
+    use crate::ids::Incarnation;
+    use crate::op::f64Bits;
+    use crate::slot::{SLOT_COUNT, slot_of};
+    use crate::store::SCAN_SLOT_SHIFT;
+    use crate::time::WallTime;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    const ALL: SlotRange = SlotRange { start: 0, end: SLOT_COUNT };
+    /// Log time at which the tests begin.
+    const T: u64 = 1_000_000;
+
+    fn machine(range: SlotRange) -> StateMachine {
+        StateMachine::new(ShardInit { range, epoch: Epoch(4), secret: 99, log_time: LogTime(T), applied: LogIndex(5) })
+    }
+
+    /// A machine with one session that writes in order.
+    struct Rig {
+        m: StateMachine,
+        session: u64,
+        seq: u64,
+        wall_offset: i64,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            Self::with(ALL)
+        }
+        fn with(range: SlotRange) -> Self {
+            let mut m = machine(range);
+            let applied = m.apply(LogIndex(6), &encode_open_session(LogTime(T), Incarnation(1))).unwrap();
+            assert_eq!(applied.outcomes, [Outcome::Reply(Reply::Int(6))]);
+            Rig { m, session: 6, seq: 0, wall_offset: 0 }
+        }
+        fn next(&mut self, payload: &[u8]) -> Applied {
+            let index = LogIndex(self.m.applied().0 + 1);
+            let applied = self.m.apply(index, payload).unwrap();
+            assert_eq!(self.m.applied(), index);
+            applied
+        }
+        /// Executes a request at log time `T + ms`, or later if time is there already.
+        fn request_at(&mut self, ms: u64, ops: &[Op<'_>]) -> Reply {
+            self.seq += 1;
+            let mut b = EntryBuilder::new(LogTime(T + ms), self.wall_offset);
+            b.push(tag(self.session, self.seq, self.seq - 1), &encode_ops(ops).unwrap());
+            match &self.next(&b.finish()).outcomes[..] {
+                [Outcome::Reply(reply)] => reply.clone(),
+                other => panic!("{other:?}"),
+            }
+        }
+        fn at(&mut self, ms: u64, op: Op<'_>) -> Reply {
+            self.request_at(ms, &[op])
+        }
+        fn op(&mut self, op: Op<'_>) -> Reply {
+            self.at(0, op)
+        }
+        fn set(&mut self, k: &[u8], value: &[u8], expire: SetExpire) {
+            assert_eq!(self.op(Op::Set { key: key(k), value, cond: SetCond::Always, expire, get: false }), Reply::Ok);
+        }
+        fn get(&mut self, k: &[u8]) -> Reply {
+            self.op(Op::Get { key: key(k) })
+        }
+        fn pttl(&mut self, k: &[u8]) -> i64 {
+            match self.op(Op::Pttl { key: key(k) }) {
+                Reply::Int(n) => n,
+                other => panic!("{other:?}"),
+            }
+        }
+        fn read(&self, estimate_ms: u64, ops: &[Op<'_>]) -> ReadResult {
+            self.m.read(&encode_ops(ops).unwrap(), LogTime(T + estimate_ms))
+        }
+    }
+
+    fn bulk(b: &[u8]) -> Reply {
+        Reply::Bulk(Bytes::copy_from_slice(b))
+    }
+
+    const CLEAR: SetExpire = SetExpire::Clear;
+
+    #[test]
+    fn set_conditions_with_and_without_get() {
+        // (exists, condition, get) -> (reply, whether the new value stands)
+        for (exists, cond, get, reply, stands) in [
+            (false, SetCond::Always, false, Reply::Ok, true),
+            (true, SetCond::Always, false, Reply::Ok, true),
+            (false, SetCond::IfAbsent, false, Reply::Ok, true),
+            (true, SetCond::IfAbsent, false, Reply::Nil, false),
+            (false, SetCond::IfPresent, false, Reply::Nil, false),
+            (true, SetCond::IfPresent, false, Reply::Ok, true),
+            (false, SetCond::Always, true, Reply::Nil, true),
+            (true, SetCond::Always, true, bulk(b"old"), true),
+            (false, SetCond::IfAbsent, true, Reply::Nil, true),
+            (true, SetCond::IfAbsent, true, bulk(b"old"), false),
+            (false, SetCond::IfPresent, true, Reply::Nil, false),
+            (true, SetCond::IfPresent, true, bulk(b"old"), true),
+        ] {
+            // An expired key is an absent one.
+            for expired in [false, true] {
+                if exists && expired {
+                    continue;
+                }
+                let mut r = Rig::new();
+                if exists {
+                    r.set(b"k", b"old", CLEAR);
+                }
+                if expired {
+                    r.set(b"k", b"old", SetExpire::After(5));
+                }
+                let case = format!("{exists} {cond:?} {get} {expired}");
+                let op = Op::Set { key: key(b"k"), value: b"new", cond, expire: CLEAR, get };
+                assert_eq!(r.at(10, op), reply, "{case}");
+                let now = if stands {
+                    bulk(b"new")
+                } else if exists {
+                    bulk(b"old")
+                } else {
+                    Reply::Nil
+                };
+                assert_eq!(r.get(b"k"), now, "{case}");
+                assert_eq!(
+                    r.m.keys(),
+                    u64::from(now != Reply::Nil),
+                    "{case}: an expired key is removed by any write to it"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn set_expiries() {
+        let mut r = Rig::new();
+        r.wall_offset = 500;
+        let set = |expire| Op::Set { key: key(b"k"), value: b"v", cond: SetCond::Always, expire, get: false };
+        assert_eq!((r.op(set(SetExpire::After(100))), r.pttl(b"k")), (Reply::Ok, 100));
+        assert_eq!((r.op(set(SetExpire::Keep)), r.pttl(b"k")), (Reply::Ok, 100));
+        assert_eq!((r.op(set(CLEAR)), r.pttl(b"k")), (Reply::Ok, -1));
+        assert_eq!((r.op(set(SetExpire::Keep)), r.pttl(b"k")), (Reply::Ok, -1));
+        assert_eq!((r.op(set(SetExpire::At(WallTime(T + 500 + 70)))), r.pttl(b"k")), (Reply::Ok, 70));
+        // A past point: done, and the key is gone; the old value is still told.
+        assert_eq!((r.op(set(SetExpire::At(WallTime(T + 500)))), r.pttl(b"k"), r.m.keys()), (Reply::Ok, -2, 0));
+        r.set(b"k", b"old", CLEAR);
+        let op = Op::Set {
+            key: key(b"k"),
+            value: b"v",
+            cond: SetCond::Always,
+            expire: SetExpire::At(WallTime(0)),
+            get: true,
+        };
+        assert_eq!((r.op(op), r.get(b"k")), (bulk(b"old"), Reply::Nil));
+        // Keeping the expiry of an expired key keeps nothing.
+        r.set(b"k", b"v", SetExpire::After(10));
+        assert_eq!((r.at(10, set(SetExpire::Keep)), r.pttl(b"k")), (Reply::Ok, -1));
+        // Beyond all time, whatever the condition says.
+        let invalid = Reply::Error(OpError::InvalidExpire);
+        for expire in [SetExpire::After(u64::MAX), SetExpire::After(i64::MAX as u64), SetExpire::At(WallTime(u64::MAX))]
+        {
+            assert_eq!(r.op(set(expire)), invalid);
+            assert_eq!(
+                r.op(Op::Set { key: key(b"k"), value: b"n", cond: SetCond::IfAbsent, expire, get: false }),
+                invalid
+            );
+            assert_eq!(r.op(Op::GetEx { key: key(b"k"), expire }), invalid);
+            assert_eq!(r.op(Op::GetEx { key: key(b"absent"), expire }), Reply::Nil);
+        }
+        assert_eq!((r.get(b"k"), r.pttl(b"k")), (bulk(b"v"), -1));
+        let most = i64::MAX as u64 - r.m.log_time().0;
+        assert_eq!((r.op(set(SetExpire::After(most))), r.pttl(b"k")), (Reply::Ok, most as i64));
+    }
+
+    #[test]
+    fn offsets_at_their_extremes() {
+        let mut r = Rig::new();
+        let at = |wall| Op::Set {
+            key: key(b"k"),
+            value: b"v",
+            cond: SetCond::Always,
+            expire: SetExpire::At(WallTime(wall)),
+            get: false,
+        };
+        r.wall_offset = i64::MIN;
+        assert_eq!(r.op(at(u64::MAX)), Reply::Error(OpError::InvalidExpire));
+        assert_eq!(r.op(at(1)), Reply::Error(OpError::InvalidExpire));
+        r.wall_offset = i64::MAX;
+        assert_eq!((r.op(at(1)), r.m.keys()), (Reply::Ok, 0));
+        r.set(b"k", b"v", CLEAR);
+        let past = Op::Expire { key: key(b"k"), at: ExpireAt::At(i64::MIN), cond: ExpireCond::Always };
+        assert_eq!((r.op(past), r.m.keys()), (Reply::Int(1), 0));
+    }
+
+    #[test]
+    fn keys_expire_at_their_point_of_log_time() {
+        let mut r = Rig::new();
+        r.set(b"k", b"v", SetExpire::After(100));
+        assert_eq!(r.at(99, Op::Get { key: key(b"k") }), bulk(b"v"));
+        assert_eq!(r.pttl(b"k"), 1);
+        assert_eq!(r.at(100, Op::Get { key: key(b"k") }), Reply::Nil);
+        // Time does not run back, whatever an entry says.
+        assert_eq!(r.at(0, Op::Exists { key: key(b"k") }), Reply::Int(0));
+        assert_eq!((r.m.log_time(), r.m.keys()), (LogTime(T + 100), 1), "nobody has written to it");
+        assert_eq!(r.op(Op::Persist { key: key(b"k") }), Reply::Int(0));
+        assert_eq!(r.m.keys(), 0, "a write to it, even a vain one, removes it");
+    }
+
+    #[test]
+    fn every_write_takes_an_expired_key_as_absent() {
+        let k = key(b"k");
+        for (op, reply, value) in [
+            (Op::GetEx { key: k, expire: CLEAR }, Reply::Nil, Reply::Nil),
+            (Op::GetDel { key: k }, Reply::Nil, Reply::Nil),
+            (Op::Del { key: k }, Reply::Int(0), Reply::Nil),
+            (Op::IncrBy { key: k, by: 3 }, Reply::Int(3), bulk(b"3")),
+            (Op::IncrByFloat { key: k, by: f64Bits::from(0.5) }, bulk(b"0.5"), bulk(b"0.5")),
+            (Op::Append { key: k, value: b"x" }, Reply::Int(1), bulk(b"x")),
+            (Op::Append { key: k, value: b"" }, Reply::Int(0), bulk(b"")),
+            (Op::Expire { key: k, at: ExpireAt::After(99), cond: ExpireCond::Always }, Reply::Int(0), Reply::Nil),
+            (Op::Persist { key: k }, Reply::Int(0), Reply::Nil),
+        ] {
+            let mut r = Rig::new();
+            r.set(b"k", b"7", SetExpire::After(10));
+            assert_eq!(r.at(10, op), reply, "{op:?}");
+            assert_eq!(r.get(b"k"), value, "{op:?}");
+            assert_eq!(r.m.keys(), u64::from(value != Reply::Nil), "{op:?}");
+            assert!(r.pttl(b"k") < 0, "{op:?}: the new key has no expiry");
+        }
+    }
+
+    #[test]
+    fn getex_getdel_del_persist_type_strlen() {
+        let mut r = Rig::new();
+        let k = key(b"k");
+        r.set(b"k", b"val", SetExpire::After(100));
+        assert_eq!((r.op(Op::GetEx { key: k, expire: SetExpire::Keep }), r.pttl(b"k")), (bulk(b"val"), 100));
+        assert_eq!((r.op(Op::GetEx { key: k, expire: CLEAR }), r.pttl(b"k")), (bulk(b"val"), -1));
+        assert_eq!((r.op(Op::GetEx { key: k, expire: SetExpire::After(7) }), r.pttl(b"k")), (bulk(b"val"), 7));
+        assert_eq!((r.op(Op::Persist { key: k }), r.pttl(b"k")), (Reply::Int(1), -1));
+        assert_eq!(r.op(Op::Persist { key: k }), Reply::Int(0));
+        assert_eq!(r.op(Op::Strlen { key: k }), Reply::Int(3));
+        assert_eq!(r.op(Op::Type { key: k }), Reply::Type(ValueType::String));
+        assert_eq!(r.op(Op::GetEx { key: k, expire: SetExpire::At(WallTime(T)) }), bulk(b"val"));
+        assert_eq!((r.get(b"k"), r.m.keys()), (Reply::Nil, 0), "a past point deletes");
+        assert_eq!(r.op(Op::Strlen { key: k }), Reply::Int(0));
+        assert_eq!(r.op(Op::Type { key: k }), Reply::Type(ValueType::None));
+        assert_eq!(r.op(Op::GetDel { key: k }), Reply::Nil);
+        r.set(b"k", b"", CLEAR);
+        assert_eq!(r.op(Op::GetDel { key: k }), bulk(b""));
+        assert_eq!(r.op(Op::Del { key: k }), Reply::Int(0));
+        r.set(b"k", b"v", CLEAR);
+        assert_eq!((r.op(Op::Del { key: k }), r.m.bytes()), (Reply::Int(1), 0));
+    }
+
+    #[test]
+    fn expire_conditions_as_in_redis() {
+        use ExpireCond::{Always, IfGreater, IfLess, IfNone, IfSome};
+        // (present expiry, condition, new expiry) -> remaining time afterwards, or none if refused
+        for (old, cond, new, after) in [
+            (None, Always, 50, Some(50)),
+            (Some(100), Always, 50, Some(50)),
+            (None, IfNone, 50, Some(50)),
+            (Some(100), IfNone, 50, None),
+            (None, IfSome, 50, None),
+            (Some(100), IfSome, 50, Some(50)),
+            (None, IfGreater, 50, None),
+            (Some(100), IfGreater, 101, Some(101)),
+            (Some(100), IfGreater, 100, None),
+            (Some(100), IfGreater, 99, None),
+            (None, IfLess, 50, Some(50)),
+            (Some(100), IfLess, 99, Some(99)),
+            (Some(100), IfLess, 100, None),
+            (Some(100), IfLess, 101, None),
+            // Past points delete, if the condition holds.
+            (None, Always, 0, Some(-2)),
+            (None, Always, -1, Some(-2)),
+            (None, Always, i64::MIN, Some(-2)),
+            (None, IfLess, -1, Some(-2)),
+            (Some(100), IfLess, -1, Some(-2)),
+            (Some(100), IfGreater, -1, None),
+            (None, IfGreater, -1, None),
+            (None, IfSome, -1, None),
+            (Some(100), IfNone, -1, None),
+        ] {
+            for by_wall in [false, true] {
+                let mut r = Rig::new();
+                r.wall_offset = -77;
+                r.set(b"k", b"v", old.map_or(CLEAR, SetExpire::After));
+                let at = if by_wall { ExpireAt::At(new.saturating_add(T as i64 - 77)) } else { ExpireAt::After(new) };
+                let case = format!("{old:?} {cond:?} {new} {by_wall}");
+                let reply = r.op(Op::Expire { key: key(b"k"), at, cond });
+                assert_eq!(reply, Reply::Int(i64::from(after.is_some())), "{case}");
+                assert_eq!(r.pttl(b"k"), after.unwrap_or(old.map_or(-1, |o| o as i64)), "{case}");
+                assert_eq!(r.m.keys(), u64::from(after != Some(-2)), "{case}");
+            }
+        }
+        let mut r = Rig::new();
+        let expire = |k, at| Op::Expire { key: key(k), at, cond: Always };
+        assert_eq!(r.op(expire(b"absent", ExpireAt::After(5))), Reply::Int(0));
+        assert_eq!(r.op(expire(b"absent", ExpireAt::After(i64::MAX))), Reply::Error(OpError::InvalidExpire));
+        r.wall_offset = -1;
+        assert_eq!(r.op(expire(b"absent", ExpireAt::At(i64::MAX))), Reply::Error(OpError::InvalidExpire));
+    }
+
+    #[test]
+    fn integers_as_redis_takes_them() {
+        for (text, value) in [
+            ("0", Some(0)),
+            ("-1", Some(-1)),
+            ("10", Some(10)),
+            ("9223372036854775807", Some(i64::MAX)),
+            ("-9223372036854775808", Some(i64::MIN)),
+            ("9223372036854775808", None),
+            ("-9223372036854775809", None),
+            ("99999999999999999999", None),
+            ("", None),
+            ("-", None),
+            ("-0", None),
+            ("+1", None),
+            ("01", None),
+            ("00", None),
+            ("-01", None),
+            (" 1", None),
+            ("1 ", None),
+            ("1.0", None),
+            ("0x1", None),
+            ("1e3", None),
+        ] {
+            assert_eq!(parse_integer(text.as_bytes()), value, "{text:?}");
+        }
+        for n in [0, -1, i64::MIN, i64::MAX, 42] {
+            assert_eq!(format_integer(n, &mut [0; 20]), n.to_string().as_bytes());
+        }
+    }
+
+    #[test]
+    fn incrby_keeps_the_expiry_and_refuses_what_redis_refuses() {
+        let mut r = Rig::new();
+        let incr = |by| Op::IncrBy { key: key(b"n"), by };
+        assert_eq!(r.op(incr(5)), Reply::Int(5));
+        r.set(b"n", b"99", SetExpire::After(100));
+        assert_eq!((r.op(incr(-100)), r.pttl(b"n"), r.get(b"n")), (Reply::Int(-1), 100, bulk(b"-1")));
+        r.set(b"n", b"9223372036854775807", CLEAR);
+        assert_eq!(r.op(incr(1)), Reply::Error(OpError::Overflow));
+        r.set(b"n", b"-9223372036854775808", CLEAR);
+        assert_eq!(r.op(incr(-1)), Reply::Error(OpError::Overflow));
+        assert_eq!(r.op(incr(i64::MAX)), Reply::Int(-1));
+        r.set(b"n", b"x", SetExpire::After(9));
+        assert_eq!(r.op(incr(1)), Reply::Error(OpError::NotInteger));
+        assert_eq!((r.get(b"n"), r.pttl(b"n")), (bulk(b"x"), 9), "nothing has changed");
+    }
+
+    #[test]
+    fn incrbyfloat_prints_as_redis() {
+        let mut r = Rig::new();
+        for (old, by, result) in [
+            (Some("3.0"), 1.5, Ok("4.5")),
+            (Some("5.0e3"), 0.0, Ok("5000")),
+            (Some("10.50"), 0.1, Ok("10.6")),
+            (Some("1"), -1.0, Ok("0")),
+            (Some("-0.5"), 0.5, Ok("0")),
+            (None, -0.0, Ok("0")),
+            (None, 2.5, Ok("2.5")),
+            (Some("3"), 1e20, Ok("100000000000000000000")),
+            (Some("0"), 0.00001, Ok("0.00001")),
+            (Some("+1.5"), 1.0, Ok("2.5")),
+            (Some(".5"), 1.0, Ok("1.5")),
+            (Some("abc"), 1.0, Err(OpError::NotFloat)),
+            (Some(""), 1.0, Err(OpError::NotFloat)),
+            (Some(" 1"), 1.0, Err(OpError::NotFloat)),
+            (Some("1 "), 1.0, Err(OpError::NotFloat)),
+            (Some("nan"), 1.0, Err(OpError::NotFloat)),
+            (Some("1e999"), 1.0, Err(OpError::NotFloat)),
+            (Some("inf"), 1.0, Err(OpError::NotFinite)),
+            (Some("1.7e308"), 1.7e308, Err(OpError::NotFinite)),
+        ] {
+            r.op(Op::Del { key: key(b"f") });
+            if let Some(old) = old {
+                r.set(b"f", old.as_bytes(), SetExpire::After(100));
+            }
+            let reply = r.op(Op::IncrByFloat { key: key(b"f"), by: f64Bits::from(by) });
+            assert_eq!(reply, result.map_or_else(Reply::Error, |text| bulk(text.as_bytes())), "{old:?} + {by}");
+            if let (Ok(text), Some(_)) = (result, old) {
+                assert_eq!((r.get(b"f"), r.pttl(b"f")), (bulk(text.as_bytes()), 100));
+            }
+        }
+        assert_eq!(parse_float(&vec![b'1'; MAX_FLOAT_TEXT]), None);
+    }
+
+    #[test]
+    fn append_keeps_the_expiry_and_has_an_end() {
+        let mut r = Rig::new();
+        let append = |value| Op::Append { key: key(b"k"), value };
+        assert_eq!(r.op(append(b"ab")), Reply::Int(2));
+        r.op(Op::Expire { key: key(b"k"), at: ExpireAt::After(50), cond: ExpireCond::Always });
+        assert_eq!((r.op(append(b"cd")), r.get(b"k"), r.pttl(b"k")), (Reply::Int(4), bulk(b"abcd"), 50));
+        assert_eq!(r.op(append(b"")), Reply::Int(4));
+        let rest = vec![b'x'; MAX_VALUE_BYTES - 4];
+        assert_eq!(r.op(append(&rest)), Reply::Int(MAX_VALUE_BYTES as i64));
+        assert_eq!(r.op(append(b"y")), Reply::Error(OpError::TooLong));
+        assert_eq!(r.op(Op::Strlen { key: key(b"k") }), Reply::Int(MAX_VALUE_BYTES as i64));
+    }
+
+    #[test]
+    fn several_operations_are_executed_in_order_and_do_not_undo_each_other() {
+        let mut r = Rig::new();
+        let k = key(b"k");
+        let reply = r.request_at(
+            0,
+            &[
+                Op::Set { key: k, value: b"a", cond: SetCond::Always, expire: CLEAR, get: false },
+                Op::IncrBy { key: k, by: 1 },
+                Op::Append { key: k, value: b"b" },
+                Op::Get { key: k },
+                Op::DbSize { db: 0 },
+            ],
+        );
+        let replies = vec![Reply::Ok, Reply::Error(OpError::NotInteger), Reply::Int(2), bulk(b"ab"), Reply::Int(1)];
+        assert_eq!(reply, Reply::Array(replies));
+    }
+
+    #[test]
+    fn foreign_slots_are_refused_as_a_whole_and_finally() {
+        let slot = slot_of(b"mine").0;
+        let mut r = Rig::with(SlotRange { start: slot, end: slot + 1 });
+        assert_ne!(slot_of(b"theirs").0, slot);
+        let wrong = Reply::Error(OpError::WrongSlot { epoch: Epoch(4) });
+        let set = |k| Op::Set { key: key(k), value: b"v", cond: SetCond::Always, expire: CLEAR, get: false };
+        assert_eq!(r.request_at(0, &[set(b"mine"), set(b"theirs")]), wrong);
+        assert_eq!((r.m.keys(), r.m.bytes()), (0, 0));
+        assert_eq!(r.op(Op::Get { key: key(b"theirs") }), wrong);
+        assert_eq!(
+            r.read(0, &[Op::Get { key: key(b"mine") }, Op::Get { key: key(b"theirs") }]),
+            ReadResult::Reply(wrong.clone())
+        );
+        // The refusal is the answer of this write for ever.
+        let mut b = EntryBuilder::new(LogTime(T), 0);
+        b.push(tag(r.session, 1, 0), &encode_ops(&[set(b"mine")]).unwrap());
+        b.push(tag(r.session, 2, 1), &encode_ops(&[set(b"theirs")]).unwrap());
+        assert_eq!(r.next(&b.finish()).outcomes, [Outcome::Unknown, Outcome::Reply(wrong.clone())]);
+        // Cursors name slots too.
+        let scan = |slot: u16| Op::Scan { db: 0, cursor: u64::from(slot) << SCAN_SLOT_SHIFT, count: 10, pattern: None };
+        assert_eq!(r.read(0, &[scan(slot)]), ReadResult::Reply(Reply::Scan { next: None, keys: vec![] }));
+        assert_eq!(r.read(0, &[scan(slot + 1)]), ReadResult::Reply(wrong.clone()));
+        assert_eq!(r.op(scan(slot - 1)), wrong);
+        let beyond = Op::Scan { db: 0, cursor: u64::MAX, count: 10, pattern: None };
+        assert_eq!(r.read(0, &[beyond]), ReadResult::Reply(wrong));
+    }
+
+    #[test]
+    fn a_retried_increment_is_executed_once() {
+        let mut r = Rig::new();
+        let incr = encode_ops(&[Op::IncrBy { key: key(b"n"), by: 1 }]).unwrap();
+        let entry = |r: &mut Rig, tags: &[(u64, u64)]| {
+            let mut b = EntryBuilder::new(LogTime(T), 0);
+            tags.iter().for_each(|(seq, low)| b.push(tag(6, *seq, *low), &incr));
+            r.next(&b.finish()).outcomes
+        };
+        let int = |n| Outcome::Reply(Reply::Int(n));
+        assert_eq!(entry(&mut r, &[(1, 0), (1, 0), (2, 0)]), [int(1), int(1), int(2)]);
+        assert_eq!(entry(&mut r, &[(4, 0), (2, 0), (3, 0), (4, 0)]), [Outcome::Gap, int(2), int(3), int(4)]);
+        assert_eq!(entry(&mut r, &[(3, 3), (4, 0), (9, 7), (9, 8)]), [Outcome::Unknown, int(4), Outcome::Gap, int(5)]);
+        assert_eq!(
+            r.m.read(&encode_ops(&[Op::Get { key: key(b"n") }]).unwrap(), LogTime(0)),
+            ReadResult::Reply(bulk(b"5"))
+        );
+        // A session that was replaced, and one that never was.
+        r.next(&encode_open_session(LogTime(T), Incarnation(1)));
+        assert_eq!(entry(&mut r, &[(10, 9)]), [Outcome::NoSession]);
+        let mut b = EntryBuilder::new(LogTime(T), 0);
+        b.push(tag(777, 1, 0), &incr);
+        assert_eq!(r.next(&b.finish()).outcomes, [Outcome::NoSession]);
+        assert_eq!(
+            r.m.read(&encode_ops(&[Op::Get { key: key(b"n") }]).unwrap(), LogTime(0)),
+            ReadResult::Reply(bulk(b"5"))
+        );
+    }
+
+    #[test]
+    fn errors_are_remembered_too() {
+        let mut r = Rig::new();
+        r.set(b"n", b"x", CLEAR);
+        assert_eq!(r.op(Op::IncrBy { key: key(b"n"), by: 1 }), Reply::Error(OpError::NotInteger));
+        r.set(b"n", b"1", CLEAR);
+        let mut b = EntryBuilder::new(LogTime(T), 0);
+        b.push(tag(6, 2, 1), &encode_ops(&[Op::IncrBy { key: key(b"n"), by: 1 }]).unwrap());
+        // The copy carries an older watermark, but the session's is at 2 already.
+        assert_eq!(r.next(&b.finish()).outcomes, [Outcome::Unknown]);
+        let mut b = EntryBuilder::new(LogTime(T), 0);
+        let bad = encode_ops(&[Op::IncrByFloat { key: key(b"m"), by: f64Bits::from(1.0) }]).unwrap();
+        r.set(b"m", b"x", CLEAR);
+        b.push(tag(6, 5, 3), &bad);
+        b.push(tag(6, 6, 3), &encode_ops(&[Op::Del { key: key(b"m") }]).unwrap());
+        b.push(tag(6, 5, 3), &bad);
+        let error = Outcome::Reply(Reply::Error(OpError::NotFloat));
+        assert_eq!(r.next(&b.finish()).outcomes, [error.clone(), Outcome::Reply(Reply::Int(1)), error]);
+    }
+
+    #[test]
+    fn reads_wait_for_log_time_only_where_it_matters() {
+        let mut r = Rig::new();
+        r.set(b"short", b"v", SetExpire::After(100));
+        r.set(b"long", b"v", SetExpire::After(1000));
+        let get = |k| Op::Get { key: key(k) };
+        assert_eq!(r.read(99, &[get(b"short")]), ReadResult::Reply(bulk(b"v")));
+        assert_eq!(r.read(99, &[Op::Pttl { key: key(b"short") }]), ReadResult::Reply(Reply::Int(1)));
+        for op in [
+            get(b"short"),
+            Op::Exists { key: key(b"short") },
+            Op::Pttl { key: key(b"short") },
+            Op::Strlen { key: key(b"short") },
+            Op::Type { key: key(b"short") },
+        ] {
+            assert_eq!(r.read(100, &[op]), ReadResult::NeedsAdvance, "{op:?}");
+            assert_eq!(r.read(100, &[get(b"long"), op]), ReadResult::NeedsAdvance, "{op:?}");
+        }
+        assert_eq!(
+            r.read(100, &[get(b"long"), get(b"absent")]),
+            ReadResult::Reply(Reply::Array(vec![bulk(b"v"), Reply::Nil]))
+        );
+        assert_eq!(r.read(400, &[Op::Pttl { key: key(b"long") }]), ReadResult::Reply(Reply::Int(600)));
+        // A scan skips what has expired by the estimate, a count does not.
+        let scan = Op::Scan { db: 0, cursor: 0, count: 100, pattern: None };
+        let mut found = Vec::new();
+        let mut cursor = Some(0);
+        while let Some(at) = cursor {
+            let Op::Scan { db, count, pattern, .. } = scan else { panic!("a scan") };
+            let ReadResult::Reply(Reply::Scan { next, keys }) =
+                r.read(100, &[Op::Scan { db, cursor: at, count, pattern }])
+            else {
+                panic!("a step")
+            };
+            found.extend(keys);
+            cursor = next;
+        }
+        assert_eq!(found, [&b"long"[..]]);
+        assert_eq!(r.read(100, &[Op::DbSize { db: 0 }]), ReadResult::Reply(Reply::Int(2)));
+        // After the advance it is settled, for every estimate.
+        assert!(r.next(&encode_advance(LogTime(T + 100))).outcomes.is_empty());
+        assert_eq!(r.read(0, &[get(b"short")]), ReadResult::Reply(Reply::Nil));
+        assert_eq!(r.read(0, &[Op::Pttl { key: key(b"short") }]), ReadResult::Reply(Reply::Int(-2)));
+        assert_eq!(r.read(0, &[Op::Pttl { key: key(b"long") }]), ReadResult::Reply(Reply::Int(900)));
+    }
+
+    #[test]
+    fn replies_of_a_request_have_a_bound() {
+        let mut r = Rig::new();
+        let large = vec![b'x'; MAX_VALUE_BYTES];
+        r.set(b"k", &large, CLEAR);
+        let get = Op::Get { key: key(b"k") };
+        let error = Reply::Error(OpError::TooLong);
+        let fits = MAX_REPLY_BYTES / MAX_VALUE_BYTES;
+        let ReadResult::Reply(Reply::Array(replies)) = r.read(0, &vec![get; fits + 2]) else { panic!("replies") };
+        assert!(replies[..fits].iter().all(|r| matches!(r, Reply::Bulk(_))));
+        assert_eq!(replies[fits..], [error.clone(), error.clone()]);
+        // What would not fit is not executed either.
+        let mut ops = vec![get; fits];
+        ops.push(Op::GetDel { key: key(b"k") });
+        ops.push(Op::Set { key: key(b"k"), value: b"v", cond: SetCond::Always, expire: CLEAR, get: true });
+        ops.push(Op::GetEx { key: key(b"k"), expire: SetExpire::After(1) });
+        ops.push(Op::Scan { db: 0, cursor: 0, count: 1, pattern: None });
+        ops.push(Op::Strlen { key: key(b"k") });
+        let Reply::Array(replies) = r.request_at(0, &ops) else { panic!("replies") };
+        assert!(replies[fits..fits + 4].iter().all(|r| *r == error));
+        assert_eq!(replies[fits + 4], Reply::Int(MAX_VALUE_BYTES as i64));
+        assert_eq!(r.pttl(b"k"), -1);
+    }
+
+    #[test]
+    fn flush_clears_one_database_or_all() {
+        let mut r = Rig::new();
+        for db in 0..3u8 {
+            let key = KeyRef::new(db, b"k").unwrap();
+            r.op(Op::Set { key, value: b"v", cond: SetCond::Always, expire: CLEAR, get: false });
+        }
+        assert_eq!(r.op(Op::Flush { db: Some(1) }), Reply::Ok);
+        let sizes = |r: &mut Rig| [0, 1, 2].map(|db| r.op(Op::DbSize { db }));
+        assert_eq!(sizes(&mut r), [Reply::Int(1), Reply::Int(0), Reply::Int(1)]);
+        let old = r.m.table().clone();
+        assert_eq!(r.op(Op::Flush { db: None }), Reply::Ok);
+        assert_eq!(sizes(&mut r), [Reply::Int(0), Reply::Int(0), Reply::Int(0)]);
+        assert_eq!((old.keys(), r.m.keys(), r.m.bytes()), (2, 0, 0));
+    }
+
+    #[test]
+    fn a_corrupt_entry_changes_nothing() {
+        let mut r = Rig::new();
+        let mut b = EntryBuilder::new(LogTime(T + 50), 0);
+        b.push(tag(6, 1, 0), &encode_ops(&[Op::IncrBy { key: key(b"n"), by: 1 }]).unwrap());
+        b.push(tag(6, 2, 0), &encode_ops(&[Op::IncrBy { key: key(b"n"), by: 1 }]).unwrap());
+        let good = b.finish();
+        let before = (r.m.digest(), r.m.log_time(), r.m.applied());
+        for end in 1..good.len() {
+            let e = r.m.apply(LogIndex(7), &good[..end]).unwrap_err();
+            assert_eq!(e.index, 7);
+        }
+        for index in [0, 5, 6, 8, u64::MAX] {
+            assert!(r.m.apply(LogIndex(index), &good).is_err(), "entry {index} is not the next");
+        }
+        assert_eq!((r.m.digest(), r.m.log_time(), r.m.applied()), before);
+        assert_eq!(r.m.apply(LogIndex(7), &good).unwrap().outcomes.len(), 2);
+    }
+
+    #[test]
+    fn digests_are_recorded_compared_and_proposed() {
+        let mut r = Rig::new();
+        r.set(b"k", b"v", CLEAR);
+        while r.m.applied() < LogIndex(1023) {
+            assert_eq!(r.m.digest_to_check(), None);
+            r.next(&[]);
+        }
+        r.set(b"k", b"w", CLEAR);
+        let recorded = r.m.digest();
+        assert_eq!(r.m.digest_to_check(), Some((LogIndex(1024), recorded)));
+        r.set(b"k", b"x", CLEAR);
+        let time = LogTime(T);
+        assert_eq!(r.next(&encode_check_digest(time, LogIndex(1000), 1)).digest_mismatch, None, "not recorded");
+        assert_eq!(r.next(&encode_check_digest(time, LogIndex(u64::MAX), 1)).digest_mismatch, None);
+        assert_eq!(r.m.digest_to_check(), Some((LogIndex(1024), recorded)), "the future covers nothing");
+        assert_eq!(r.next(&encode_check_digest(time, LogIndex(1024), recorded)).digest_mismatch, None);
+        assert_eq!(r.m.digest_to_check(), None);
+        let applied = r.next(&encode_check_digest(time, LogIndex(1024), recorded ^ 1));
+        assert_eq!((applied.digest_mismatch, applied.outcomes), (Some(LogIndex(1024)), vec![]));
+        while r.m.applied() < LogIndex(1024 * 10) {
+            r.next(&[]);
+        }
+        assert_eq!(r.m.digest_to_check().map(|d| d.0), Some(LogIndex(10_240)));
+        assert_eq!(r.m.digests.len(), DIGESTS_KEPT);
+        assert_eq!(r.next(&encode_check_digest(time, LogIndex(1024), 0)).digest_mismatch, None, "forgotten");
+    }
+
+    #[test]
+    fn the_digest_covers_time_sessions_and_epoch() {
+        let digest = |f: &dyn Fn(&mut Rig)| {
+            let mut r = Rig::new();
+            f(&mut r);
+            r.m.digest()
+        };
+        let plain = digest(&|_| {});
+        assert_eq!(
+            plain,
+            digest(&|r| {
+                r.next(&[]);
+            })
+        );
+        assert_ne!(
+            plain,
+            digest(&|r| {
+                r.next(&encode_advance(LogTime(T + 1)));
+            })
+        );
+        assert_ne!(
+            plain,
+            digest(&|r| {
+                r.next(&encode_open_session(LogTime(T), Incarnation(2)));
+            })
+        );
+        assert_ne!(
+            plain,
+            digest(&|r| {
+                r.get(b"absent");
+            }),
+            "the session's progress"
+        );
+        let other = StateMachine::new(ShardInit {
+            range: ALL,
+            epoch: Epoch(5),
+            secret: 99,
+            log_time: LogTime(T),
+            applied: LogIndex(5),
+        });
+        assert_ne!(machine(ALL).digest(), other.digest());
+    }
+
+    // What follows compares with a second, simple-minded implementation.
+
+    type Stored = BTreeMap<(u8, Vec<u8>), (Vec<u8>, Option<i128>)>;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Op { op: Owned, wait: u64 },
+        Advance(u64),
+    }
+
+    /// An operation that owns its payload, so that it can be generated.
+    #[derive(Clone, Debug)]
+    enum Owned {
+        Get,
+        Set(Vec<u8>, SetCond, SetExpire, bool),
+        GetEx(SetExpire),
+        GetDel,
+        Del,
+        Exists,
+        IncrBy(i64),
+        Append(Vec<u8>),
+        Strlen,
+        Expire(ExpireAt, ExpireCond),
+        Persist,
+        Pttl,
+        Type,
+        DbSize,
+        Flush(bool),
+    }
+
+    const OFFSET: i64 = 1234;
+
+    fn value() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            3 => any::<i16>().prop_map(|n| n.to_string().into_bytes()),
+            1 => Just(i64::MAX.to_string().into_bytes()),
+            1 => "[a-z 0+-]{0,4}".prop_map(String::into_bytes),
+        ]
+    }
+
+    fn set_expire() -> impl Strategy<Value = SetExpire> {
+        prop_oneof![
+            Just(SetExpire::Clear),
+            Just(SetExpire::Keep),
+            (1u64..60).prop_map(SetExpire::After),
+            (0u64..200).prop_map(|d| SetExpire::At(WallTime((T as i64 + OFFSET) as u64 + d))),
+            Just(SetExpire::After(u64::MAX)),
+        ]
+    }
+
+    fn step() -> impl Strategy<Value = (u8, u8, Step)> {
+        let cond = prop_oneof![Just(SetCond::Always), Just(SetCond::IfAbsent), Just(SetCond::IfPresent)];
+        let when = prop_oneof![
+            (-20i64..60).prop_map(ExpireAt::After),
+            (-20i64..200).prop_map(|d| ExpireAt::At(T as i64 + OFFSET + d)),
+            Just(ExpireAt::After(i64::MAX)),
+        ];
+        let expire_cond = prop_oneof![
+            Just(ExpireCond::Always),
+            Just(ExpireCond::IfNone),
+            Just(ExpireCond::IfSome),
+            Just(ExpireCond::IfGreater),
+            Just(ExpireCond::IfLess),
+        ];
+        let op = prop_oneof![
+            4 => Just(Owned::Get),
+            8 => (value(), cond, set_expire(), any::<bool>()).prop_map(|(v, c, e, g)| Owned::Set(v, c, e, g)),
+            2 => set_expire().prop_map(Owned::GetEx),
+            1 => Just(Owned::GetDel),
+            1 => Just(Owned::Del),
+            1 => Just(Owned::Exists),
+            3 => any::<i8>().prop_map(|n| Owned::IncrBy(n.into())),
+            2 => value().prop_map(Owned::Append),
+            1 => Just(Owned::Strlen),
+            4 => (when, expire_cond).prop_map(|(w, c)| Owned::Expire(w, c)),
+            2 => Just(Owned::Persist),
+            2 => Just(Owned::Pttl),
+            1 => Just(Owned::Type),
+            1 => Just(Owned::DbSize),
+            1 => any::<bool>().prop_map(Owned::Flush),
+        ];
+        let step = prop_oneof![
+            9 => (op, 0u64..8).prop_map(|(op, wait)| Step::Op { op, wait }),
+            1 => (1u64..30).prop_map(Step::Advance),
+        ];
+        (0u8..4, 0u8..2, step)
+    }
+
+    fn borrow<'a>(op: &'a Owned, key: KeyRef<'a>) -> Op<'a> {
+        match op {
+            Owned::Get => Op::Get { key },
+            Owned::Set(value, cond, expire, get) => Op::Set { key, value, cond: *cond, expire: *expire, get: *get },
+            Owned::GetEx(expire) => Op::GetEx { key, expire: *expire },
+            Owned::GetDel => Op::GetDel { key },
+            Owned::Del => Op::Del { key },
+            Owned::Exists => Op::Exists { key },
+            Owned::IncrBy(by) => Op::IncrBy { key, by: *by },
+            Owned::Append(value) => Op::Append { key, value },
+            Owned::Strlen => Op::Strlen { key },
+            Owned::Expire(at, cond) => Op::Expire { key, at: *at, cond: *cond },
+            Owned::Persist => Op::Persist { key },
+            Owned::Pttl => Op::Pttl { key },
+            Owned::Type => Op::Type { key },
+            Owned::DbSize => Op::DbSize { db: key.db },
+            Owned::Flush(all) => Op::Flush { db: (!all).then_some(key.db) },
+        }
+    }
+
+    /// The meaning of an operation, said once more: expired keys really vanish, and nothing is incremental.
+    fn model(state: &mut Stored, now: u64, db: u8, name: &[u8], op: &Owned) -> Reply {
+        let now = i128::from(now);
+        state.retain(|_, (_, at)| at.is_none_or(|at| at > now));
+        let id = (db, name.to_vec());
+        let old = state.get(&id).cloned();
+        let old_reply = old.as_ref().map_or(Reply::Nil, |(v, _)| bulk(v));
+        // None: invalid. Some(None): for ever. Some(Some(at)): then.
+        let target = |expire: SetExpire, keep: Option<i128>| {
+            match expire {
+                SetExpire::Clear => Some(None),
+                SetExpire::Keep => Some(keep),
+                SetExpire::After(ms) => Some(Some(now + i128::from(ms))),
+                SetExpire::At(wall) => Some(Some(i128::from(wall.0) - i128::from(OFFSET))),
+            }
+            .filter(|at| at.is_none_or(|at| at <= i128::from(i64::MAX)))
+        };
+        let invalid = Reply::Error(OpError::InvalidExpire);
+        match op {
+            Owned::Get => old_reply,
+            Owned::Set(value, cond, expire, get) => {
+                let Some(at) = target(*expire, old.as_ref().and_then(|o| o.1)) else { return invalid };
+                let allowed = *cond == SetCond::Always || (*cond == SetCond::IfPresent) == old.is_some();
+                if allowed {
+                    state.insert(id, (value.clone(), at));
+                }
+                if *get {
+                    old_reply
+                } else if allowed {
+                    Reply::Ok
+                } else {
+                    Reply::Nil
+                }
+            }
+            Owned::GetEx(expire) => {
+                let Some((value, keep)) = old else { return Reply::Nil };
+                let Some(at) = target(*expire, keep) else { return invalid };
+                state.insert(id, (value, at));
+                old_reply
+            }
+            Owned::GetDel => {
+                state.remove(&id);
+                old_reply
+            }
+            Owned::Del => Reply::Int(state.remove(&id).is_some().into()),
+            Owned::Exists => Reply::Int(old.is_some().into()),
+            Owned::IncrBy(by) => {
+                let (text, at) = old.unwrap_or((b"0".to_vec(), None));
+                let text = String::from_utf8(text).unwrap();
+                let number = text.parse::<i64>().ok().filter(|n| n.to_string() == text);
+                let Some(number) = number else { return Reply::Error(OpError::NotInteger) };
+                let Some(sum) = number.checked_add(*by) else { return Reply::Error(OpError::Overflow) };
+                state.insert(id, (sum.to_string().into_bytes(), at));
+                Reply::Int(sum)
+            }
+            Owned::Append(tail) => {
+                let (mut value, at) = old.unwrap_or_default();
+                value.extend(tail);
+                let len = value.len() as i64;
+                state.insert(id, (value, at));
+                Reply::Int(len)
+            }
+            Owned::Strlen => Reply::Int(old.map_or(0, |(v, _)| v.len() as i64)),
+            Owned::Expire(at, cond) => {
+                let at = match at {
+                    ExpireAt::After(ms) => now + i128::from(*ms),
+                    ExpireAt::At(wall) => i128::from(*wall) - i128::from(OFFSET),
+                };
+                if at > i128::from(i64::MAX) {
+                    return invalid;
+                }
+                let Some((value, present)) = old else { return Reply::Int(0) };
+                let infinite = present.unwrap_or(i128::MAX);
+                let allowed = match cond {
+                    ExpireCond::Always => true,
+                    ExpireCond::IfNone => present.is_none(),
+                    ExpireCond::IfSome => present.is_some(),
+                    ExpireCond::IfGreater => at > infinite,
+                    ExpireCond::IfLess => at < infinite,
+                };
+                if allowed {
+                    state.insert(id, (value, Some(at)));
+                }
+                Reply::Int(allowed.into())
+            }
+            Owned::Persist => match old {
+                Some((value, Some(_))) => {
+                    state.insert(id, (value, None));
+                    Reply::Int(1)
+                }
+                _ => Reply::Int(0),
+            },
+            Owned::Pttl => Reply::Int(match old {
+                None => -2,
+                Some((_, None)) => -1,
+                Some((_, Some(at))) => (at - now) as i64,
+            }),
+            Owned::Type => Reply::Type(if old.is_some() { ValueType::String } else { ValueType::None }),
+            // Counts expired keys that are still there: compared with a lower bound below.
+            Owned::DbSize => Reply::Int(state.keys().filter(|k| k.0 == db).count() as i64),
+            Owned::Flush(all) => {
+                state.retain(|k, _| !all && k.0 != db);
+                Reply::Ok
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+        #[test]
+        fn agrees_with_a_simple_model_and_with_a_second_replica(steps in proptest::collection::vec(step(), 1..120)) {
+            let mut r = Rig::new();
+            r.wall_offset = OFFSET;
+            let mut twin = Rig::new().m;
+            let (mut state, mut time) = (Stored::new(), 0);
+            let names = [&b"a"[..], b"{a}b", b"", b"other"];
+            for (name, db, step) in steps {
+                let name = names[usize::from(name)];
+                match step {
+                    Step::Advance(ms) => {
+                        time += ms;
+                        let entry = encode_advance(LogTime(T + time));
+                        twin.apply(LogIndex(r.m.applied().0 + 1), &entry).unwrap();
+                        r.next(&entry);
+                    }
+                    Step::Op { op, wait } => {
+                        time += wait;
+                        let key = KeyRef::new(db, name).unwrap();
+                        let bytes = encode_ops(&[borrow(&op, key)]).unwrap();
+                        // A read of the applied state at a later estimate tells the truth, or asks for an advance.
+                        let write = borrow(&op, key).is_write();
+                        let early = (!write).then(|| r.m.read(&bytes, LogTime(T + time)));
+                        r.seq += 1;
+                        let mut b = EntryBuilder::new(LogTime(T + time), OFFSET);
+                        b.push(tag(6, r.seq, r.seq - 1), &bytes);
+                        let entry = b.finish();
+                        let applied = r.next(&entry);
+                        prop_assert_eq!(&twin.apply(r.m.applied(), &entry).unwrap(), &applied);
+                        let expected = model(&mut state, T + time, db, name, &op);
+                        // What was given a past expiry is gone at once.
+                        state.retain(|_, (_, at)| at.is_none_or(|at| at > i128::from(T + time)));
+                        let [Outcome::Reply(reply)] = &applied.outcomes[..] else { panic!("one reply") };
+                        if let Owned::DbSize = op {
+                            let (Reply::Int(found), Reply::Int(live)) = (reply, &expected) else { panic!("numbers") };
+                            prop_assert!(found >= live);
+                        } else {
+                            prop_assert_eq!(reply, &expected, "{:?} at {}", op, time);
+                            if let Some(ReadResult::Reply(early)) = early {
+                                prop_assert_eq!(&early, &expected);
+                            }
+                        }
+                    }
+                }
+                prop_assert_eq!(twin.digest(), r.m.digest());
+                prop_assert!(r.m.keys() >= state.len() as u64);
+            }
+            // In the end exactly the live keys are found, by every way there is.
+            state.retain(|_, (_, at)| at.is_none_or(|at| at > i128::from(T + time)));
+            for db in 0..2 {
+                let (mut found, mut cursor) = (Vec::new(), Some(0));
+                while let Some(at) = cursor {
+                    let step = r.m.table().scan(at, ScanQuery { db, count: 1, now: T + time, pattern: None });
+                    found.extend(step.keys.iter().map(|k| k.to_vec()));
+                    cursor = step.next;
+                }
+                found.sort();
+                let live: Vec<_> = state.keys().filter(|k| k.0 == db).map(|k| k.1.clone()).collect();
+                prop_assert_eq!(found, live);
+            }
+        }
+    }
 }

@@ -1,129 +1,256 @@
 //! Keys and values of one shard: slots, each a directory of segments, each a hash table of records.
 //!
 //! ```text
-//!   slot --top bits of the key's hash--> segment (about a thousand records) --hash--> record { key | value, expiry }
+//!   slot --top bits of the key's hash--> segment (about a thousand records) --hash--> record { head | key | value }
+//!    RwLock: the directory                RwLock: its records                          one allocation
 //! ```
 //!
-//! Extendible hashing (Fagin et al. 1979): a segment that grows too large splits in two, so that no operation ever
-//! rebuilds a whole slot. One writer (apply), many readers; a slot's lock is held for one operation. Digests are sums over
-//! records, kept as they change, and do not depend on order.
+//! Extendible hashing (Fagin et al. 1979): a segment that grows too large splits in two, so that no operation rebuilds a
+//! whole slot. One writer, many readers: [`Table`] only reads, and the one [`TableWriter`] of a table changes it. Reading
+//! holds the lock of a slot's directory and that of one segment; writing holds the directory's exclusively only to create,
+//! split or remove something.
+//!
+//! Digests are sums over records, kept as records change: they depend neither on order nor on how segments were split.
 
 use crate::key::KeyRef;
-use crate::limits::DATABASES;
+use crate::limits::{DATABASES, MAX_SCAN_COUNT};
 use crate::slot::{Slot, SlotRange};
+use bytes::Bytes;
 use hashbrown::HashTable;
-use std::sync::RwLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// Bits of a SCAN cursor below the slot: the upper bits of the key's hash.
 pub const SCAN_SLOT_SHIFT: u32 = 48;
 
-/// Accounted bytes of a record beside its key and value: record, its share of the hash table, its allocation.
+/// Accounted bytes of a record beside its key and value: its head, its share of the hash table at usual load, and what
+/// the allocator adds.
 pub const RECORD_OVERHEAD: u64 = 56;
 
-/// Records after which a segment splits.
+/// A segment splits when it exceeds this many records.
 const SEGMENT_RECORDS: usize = 1024;
-/// Most bits of directory of one slot. Keys with equal upper hash bits share a segment however many they are.
+/// Most bits of a slot's directory. Keys that agree in so many bits share a segment however many they are; without an
+/// end, keys of equal hash would split it for ever.
 const MAX_DEPTH: u32 = 20;
+/// A segment with more room than this gives it back when three quarters of it are empty.
+const KEEP_CAPACITY: usize = 64;
+/// Most segments and empty slots that one SCAN step visits: a wide shard without keys must not hold up the others.
+const SCAN_VISITS: usize = 4096;
+/// A SCAN step ends once it has found this many bytes of keys.
+pub const SCAN_BYTES: usize = 1024 * 1024;
+/// A SCAN step ends once it has compared this many bytes of keys with bytes of the pattern.
+const SCAN_COMPARISONS: usize = 8 * 1024 * 1024;
+/// Odd and irregular (2^64 divided by the golden ratio), to spread small numbers over a word.
+const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
+const HASH48: u64 = (1 << SCAN_SLOT_SHIFT) - 1;
 
-/// One key and its value in one allocation.
-#[derive(Debug)]
-struct Record {
-    data: Box<[u8]>,
-    /// Log time at which it expires, 0 for never.
-    expire_at: u64,
-    key_len: u16,
-    db: u8,
+/// A lock is poisoned when its holder panicked. The replica of a panicked apply has stopped; a reader sees what there is.
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
 }
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One key and its value in one allocation: database and flag, length of the key, expiry if there is one, key, value.
+///
+/// Sixteen bytes in the table, and three in the allocation that it would round up anyway: with the fields beside the
+/// pointer, a hash table at usual load would take some 25 bytes a key more.
+struct Record(Box<[u8]>);
 
 impl Record {
+    const EXPIRES: u8 = 0x80;
+
+    /// `value` is the concatenation of two parts. `key_len` fits 16 bits since keys are limited when parsed.
+    fn new(db: u8, key: &[u8], value: [&[u8]; 2], expire_at: u64) -> Self {
+        let head = if expire_at == 0 { 3 } else { 11 };
+        let mut data = Vec::with_capacity(head + key.len() + value[0].len() + value[1].len());
+        data.push(if expire_at == 0 { db } else { db | Self::EXPIRES });
+        data.extend_from_slice(&(key.len() as u16).to_le_bytes());
+        if expire_at != 0 {
+            data.extend_from_slice(&expire_at.to_le_bytes());
+        }
+        data.extend_from_slice(key);
+        data.extend_from_slice(value[0]);
+        data.extend_from_slice(value[1]);
+        Record(data.into_boxed_slice())
+    }
+
+    fn db(&self) -> u8 {
+        self.0[0] & !Self::EXPIRES
+    }
+    fn head(&self) -> usize {
+        if self.0[0] & Self::EXPIRES == 0 { 3 } else { 11 }
+    }
+    fn value_at(&self) -> usize {
+        self.head() + usize::from(u16::from_le_bytes([self.0[1], self.0[2]]))
+    }
     fn key(&self) -> &[u8] {
-        &self.data[..usize::from(self.key_len)]
+        &self.0[self.head()..self.value_at()]
     }
     fn value(&self) -> &[u8] {
-        &self.data[usize::from(self.key_len)..]
+        &self.0[self.value_at()..]
     }
-    fn digest(&self, seed: u64) -> u64 {
-        let expiry = self.expire_at.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        xxh3_64_with_seed(&self.data, seed ^ expiry ^ u64::from(self.key_len) << 8 ^ u64::from(self.db))
+    fn expire_at(&self) -> u64 {
+        match self.0[3..].first_chunk::<8>() {
+            Some(at) if self.0[0] & Self::EXPIRES != 0 => u64::from_le_bytes(*at),
+            _ => 0,
+        }
     }
+    fn entry(&self) -> Entry<'_> {
+        Entry { value: self.value(), expire_at: self.expire_at() }
+    }
+    fn is(&self, key: &KeyRef<'_>) -> bool {
+        self.db() == key.db && self.key() == key.bytes
+    }
+
+    /// Replaces value and expiry, in place if the allocation has just the right size.
+    fn replace(&mut self, value: &[u8], expire_at: u64) {
+        let at = self.value_at();
+        let expires = self.0[0] & Self::EXPIRES != 0;
+        if expires == (expire_at != 0) && self.0.len() - at == value.len() {
+            self.0[at..].copy_from_slice(value);
+            self.write_expiry(expire_at);
+        } else {
+            *self = Record::new(self.db(), self.key(), [value, &[]], expire_at);
+        }
+    }
+
+    fn set_expiry(&mut self, expire_at: u64) {
+        if (self.0[0] & Self::EXPIRES != 0) == (expire_at != 0) {
+            self.write_expiry(expire_at);
+        } else {
+            *self = Record::new(self.db(), self.key(), [self.value(), &[]], expire_at);
+        }
+    }
+
+    /// Writes the expiry of a record that has room for it.
+    fn write_expiry(&mut self, expire_at: u64) {
+        if expire_at != 0 {
+            self.0[3..11].copy_from_slice(&expire_at.to_le_bytes());
+        }
+    }
+
     fn bytes(&self) -> u64 {
-        self.data.len() as u64 + RECORD_OVERHEAD
+        (self.0.len() - self.head()) as u64 + RECORD_OVERHEAD
+    }
+
+    /// Contribution to the digest: database and key by their hash, value, expiry.
+    fn digest(&self, hash: u64) -> u64 {
+        xxh3_64_with_seed(self.value(), hash ^ self.expire_at().wrapping_mul(SPREAD))
     }
 }
 
-#[derive(Debug, Default)]
+/// What the hash table of a segment is given. It tells records apart by the upper seven bits and places them by the lower;
+/// the records of a segment agree in as many upper bits as the directory is deep, so other bits must come on top.
+fn in_segment(hash: u64) -> u64 {
+    let low = (1 << MAX_DEPTH) - 1;
+    (hash << MAX_DEPTH) | (hash & low)
+}
+
+#[derive(Default)]
 struct Segment {
-    /// Bits of the hash that all its records share.
+    /// Upper bits of the hash in which all its records agree.
     depth: u32,
-    records: HashTable<Record>,
+    records: RwLock<HashTable<Record>>,
 }
 
-#[derive(Debug)]
-struct SlotTable {
-    /// Bits that index the directory.
+/// The segments of one slot. Never empty of segments; exists while the slot has keys.
+struct Directory {
+    /// Upper bits of the hash that index `index`.
     depth: u32,
-    directory: Vec<u32>,
+    /// Positions in `segments`; empty while there is only one, as in most slots.
+    index: Vec<u32>,
     segments: Vec<Segment>,
-    digest: u64,
+    keys: AtomicU64,
+    digest: AtomicU64,
 }
 
-impl SlotTable {
+impl Directory {
     fn new() -> Self {
-        SlotTable { depth: 0, directory: vec![0], segments: vec![Segment::default()], digest: 0 }
+        Directory {
+            depth: 0,
+            index: Vec::new(),
+            segments: vec![Segment::default()],
+            keys: AtomicU64::new(0),
+            digest: AtomicU64::new(0),
+        }
     }
 
     fn place(&self, hash: u64) -> usize {
-        let index = if self.depth == 0 { 0 } else { hash >> (64 - self.depth) };
-        self.directory[index as usize] as usize
+        if self.depth == 0 { 0 } else { self.index[(hash >> (64 - self.depth)) as usize] as usize }
     }
 
-    /// Splits the segment of `hash` until it has room or its records cannot be told apart.
-    fn make_room(&mut self, hash: u64, seed: u64) {
-        loop {
-            let place = self.place(hash);
-            let depth = self.segments[place].depth;
-            if self.segments[place].records.len() < SEGMENT_RECORDS || depth >= MAX_DEPTH {
-                return;
-            }
-            if depth == self.depth {
-                self.directory = self.directory.iter().flat_map(|s| [*s, *s]).collect();
-                self.depth += 1;
-            }
-            let bit = 1u64 << (63 - depth);
-            let old = std::mem::take(&mut self.segments[place].records);
-            let (mut low, mut high) = (HashTable::new(), HashTable::new());
-            for record in old {
-                let h = hash_key(record.db, record.key(), seed);
-                let half = if h & bit == 0 { &mut low } else { &mut high };
-                half.insert_unique(h, record, |r| hash_key(r.db, r.key(), seed));
-            }
-            self.segments[place] = Segment { depth: depth + 1, records: low };
-            let new = self.segments.len() as u32;
-            self.segments.push(Segment { depth: depth + 1, records: high });
-            // The directory entries of the upper half point to the new segment.
-            let shift = self.depth - depth - 1;
-            for (i, s) in self.directory.iter_mut().enumerate() {
-                if *s as usize == place && (i >> shift) & 1 == 1 {
-                    *s = new;
-                }
+    fn segment(&self, hash: u64) -> &Segment {
+        &self.segments[self.place(hash)]
+    }
+
+    /// Splits the segment of `hash` in two. Once only, even if all records fall to one side: the next key tries again.
+    fn split(&mut self, hash: u64, hash_of: impl Fn(&Record) -> u64) {
+        let place = self.place(hash);
+        let depth = self.segments[place].depth;
+        if depth >= MAX_DEPTH {
+            return;
+        }
+        if depth == self.depth {
+            self.index = if depth == 0 { vec![0, 0] } else { self.index.iter().flat_map(|s| [*s, *s]).collect() };
+            self.depth += 1;
+        }
+        let depth = depth + 1;
+        let bit = 64 - depth;
+        let old = std::mem::take(self.segments[place].records.get_mut().unwrap_or_else(PoisonError::into_inner));
+        // Half and a little more, so that it need not grow while it is filled.
+        let room = old.len() / 2 + old.len() / 8;
+        let mut halves = [HashTable::with_capacity(room), HashTable::with_capacity(room)];
+        for record in old {
+            let h = hash_of(&record);
+            halves[(h >> bit & 1) as usize].insert_unique(in_segment(h), record, |r| in_segment(hash_of(r)));
+        }
+        for half in &mut halves {
+            if half.len() < room / 2 {
+                half.shrink_to_fit(|r| in_segment(hash_of(r)));
             }
         }
+        let [low, high] = halves;
+        self.segments[place] = Segment { depth, records: RwLock::new(low) };
+        let new = self.segments.len() as u32;
+        self.segments.push(Segment { depth, records: RwLock::new(high) });
+        // The entries of the upper half are contiguous: those that begin with the segment's bits and then a one.
+        let shift = self.depth - depth;
+        let first = ((hash >> bit | 1) << shift) as usize;
+        self.index[first..first + (1 << shift)].fill(new);
     }
-}
-
-fn hash_key(db: u8, key: &[u8], seed: u64) -> u64 {
-    xxh3_64_with_seed(key, seed ^ u64::from(db) << 56)
 }
 
 /// A value and its expiry, as a reader sees them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry<'a> {
     /// The value.
     pub value: &'a [u8],
-    /// Log time at which it expires, 0 for never.
+    /// Log time in milliseconds at which it expires, 0 for never.
     pub expire_at: u64,
+}
+
+/// What becomes of a key that [`TableWriter::edit`] shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edit<'v> {
+    /// It stays as it is.
+    Keep,
+    /// It is deleted, if it is there.
+    Delete,
+    /// It gets this value and expiry, whether it is there or not.
+    Put {
+        /// The value.
+        value: &'v [u8],
+        /// Log time at which it expires, 0 for never.
+        expire_at: u64,
+    },
+    /// Its value grows, and the expiry stays; if it is absent, this is its value.
+    Append(&'v [u8]),
+    /// It gets this expiry (0 for never), if it is there.
+    Expiry(u64),
 }
 
 /// One step of a scan.
@@ -131,163 +258,102 @@ pub struct Entry<'a> {
 pub struct ScanStep {
     /// Where to go on; `None` at the end.
     pub next: Option<u64>,
-    /// Keys found.
-    pub keys: Vec<bytes::Bytes>,
+    /// Keys found, at most [`MAX_SCAN_COUNT`].
+    pub keys: Vec<Bytes>,
 }
 
-/// The keys and values of one shard.
-#[derive(Debug)]
+/// What a scan looks for.
+#[derive(Clone, Copy, Debug)]
+pub struct ScanQuery<'a> {
+    /// The database.
+    pub db: u8,
+    /// About how many records to look at; at least one group of equal hash bits is.
+    pub count: u32,
+    /// Log time in milliseconds; what has expired by then is left out.
+    pub now: u64,
+    /// Glob that returned keys match.
+    pub pattern: Option<&'a [u8]>,
+}
+
+/// The keys and values of one shard, for reading. All totals are exact between two writes.
 pub struct Table {
     range: SlotRange,
     seed: u64,
-    slots: Vec<RwLock<Option<Box<SlotTable>>>>,
+    slots: Box<[RwLock<Option<Box<Directory>>>]>,
     keys: [AtomicU64; DATABASES as usize],
     bytes: AtomicU64,
     digest: AtomicU64,
 }
 
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Table").field("range", &self.range).field("keys", &self.keys()).finish_non_exhaustive()
+    }
+}
+
+/// Adds to a counter that only one thread changes; cheaper than an atomic addition, and wraps.
+fn add(counter: &AtomicU64, change: u64) {
+    counter.store(counter.load(Relaxed).wrapping_add(change), Relaxed);
+}
+
 impl Table {
-    /// An empty table for the slots of `range`; `seed` is the cluster's founding secret.
-    pub fn new(range: SlotRange, seed: u64) -> Self {
+    fn new(range: SlotRange, seed: u64) -> Self {
         Table {
             range,
             seed,
-            slots: (0..range.len()).map(|_| RwLock::new(None)).collect(),
-            keys: Default::default(),
+            slots: (0..range.len()).map(|_| RwLock::default()).collect(),
+            keys: std::array::from_fn(|_| AtomicU64::new(0)),
             bytes: AtomicU64::new(0),
             digest: AtomicU64::new(0),
         }
     }
 
-    fn slot(&self, slot: Slot) -> &RwLock<Option<Box<SlotTable>>> {
-        &self.slots[usize::from(slot.0 - self.range.start)]
+    fn hash(&self, db: u8, key: &[u8]) -> u64 {
+        xxh3_64_with_seed(key, self.seed ^ (u64::from(db) + 1).wrapping_mul(SPREAD))
     }
 
-    /// Reads a key that the table's range holds; `f` runs under the slot's lock.
+    fn hash_of(&self, r: &Record) -> u64 {
+        self.hash(r.db(), r.key())
+    }
+
+    fn slot(&self, slot: Slot) -> Option<&RwLock<Option<Box<Directory>>>> {
+        self.range.contains(slot).then(|| &self.slots[usize::from(slot.0 - self.range.start)])
+    }
+
+    /// Shows a key's value and expiry, expired or not; `None` if it is absent or its slot is not of this table. The value
+    /// stays locked for the writer while `f` runs.
     pub fn get<R>(&self, key: KeyRef<'_>, f: impl FnOnce(Option<Entry<'_>>) -> R) -> R {
-        let guard = self.slot(key.slot).read().expect("apply does not panic while it holds a slot");
-        let record = guard.as_deref().and_then(|slot| {
-            let hash = hash_key(key.db, key.bytes, self.seed);
-            slot.segments[slot.place(hash)].records.find(hash, |r| r.db == key.db && r.key() == key.bytes)
-        });
-        f(record.map(|r| Entry { value: r.value(), expire_at: r.expire_at }))
+        let Some(slot) = self.slot(key.slot) else { return f(None) };
+        let directory = read(slot);
+        let Some(directory) = directory.as_deref() else { return f(None) };
+        let hash = self.hash(key.db, key.bytes);
+        let records = read(&directory.segment(hash).records);
+        f(records.find(in_segment(hash), |r| r.is(&key)).map(Record::entry))
     }
 
-    /// Writes a key; `value` is the concatenation of the parts.
-    pub fn put(&self, key: KeyRef<'_>, parts: [&[u8]; 2], expire_at: u64) {
-        let mut data = Vec::with_capacity(key.bytes.len() + parts[0].len() + parts[1].len());
-        data.extend_from_slice(key.bytes);
-        data.extend_from_slice(parts[0]);
-        data.extend_from_slice(parts[1]);
-        let record = Record { data: data.into_boxed_slice(), expire_at, key_len: key.bytes.len() as u16, db: key.db };
-        let mut guard = self.slot(key.slot).write().expect("apply does not panic while it holds a slot");
-        let slot = guard.get_or_insert_with(|| Box::new(SlotTable::new()));
-        let hash = hash_key(key.db, key.bytes, self.seed);
-        slot.make_room(hash, self.seed);
-        let seed = self.seed;
-        let (new_digest, new_bytes) = (record.digest(seed), record.bytes());
-        let place = slot.place(hash);
-        let records = &mut slot.segments[place].records;
-        let (mut old_digest, mut old_bytes) = (0, 0);
-        match records.find_mut(hash, |r| r.db == key.db && r.key() == key.bytes) {
-            Some(old) => {
-                (old_digest, old_bytes) = (old.digest(seed), old.bytes());
-                *old = record;
-            }
-            None => {
-                self.keys[usize::from(key.db)].fetch_add(1, Ordering::Relaxed);
-                records.insert_unique(hash, record, |r| hash_key(r.db, r.key(), seed));
-            }
-        }
-        slot.digest = slot.digest.wrapping_add(new_digest).wrapping_sub(old_digest);
-        self.digest.fetch_add(new_digest.wrapping_sub(old_digest), Ordering::Relaxed);
-        self.bytes.fetch_add(new_bytes.wrapping_sub(old_bytes), Ordering::Relaxed);
-    }
-
-    /// Changes the expiry of a key that is there.
-    pub fn set_expiry(&self, key: KeyRef<'_>, expire_at: u64) {
-        let mut guard = self.slot(key.slot).write().expect("apply does not panic while it holds a slot");
-        let Some(slot) = guard.as_deref_mut() else { return };
-        let hash = hash_key(key.db, key.bytes, self.seed);
-        let place = slot.place(hash);
-        let found = slot.segments[place].records.find_mut(hash, |r| r.db == key.db && r.key() == key.bytes);
-        if let Some(r) = found {
-            let old = r.digest(self.seed);
-            r.expire_at = expire_at;
-            let change = r.digest(self.seed).wrapping_sub(old);
-            slot.digest = slot.digest.wrapping_add(change);
-            self.digest.fetch_add(change, Ordering::Relaxed);
-        }
-    }
-
-    /// Deletes a key; returns whether it was there.
-    pub fn delete(&self, key: KeyRef<'_>) -> bool {
-        let mut guard = self.slot(key.slot).write().expect("apply does not panic while it holds a slot");
-        let Some(slot) = guard.as_deref_mut() else { return false };
-        let hash = hash_key(key.db, key.bytes, self.seed);
-        let place = slot.place(hash);
-        match slot.segments[place].records.find_entry(hash, |r| r.db == key.db && r.key() == key.bytes) {
-            Ok(found) => {
-                let (record, _) = found.remove();
-                let digest = record.digest(self.seed);
-                slot.digest = slot.digest.wrapping_sub(digest);
-                self.digest.fetch_sub(digest, Ordering::Relaxed);
-                self.bytes.fetch_sub(record.bytes(), Ordering::Relaxed);
-                self.keys[usize::from(key.db)].fetch_sub(1, Ordering::Relaxed);
-                true
-            }
-            Err(_) => false,
-        }
-    }
-
-    /// Deletes every key of one database.
-    pub fn clear_db(&self, db: u8) {
-        for slot in &self.slots {
-            let mut guard = slot.write().expect("apply does not panic while it holds a slot");
-            let Some(slot) = guard.as_deref_mut() else { continue };
-            for segment in &mut slot.segments {
-                let (mut digest, mut bytes, mut keys) = (0u64, 0, 0);
-                segment.records.retain(|r| {
-                    let goes = r.db == db;
-                    if goes {
-                        digest = digest.wrapping_add(r.digest(self.seed));
-                        bytes += r.bytes();
-                        keys += 1;
-                    }
-                    !goes
-                });
-                slot.digest = slot.digest.wrapping_sub(digest);
-                self.digest.fetch_sub(digest, Ordering::Relaxed);
-                self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-                self.keys[usize::from(db)].fetch_sub(keys, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// Number of keys of a database, expired ones that nobody touched included.
+    /// Number of keys of a database, expired ones that nobody wrote to included; 0 for one that does not exist.
     pub fn len(&self, db: u8) -> u64 {
-        self.keys[usize::from(db)].load(Ordering::Relaxed)
+        self.keys.get(usize::from(db)).map_or(0, |k| k.load(Relaxed))
     }
 
-    /// Number of keys of all databases.
+    /// Number of keys of all databases, expired ones that nobody wrote to included.
     pub fn keys(&self) -> u64 {
-        self.keys.iter().map(|k| k.load(Ordering::Relaxed)).sum()
+        self.keys.iter().map(|k| k.load(Relaxed)).sum()
     }
 
-    /// Accounted bytes.
+    /// Accounted bytes: keys, values, and [`RECORD_OVERHEAD`] each.
     pub fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+        self.bytes.load(Relaxed)
     }
 
-    /// Digest of all records; the sum of [`Table::slot_digest`] over all slots.
+    /// Digest of all records; the wrapping sum of [`Table::slot_digest`] over all slots.
     pub fn digest(&self) -> u64 {
-        self.digest.load(Ordering::Relaxed)
+        self.digest.load(Relaxed)
     }
 
-    /// Digest of one slot's records.
+    /// Digest of one slot's records; 0 for one without any, or of another shard.
     pub fn slot_digest(&self, slot: Slot) -> u64 {
-        let guard = self.slot(slot).read().expect("apply does not panic while it holds a slot");
-        guard.as_deref().map_or(0, |s| s.digest)
+        self.slot(slot).map_or(0, |s| read(s).as_deref().map_or(0, |d| d.digest.load(Relaxed)))
     }
 
     /// The range of slots.
@@ -295,59 +361,603 @@ impl Table {
         self.range
     }
 
-    /// One step in order of (slot, upper bits of the hash). A key that is there from the first step to the last is
-    /// returned at least once, whatever is written, split, or led elsewhere meanwhile: the order depends on key and seed
-    /// alone. Looks at about `count` records, more only where hashes are equal in their upper bits.
-    pub fn scan(&self, db: u8, cursor: u64, count: u32, now: u64, wanted: impl Fn(&[u8]) -> bool) -> ScanStep {
+    /// Whether a scan's cursor lies in a slot of this table.
+    pub fn holds_cursor(&self, cursor: u64) -> bool {
+        u16::try_from(cursor >> SCAN_SLOT_SHIFT).is_ok_and(|slot| self.range.contains(Slot(slot)))
+    }
+
+    /// One step in order of (slot, upper bits of the hash); nothing, and the end, for a cursor outside of the table. A key
+    /// that is there from the first step to the last is returned at least once, whatever is written, split, or led
+    /// elsewhere meanwhile: the order depends on key and seed alone. Keys whose upper bits are equal are returned
+    /// together, since a cursor cannot stand between them; only if more than [`MAX_SCAN_COUNT`] agreed in slot and all 48
+    /// bits would the rest be left out.
+    pub fn scan(&self, cursor: u64, query: ScanQuery<'_>) -> ScanStep {
         let mut step = ScanStep::default();
-        let mut left = i64::from(count);
-        // Empty slots cost little, but not nothing: a step over a wide empty shard must end too.
-        let mut slots_left = 4096;
-        let mut slot = ((cursor >> SCAN_SLOT_SHIFT) as u16).max(self.range.start);
-        let mut from =
-            if cursor >> SCAN_SLOT_SHIFT == u64::from(slot) { cursor & ((1 << SCAN_SLOT_SHIFT) - 1) } else { 0 };
+        if !self.holds_cursor(cursor) {
+            return step;
+        }
+        let mut budget = Budget {
+            records: query.count.max(1) as usize,
+            visits: SCAN_VISITS,
+            bytes: SCAN_BYTES,
+            comparisons: SCAN_COMPARISONS,
+        };
+        let (mut slot, mut from) = ((cursor >> SCAN_SLOT_SHIFT) as u16, cursor & HASH48);
         while slot < self.range.end {
-            if left <= 0 || slots_left == 0 {
+            if budget.spent() {
                 step.next = Some(u64::from(slot) << SCAN_SLOT_SHIFT | from);
                 return step;
             }
-            slots_left -= 1;
-            let guard = self.slots[usize::from(slot - self.range.start)]
-                .read()
-                .expect("apply does not panic while it holds a slot");
-            if let Some(table) = guard.as_deref() {
-                let mut seen = u32::MAX;
-                let first = if table.depth == 0 { 0 } else { (from << (64 - SCAN_SLOT_SHIFT)) >> (64 - table.depth) };
-                for segment in &table.directory[first as usize..] {
-                    if *segment == seen {
-                        continue;
-                    }
-                    seen = *segment;
-                    let records = &table.segments[*segment as usize].records;
-                    let mut found: Vec<(u64, &Record)> = records
-                        .iter()
-                        .map(|r| (hash_key(r.db, r.key(), self.seed) >> (64 - SCAN_SLOT_SHIFT), r))
-                        .filter(|(h, _)| *h >= from)
-                        .collect();
-                    found.sort_unstable_by_key(|(h, r)| (*h, r.db, r.key()));
-                    let mut last = None;
-                    for (hash, r) in found {
-                        if left <= 0 && last != Some(hash) {
-                            step.next = Some(u64::from(slot) << SCAN_SLOT_SHIFT | hash);
-                            return step;
-                        }
-                        last = Some(hash);
-                        left -= 1;
-                        let alive = r.expire_at == 0 || r.expire_at > now;
-                        if r.db == db && alive && wanted(r.key()) {
-                            step.keys.push(bytes::Bytes::copy_from_slice(r.key()));
-                        }
-                    }
+            budget.visits -= 1;
+            let directory = read(&self.slots[usize::from(slot - self.range.start)]);
+            // Where the next segment begins, in the same 48 bits; none after the last.
+            let mut end = None;
+            if let Some(directory) = directory.as_deref() {
+                let segment = directory.segment(from << (64 - SCAN_SLOT_SHIFT));
+                if let Some(stopped_at) = self.scan_segment(segment, from, &query, &mut budget, &mut step.keys) {
+                    step.next = Some(u64::from(slot) << SCAN_SLOT_SHIFT | stopped_at);
+                    return step;
                 }
+                let width = SCAN_SLOT_SHIFT - segment.depth;
+                end = Some(((from >> width) + 1) << width).filter(|end| *end <= HASH48);
             }
-            slot += 1;
-            from = 0;
+            match end {
+                Some(end) => from = end,
+                None => (slot, from) = (slot + 1, 0),
+            }
         }
         step
+    }
+
+    /// Looks through a segment from `from` on. Returns where it had to stop, `None` if it reached the end.
+    fn scan_segment(
+        &self,
+        segment: &Segment,
+        from: u64,
+        query: &ScanQuery<'_>,
+        budget: &mut Budget,
+        keys: &mut Vec<Bytes>,
+    ) -> Option<u64> {
+        let records = read(&segment.records);
+        let mut found: Vec<(u64, &Record)> = records
+            .iter()
+            .map(|r| (self.hash_of(r) >> (64 - SCAN_SLOT_SHIFT), r))
+            .filter(|(hash, _)| *hash >= from)
+            .collect();
+        // By key too: a scan in the log must answer the same on every replica, however its table is laid out.
+        found.sort_unstable_by_key(|(hash, r)| (*hash, r.key(), r.db()));
+        for group in found.chunk_by(|a, b| a.0 == b.0) {
+            // Having stopped before a group is progress only if something was looked at since the cursor.
+            let progress = budget.records < query.count as usize || budget.visits + 1 < SCAN_VISITS;
+            if progress && (budget.spent() || keys.len() + group.len() > MAX_SCAN_COUNT as usize) {
+                return Some(group[0].0);
+            }
+            budget.records = budget.records.saturating_sub(group.len());
+            for (_, r) in group {
+                let alive = r.expire_at() == 0 || r.expire_at() > query.now;
+                if r.db() != query.db || !alive || keys.len() >= MAX_SCAN_COUNT as usize {
+                    continue;
+                }
+                if let Some(pattern) = query.pattern {
+                    budget.comparisons = budget.comparisons.saturating_sub(r.key().len() * pattern.len());
+                    if !crate::glob::glob_match(pattern, r.key()) {
+                        continue;
+                    }
+                }
+                budget.bytes = budget.bytes.saturating_sub(r.key().len());
+                keys.push(Bytes::copy_from_slice(r.key()));
+            }
+        }
+        None
+    }
+}
+
+/// What is left to a scan step. It ends when any of it is spent, so that one step is short whatever is asked.
+struct Budget {
+    records: usize,
+    visits: usize,
+    bytes: usize,
+    comparisons: usize,
+}
+
+impl Budget {
+    fn spent(&self) -> bool {
+        self.records == 0 || self.visits == 0 || self.bytes == 0 || self.comparisons == 0
+    }
+}
+
+/// The one writer of a table.
+#[derive(Debug)]
+pub struct TableWriter {
+    table: Arc<Table>,
+}
+
+impl TableWriter {
+    /// The writer of a new, empty table for the slots of `range`; `seed` is the cluster's founding secret.
+    pub fn new(range: SlotRange, seed: u64) -> Self {
+        TableWriter { table: Arc::new(Table::new(range, seed)) }
+    }
+
+    /// The table, for readers.
+    pub fn table(&self) -> &Arc<Table> {
+        &self.table
+    }
+
+    /// Shows a key as [`Table::get`] does, and does what `decide` says, under one lock. A key whose slot is not of this
+    /// table is shown as absent and never written.
+    pub fn edit<'v, R>(&mut self, key: KeyRef<'_>, decide: impl FnOnce(Option<Entry<'_>>) -> (R, Edit<'v>)) -> R {
+        let t = &*self.table;
+        let Some(slot) = t.slot(key.slot) else {
+            debug_assert!(false, "slots are checked before keys are written");
+            return decide(None).0;
+        };
+        let hash = t.hash(key.db, key.bytes);
+        let guard = read(slot);
+        let Some(directory) = guard.as_deref() else {
+            drop(guard);
+            let (answer, edit) = decide(None);
+            if let Some(record) = new_record(&key, edit) {
+                let directory = Directory::new();
+                t.account(&directory, key.db, Some((&record, hash)), None);
+                write(&directory.segments[0].records)
+                    .insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
+                *write(slot) = Some(Box::new(directory));
+            }
+            return answer;
+        };
+        let segment = directory.segment(hash);
+        let mut records = write(&segment.records);
+        let mut overfull = false;
+        let answer = match records.find_entry(in_segment(hash), |r| r.is(&key)) {
+            Ok(mut found) => {
+                let (answer, edit) = decide(Some(found.get().entry()));
+                let before = (found.get().bytes(), found.get().digest_unless(edit == Edit::Keep, hash));
+                match edit {
+                    Edit::Keep => {}
+                    Edit::Delete => {
+                        let (_, absent) = found.remove();
+                        let records = absent.into_table();
+                        if records.capacity() > KEEP_CAPACITY && records.len() < records.capacity() / 4 {
+                            records.shrink_to(records.len() * 2, |r| in_segment(t.hash_of(r)));
+                        }
+                        t.account(directory, key.db, None, Some(before));
+                    }
+                    Edit::Put { .. } | Edit::Append(_) | Edit::Expiry(_) => {
+                        let record = found.get_mut();
+                        match edit {
+                            Edit::Put { value, expire_at } => record.replace(value, expire_at),
+                            Edit::Append(tail) => {
+                                *record = Record::new(key.db, key.bytes, [record.value(), tail], record.expire_at())
+                            }
+                            Edit::Expiry(at) => record.set_expiry(at),
+                            Edit::Keep | Edit::Delete => {}
+                        }
+                        t.account(directory, key.db, Some((found.get(), hash)), Some(before));
+                    }
+                }
+                answer
+            }
+            Err(absent) => {
+                let (answer, edit) = decide(None);
+                if let Some(record) = new_record(&key, edit) {
+                    t.account(directory, key.db, Some((&record, hash)), None);
+                    let records = absent.into_table();
+                    records.insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
+                    overfull = records.len() > SEGMENT_RECORDS && segment.depth < MAX_DEPTH;
+                }
+                answer
+            }
+        };
+        drop(records);
+        let empty = directory.keys.load(Relaxed) == 0;
+        drop(guard);
+        // Only this writer changes directories, so nothing has moved since the guard was released.
+        if overfull && let Some(directory) = write(slot).as_deref_mut() {
+            directory.split(hash, |r| t.hash_of(r));
+        }
+        if empty {
+            *write(slot) = None;
+        }
+        answer
+    }
+
+    /// Deletes every key of one database. Looks at every record of the shard unless all are of that database, or none.
+    pub fn clear_db(&mut self, db: u8) {
+        let of_db = self.table.len(db);
+        if of_db == self.table.keys() {
+            return self.clear();
+        }
+        if of_db == 0 {
+            return;
+        }
+        let t = &*self.table;
+        for slot in &t.slots {
+            let mut guard = write(slot);
+            let Some(directory) = guard.as_deref_mut() else { continue };
+            for segment in &directory.segments {
+                let mut records = write(&segment.records);
+                records.retain(|r| {
+                    let goes = r.db() == db;
+                    if goes {
+                        t.account(directory, db, None, Some((r.bytes(), r.digest(t.hash_of(r)))));
+                    }
+                    !goes
+                });
+                records.shrink_to_fit(|r| in_segment(t.hash_of(r)));
+            }
+            if directory.keys.load(Relaxed) == 0 {
+                *guard = None;
+            }
+        }
+    }
+
+    /// Deletes everything, by beginning a new table: readers of the old one finish with it, and who holds it last frees it.
+    pub fn clear(&mut self) {
+        if self.table.keys() != 0 {
+            self.table = Arc::new(Table::new(self.table.range, self.table.seed));
+        }
+    }
+}
+
+impl Record {
+    /// The digest, which costs a pass over the value, unless it is not needed.
+    fn digest_unless(&self, skip: bool, hash: u64) -> u64 {
+        if skip { 0 } else { self.digest(hash) }
+    }
+}
+
+/// The record of a key that was absent, if the edit makes one.
+fn new_record(key: &KeyRef<'_>, edit: Edit<'_>) -> Option<Record> {
+    match edit {
+        Edit::Put { value, expire_at } => Some(Record::new(key.db, key.bytes, [value, &[]], expire_at)),
+        Edit::Append(value) => Some(Record::new(key.db, key.bytes, [value, &[]], 0)),
+        Edit::Keep | Edit::Delete | Edit::Expiry(_) => None,
+    }
+}
+
+impl Table {
+    /// Counts a record that comes, with its key's hash, and one that goes, with its bytes and digest.
+    fn account(&self, directory: &Directory, db: u8, comes: Option<(&Record, u64)>, goes: Option<(u64, u64)>) {
+        let keys = u64::from(comes.is_some()).wrapping_sub(u64::from(goes.is_some()));
+        let (new_bytes, new_digest) = comes.map_or((0, 0), |(r, hash)| (r.bytes(), r.digest(hash)));
+        let (old_bytes, old_digest) = goes.unwrap_or_default();
+        let digest = new_digest.wrapping_sub(old_digest);
+        add(&self.keys[usize::from(db)], keys);
+        add(&self.bytes, new_bytes.wrapping_sub(old_bytes));
+        add(&self.digest, digest);
+        add(&directory.keys, keys);
+        add(&directory.digest, digest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slot::{SLOT_COUNT, slot_of};
+    use std::collections::{BTreeMap, BTreeSet};
+
+    const ALL: SlotRange = SlotRange { start: 0, end: SLOT_COUNT };
+
+    fn writer() -> TableWriter {
+        TableWriter::new(ALL, 0x5EED)
+    }
+
+    fn put(w: &mut TableWriter, key: KeyRef<'_>, value: &[u8], expire_at: u64) {
+        w.edit(key, |_| ((), Edit::Put { value, expire_at }));
+    }
+
+    fn delete(w: &mut TableWriter, key: KeyRef<'_>) {
+        w.edit(key, |_| ((), Edit::Delete));
+    }
+
+    fn get(t: &Table, key: KeyRef<'_>) -> Option<(Vec<u8>, u64)> {
+        t.get(key, |e| e.map(|e| (e.value.to_vec(), e.expire_at)))
+    }
+
+    /// Keys of one slot, as many as wanted.
+    fn name(i: u32) -> Vec<u8> {
+        format!("{{same slot}}{i}").into_bytes()
+    }
+
+    /// Everything that is kept as it changes, counted anew.
+    fn recount(t: &Table) {
+        let (mut bytes, mut digest, mut keys) = (0u64, 0u64, [0u64; DATABASES as usize]);
+        for slot in &t.slots {
+            let guard = read(slot);
+            let Some(d) = guard.as_deref() else { continue };
+            let (mut in_slot, mut slot_digest) = (0, 0u64);
+            for (i, s) in d.segments.iter().enumerate() {
+                for r in read(&s.records).iter() {
+                    assert_eq!(d.place(t.hash_of(r)), i, "a record in a segment where nobody looks for it");
+                    assert!(
+                        read(&s.records)
+                            .find(in_segment(t.hash_of(r)), |o| o.key() == r.key() && o.db() == r.db())
+                            .is_some()
+                    );
+                    bytes += (r.key().len() + r.value().len()) as u64 + RECORD_OVERHEAD;
+                    slot_digest = slot_digest.wrapping_add(r.digest(t.hash_of(r)));
+                    keys[usize::from(r.db())] += 1;
+                    in_slot += 1;
+                }
+            }
+            assert!(in_slot > 0, "an empty slot keeps no directory");
+            assert_eq!((d.keys.load(Relaxed), d.digest.load(Relaxed)), (in_slot, slot_digest));
+            digest = digest.wrapping_add(slot_digest);
+        }
+        assert_eq!((t.bytes(), t.digest()), (bytes, digest));
+        assert!((0..DATABASES).all(|db| t.len(db) == keys[usize::from(db)]));
+        assert_eq!(t.keys(), keys.iter().sum::<u64>());
+    }
+
+    #[test]
+    fn records_hold_what_they_are_given() {
+        for expire_at in [0, 1, u64::MAX] {
+            for key in [&b""[..], b"k", &[7; 65_535]] {
+                let mut r = Record::new(15, key, [b"va", b"lue"], expire_at);
+                assert_eq!((r.db(), r.key(), r.value(), r.expire_at()), (15, key, &b"value"[..], expire_at));
+                assert_eq!(r.bytes(), key.len() as u64 + 5 + RECORD_OVERHEAD);
+                for (value, at) in
+                    [(&b"other"[..], expire_at), (b"", 9), (b"longer than before", 0), (b"longer than befora", 0)]
+                {
+                    r.replace(value, at);
+                    assert_eq!((r.db(), r.key(), r.value(), r.expire_at()), (15, key, value, at));
+                }
+                for at in [0, 5, 6, 0] {
+                    r.set_expiry(at);
+                    assert_eq!((r.db(), r.key(), r.value(), r.expire_at()), (15, key, &b"longer than befora"[..], at));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_record_costs_one_pointer_in_the_table() {
+        assert_eq!(size_of::<Record>(), 16);
+        assert_eq!(Record::new(0, &[0; 16], [&[0; 128], &[]], 0).0.len(), 16 + 128 + 3);
+    }
+
+    #[test]
+    fn edits_do_what_they_say() {
+        let mut w = writer();
+        let k = KeyRef::new(0, b"k").unwrap();
+        for edit in [Edit::Keep, Edit::Delete, Edit::Expiry(5)] {
+            w.edit(k, |e| (assert_eq!(e, None), edit));
+            assert_eq!((get(w.table(), k), w.table().keys()), (None, 0));
+        }
+        w.edit(k, |_| ((), Edit::Append(b"ab")));
+        assert_eq!(get(w.table(), k), Some((b"ab".to_vec(), 0)));
+        w.edit(k, |_| ((), Edit::Expiry(9)));
+        w.edit(k, |_| ((), Edit::Append(b"cd")));
+        assert_eq!(
+            w.edit(k, |e| (e.map(|e| (e.value.to_vec(), e.expire_at)), Edit::Keep)),
+            Some((b"abcd".to_vec(), 9))
+        );
+        recount(w.table());
+        put(&mut w, k, b"x", 0);
+        assert_eq!(get(w.table(), k), Some((b"x".to_vec(), 0)));
+        recount(w.table());
+        delete(&mut w, k);
+        assert_eq!((get(w.table(), k), w.table().keys(), w.table().bytes(), w.table().digest()), (None, 0, 0, 0));
+        recount(w.table());
+    }
+
+    #[test]
+    fn databases_are_apart_and_cleared_alone() {
+        let mut w = writer();
+        let keys: Vec<_> = (0..3000).map(name).collect();
+        for (i, k) in keys.iter().enumerate() {
+            put(&mut w, KeyRef::new((i % 3) as u8, k).unwrap(), b"v", 0);
+        }
+        assert_eq!(get(w.table(), KeyRef::new(1, &keys[0]).unwrap()), None);
+        w.clear_db(1);
+        w.clear_db(7);
+        recount(w.table());
+        assert_eq!([0, 1, 2].map(|db| w.table().len(db)), [1000, 0, 1000]);
+        let before = w.table().clone();
+        w.clear_db(0);
+        w.clear_db(2);
+        recount(w.table());
+        assert_eq!((w.table().keys(), w.table().bytes(), w.table().digest()), (0, 0, 0));
+        assert!(!Arc::ptr_eq(&before, w.table()), "the last database is cleared by a new table");
+    }
+
+    #[test]
+    fn clearing_leaves_the_old_table_to_its_readers() {
+        let mut w = writer();
+        let k = KeyRef::new(0, b"k").unwrap();
+        put(&mut w, k, b"v", 0);
+        let old = w.table().clone();
+        w.clear();
+        assert_eq!((get(&old, k), get(w.table(), k)), (Some((b"v".to_vec(), 0)), None));
+    }
+
+    #[test]
+    fn a_foreign_slot_is_absent() {
+        let slot = slot_of(b"k").0;
+        let t = TableWriter::new(SlotRange { start: slot + 1, end: slot + 3 }, 1);
+        let k = KeyRef::new(0, b"k").unwrap();
+        assert_eq!(get(t.table(), k), None);
+        assert_eq!(t.table().slot_digest(k.slot), 0);
+        let step = t.table().scan(u64::from(slot) << SCAN_SLOT_SHIFT, query(1));
+        assert_eq!(step, ScanStep::default());
+    }
+
+    #[test]
+    fn the_digest_depends_on_content_alone() {
+        let (mut a, mut b) = (writer(), writer());
+        for i in 0..5000 {
+            put(&mut a, KeyRef::new(0, &name(i)).unwrap(), &i.to_le_bytes(), u64::from(i % 2));
+        }
+        for i in (0..9000).rev() {
+            put(&mut b, KeyRef::new(0, &name(i)).unwrap(), b"first", 77);
+        }
+        assert_ne!(a.table().digest(), b.table().digest());
+        for i in (0..9000).step_by(7).chain(0..9000) {
+            let key = name(i);
+            let key = KeyRef::new(0, &key).unwrap();
+            if i < 5000 { put(&mut b, key, &i.to_le_bytes(), u64::from(i % 2)) } else { delete(&mut b, key) }
+        }
+        assert_eq!(a.table().digest(), b.table().digest());
+        let (slot, key) = (slot_of(&name(0)), name(1));
+        assert_eq!(a.table().slot_digest(slot), a.table().digest());
+        let key = KeyRef::new(0, &key).unwrap();
+        let digest = a.table().digest();
+        for edit in [Edit::Expiry(99), Edit::Put { value: b"other", expire_at: 1 }, Edit::Delete] {
+            let mut c = writer();
+            for i in 0..5000 {
+                put(&mut c, KeyRef::new(0, &name(i)).unwrap(), &i.to_le_bytes(), u64::from(i % 2));
+            }
+            assert_eq!(c.table().digest(), digest);
+            c.edit(key, |_| ((), edit));
+            assert_ne!(c.table().digest(), digest, "{edit:?}");
+        }
+    }
+
+    #[test]
+    fn segments_split_and_memory_comes_back() {
+        let mut w = writer();
+        for i in 0..20_000 {
+            put(&mut w, KeyRef::new(0, &name(i)).unwrap(), b"v", 0);
+        }
+        recount(w.table());
+        let slot = slot_of(&name(0));
+        let capacity = |w: &TableWriter| {
+            let guard = read(w.table().slot(slot).unwrap());
+            let d = guard.as_deref().unwrap();
+            assert!(d.segments.iter().all(|s| read(&s.records).len() <= SEGMENT_RECORDS));
+            d.segments.iter().map(|s| read(&s.records).capacity()).sum::<usize>()
+        };
+        let full = capacity(&w);
+        assert!(full < 2 * 20_000, "{full}");
+        for i in 0..19_500 {
+            delete(&mut w, KeyRef::new(0, &name(i)).unwrap());
+        }
+        recount(w.table());
+        assert!(capacity(&w) < full / 4);
+        for i in 19_500..20_000 {
+            assert!(get(w.table(), KeyRef::new(0, &name(i)).unwrap()).is_some());
+            delete(&mut w, KeyRef::new(0, &name(i)).unwrap());
+        }
+        assert!(read(w.table().slot(slot).unwrap()).is_none());
+    }
+
+    #[test]
+    fn equal_hashes_do_not_split_for_ever() {
+        let mut d = Directory::new();
+        // All records claim the same hash: each split moves them to one side, down to the deepest.
+        let hash = 0xDEAD_BEEF_0000_0001;
+        for i in 0..50u32 {
+            write(&d.segments[0].records).insert_unique(
+                in_segment(hash),
+                Record::new(0, &name(i), [b"", b""], 0),
+                |_| in_segment(hash),
+            );
+        }
+        for _ in 0..MAX_DEPTH + 5 {
+            d.split(hash, |_| hash);
+            assert_eq!(read(&d.segment(hash).records).len(), 50);
+        }
+        assert_eq!((d.depth, d.index.len()), (MAX_DEPTH, 1 << MAX_DEPTH));
+        assert_eq!(d.segments.len(), 1 + MAX_DEPTH as usize);
+        for i in 0..d.index.len() {
+            let s = &d.segments[d.index[i] as usize];
+            let shift = MAX_DEPTH - s.depth;
+            let first = d.index.iter().position(|e| *e == d.index[i]).unwrap();
+            assert_eq!(i >> shift, first >> shift, "a segment's entries share its prefix");
+            if i > 4096 {
+                break;
+            }
+        }
+    }
+
+    fn query(count: u32) -> ScanQuery<'static> {
+        ScanQuery { db: 0, count, now: 0, pattern: None }
+    }
+
+    /// Scans to the end, calling `between` after each step; returns how often each key came.
+    fn scan_all(
+        w: &mut TableWriter,
+        q: ScanQuery<'_>,
+        mut between: impl FnMut(&mut TableWriter, usize),
+    ) -> BTreeMap<Vec<u8>, u32> {
+        let mut seen = BTreeMap::new();
+        let mut cursor = u64::from(w.table().range().start) << SCAN_SLOT_SHIFT;
+        for steps in 0.. {
+            assert!(steps < 100_000, "the scan does not end");
+            let step = w.table().scan(cursor, q);
+            assert!(step.keys.len() <= q.count as usize + 1, "{} keys", step.keys.len());
+            for k in step.keys {
+                *seen.entry(k.to_vec()).or_insert(0) += 1;
+            }
+            match step.next {
+                Some(next) => {
+                    assert!(next > cursor, "no progress");
+                    cursor = next;
+                }
+                None => return seen,
+            }
+            between(w, steps);
+        }
+        seen
+    }
+
+    #[test]
+    fn a_scan_finds_every_key_while_segments_split_and_others_go() {
+        for seed in 0..4u32 {
+            let mut w = TableWriter::new(ALL, u64::from(seed));
+            // A large slot, and keys in many others.
+            let stable: BTreeSet<Vec<u8>> =
+                (0..3000).map(name).chain((0..2000).map(|i| format!("spread {i}").into_bytes())).collect();
+            let fleeting: Vec<Vec<u8>> = (0..2000).map(|i| format!("{{same slot}}fleeting {i}").into_bytes()).collect();
+            for k in stable.iter().chain(&fleeting) {
+                put(&mut w, KeyRef::new(0, k).unwrap(), b"v", 0);
+            }
+            let count = [1, 7, 100, 10_000][seed as usize];
+            let seen = scan_all(&mut w, query(count), |w, step| {
+                for i in 0..20 {
+                    let n = (step * 20 + i) as u32;
+                    if n < 6000 {
+                        put(w, KeyRef::new(0, format!("{{same slot}}new {n}").as_bytes()).unwrap(), b"v", 0);
+                    }
+                    if let Some(k) = fleeting.get(n as usize) {
+                        delete(w, KeyRef::new(0, k).unwrap());
+                    }
+                }
+            });
+            assert!(stable.iter().all(|k| seen.contains_key(k)), "seed {seed}");
+            assert!(seen.values().all(|n| *n == 1), "seed {seed}: the order is total, so nothing comes twice");
+            recount(w.table());
+        }
+    }
+
+    #[test]
+    fn a_scan_leaves_out_other_databases_expired_keys_and_what_does_not_match() {
+        let mut w = writer();
+        for i in 0..100u32 {
+            put(&mut w, KeyRef::new(0, &name(i)).unwrap(), b"v", u64::from(i));
+            put(&mut w, KeyRef::new(1, &name(i + 1000)).unwrap(), b"v", 0);
+        }
+        let q = ScanQuery { now: 50, pattern: Some(b"*[05]"), ..query(10) };
+        let seen = scan_all(&mut w, q, |_, _| {});
+        let expected: BTreeSet<_> = (0..100).filter(|i| (*i == 0 || *i > 50) && i % 5 == 0).map(name).collect();
+        assert_eq!(seen.into_keys().collect::<BTreeSet<_>>(), expected);
+    }
+
+    #[test]
+    fn a_step_is_bounded_in_bytes_comparisons_and_empty_slots() {
+        let mut w = writer();
+        let step = w.table().scan(0, query(10));
+        assert_eq!((step.keys.len(), step.next), (0, Some((SCAN_VISITS as u64) << SCAN_SLOT_SHIFT)));
+        for i in 0..100 {
+            let long = [name(i), vec![b'a'; 60_000]].concat();
+            put(&mut w, KeyRef::new(0, &long).unwrap(), b"", 0);
+        }
+        let start = u64::from(slot_of(&name(0)).0) << SCAN_SLOT_SHIFT;
+        let step = w.table().scan(start, query(10_000));
+        assert!((15..=19).contains(&step.keys.len()) && step.next.is_some(), "{}", step.keys.len());
+        let pattern = [vec![b'*'], vec![b'b'; 99]].concat();
+        let step = w.table().scan(start, ScanQuery { pattern: Some(&pattern), ..query(10_000) });
+        assert!(step.keys.is_empty() && step.next.is_some(), "two keys spend the comparisons");
+        assert_eq!(scan_all(&mut w, query(10_000), |_, _| {}).len(), 100);
     }
 }
