@@ -1,0 +1,53 @@
+//! Benchmarks of Crema, from the outside: real processes, real sockets.
+//!
+//! ```text
+//!   shards    crema dev --shards N  <--RESP over loopback-- clients     requests a second, percentiles per N
+//!   failover  crema start × 3       <--writers, kill -9---- survivors   longest pause, failed requests, lost writes
+//! ```
+//!
+//! Run with `--release`; the harness builds `crema` in the profile of this program.
+// Its output is its purpose.
+#![allow(clippy::print_stdout)]
+
+mod failover;
+mod load;
+mod replies;
+mod shards;
+mod stats;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Benchmarks of Crema. Build with --release.
+#[derive(Parser)]
+#[command(name = "crema-benches")]
+struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Throughput and latency of SET and GET at several shard counts, interleaved over rounds, medians printed.
+    Shards(shards::Args),
+    /// The pause that the end of a node causes at the other gateways, a fresh cluster each time.
+    Failover(failover::Args),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if cfg!(debug_assertions) {
+        eprintln!("warning: built without --release; the numbers say little");
+    }
+    let result = match &args.bench {
+        Bench::Shards(args) => shards::run(args),
+        Bench::Failover(args) => failover::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

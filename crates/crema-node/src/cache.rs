@@ -1,0 +1,923 @@
+//! The embedding API: a node inside a Rust program.
+//!
+//! ```text
+//!   put / get / delete --encode--> CacheClient --round robin--> 8 lanes, each one driver connection
+//!                                                                |  few in flight: submitted by the caller itself
+//!                                                                |  many: queued, one Vec a wake-up by the lane's task
+//!   caller <---- oneshot <---- slab of waiting callers <---- Outbox of the lane <---- driver
+//! ```
+//!
+//! Several lanes keep callers on different cores from meeting at one lock. Order between concurrent callers is not
+//! promised, so it does not matter which lane a request takes; a caller that awaits one operation before it begins
+//! the next sees them in that order, because the first has taken effect by then.
+
+use crate::client::{Client, Outbox, Stopped};
+use crate::config::is_loopback;
+use crate::node::{BindAddrs, Node, NodeConfig, StartError};
+use bytes::Bytes;
+use crema_core::Op;
+use crema_core::{KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits};
+use crema_shard::{ClientRequest, ClientResult, ConnId, Refusal, Token};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+
+/// A node's id: an integer from 1 on that no other node of the cluster has.
+pub type NodeId = u64;
+/// What the operations of this module return.
+pub type Result<T, E = CacheError> = std::result::Result<T, E>;
+
+/// Connections to the driver that one client spreads its requests over.
+const LANES: usize = 8;
+/// Up to this many requests in flight on a lane, a caller hands its own to the driver: one wake-up less.
+const DIRECT: usize = 4;
+/// Bound on everything in flight, in units of 1 KiB begun; every request takes one unit more.
+const BUDGET_UNITS: usize = 64 * 1024;
+/// How long after its deadline a request without an answer is given up: its driver must have stopped.
+const OVERDUE: Duration = Duration::from_secs(2);
+/// How often a request without a placement, or with an outdated one, looks at the view again.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Why an operation did not succeed. Each variant says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CacheError {
+    /// Certainly not executed: retry as you like.
+    #[error("not executed: {reason}")]
+    NotApplied {
+        /// What stood in the way.
+        reason: String,
+    },
+    /// It may or may not have been executed, now or later: read before you retry.
+    #[error("outcome unknown: the operation may or may not have been executed")]
+    OutcomeUnknown,
+    /// The request or the configuration is not valid, or the key holds what the operation cannot use: give up, or ask
+    /// differently. Nothing was changed.
+    #[error("invalid: {0}")]
+    Invalid(String),
+    /// The node could not be started: correct what it names.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The node did not become ready in time: wait longer, or see to the reason.
+    #[error("not ready: {reason}")]
+    NotReady {
+        /// Why it is not ready.
+        reason: String,
+    },
+    /// This node has stopped; nothing was executed. Make a new [`DistributedCache`].
+    #[error("this node has stopped")]
+    Stopped,
+}
+
+/// Configuration of an embedded node. Builders check nothing; [`DistributedCache::new`] does.
+#[derive(Clone, Debug)]
+pub struct CacheConfig {
+    node_id: NodeId,
+    raft_addr: SocketAddr,
+    seed_nodes: Vec<(NodeId, SocketAddr)>,
+    cluster: String,
+    shards: u32,
+    replicas: u32,
+    request_deadline: Duration,
+    stop_grace: Duration,
+    redis_addr: Option<SocketAddr>,
+    redis_cluster_addr: Option<SocketAddr>,
+    http_addr: Option<SocketAddr>,
+    insecure: bool,
+}
+
+impl CacheConfig {
+    /// Node `node_id`, which the others reach at `raft_addr`. Alone, it is a one-node cluster of 16 shards.
+    pub fn new(node_id: NodeId, raft_addr: SocketAddr) -> Self {
+        CacheConfig {
+            node_id,
+            raft_addr,
+            seed_nodes: Vec::new(),
+            cluster: "crema".to_owned(),
+            shards: 16,
+            replicas: 3,
+            request_deadline: Duration::from_secs(5),
+            stop_grace: Duration::from_secs(10),
+            redis_addr: None,
+            redis_cluster_addr: None,
+            http_addr: None,
+            insecure: false,
+        }
+    }
+    /// The other initial members and their Raft addresses. They and this node found the cluster together; each must be
+    /// given the same set.
+    pub fn with_seed_nodes(mut self, nodes: Vec<(NodeId, SocketAddr)>) -> Self {
+        self.seed_nodes = nodes;
+        self
+    }
+    /// The cluster's name, `crema` by default. Nodes of differently named clusters refuse each other.
+    pub fn with_cluster_name(mut self, name: impl Into<String>) -> Self {
+        self.cluster = name.into();
+        self
+    }
+    /// Data shards to found the cluster with, 1 to 16,384; 16 by default.
+    pub fn with_shards(mut self, shards: u32) -> Self {
+        self.shards = shards;
+        self
+    }
+    /// Replicas of each shard, 1 to 7; 3 by default, and never more than there are nodes.
+    pub fn with_replicas(mut self, replicas: u32) -> Self {
+        self.replicas = replicas;
+        self
+    }
+    /// Longest time an operation may take, 10 ms to 10 min; 5 s by default.
+    pub fn with_request_deadline(mut self, deadline: Duration) -> Self {
+        self.request_deadline = deadline;
+        self
+    }
+    /// How long [`DistributedCache::shutdown`] waits until every shard can do without this node, at most 10 min; 10 s by
+    /// default.
+    pub fn with_stop_grace(mut self, grace: Duration) -> Self {
+        self.stop_grace = grace;
+        self
+    }
+    /// Also serve Redis clients of any kind here.
+    pub fn with_redis_addr(mut self, addr: SocketAddr) -> Self {
+        self.redis_addr = Some(addr);
+        self
+    }
+    /// Also serve Redis Cluster clients here.
+    pub fn with_redis_cluster_addr(mut self, addr: SocketAddr) -> Self {
+        self.redis_cluster_addr = Some(addr);
+        self
+    }
+    /// Also serve health, metrics and the admin API here.
+    pub fn with_http_addr(mut self, addr: SocketAddr) -> Self {
+        self.http_addr = Some(addr);
+        self
+    }
+    /// Listen on addresses that are not loopback although nothing authenticates who connects.
+    pub fn with_insecure(mut self, insecure: bool) -> Self {
+        self.insecure = insecure;
+        self
+    }
+
+    /// Checks everything.
+    fn resolve(self) -> Result<NodeConfig> {
+        let invalid = |text: String| Err(CacheError::Invalid(text));
+        let mut members: Vec<NodeId> = self.seed_nodes.iter().map(|(id, _)| *id).collect();
+        members.push(self.node_id);
+        members.sort_unstable();
+        if members[0] == 0 {
+            return invalid("node ids begin at 1".to_owned());
+        }
+        if members.len() > crate::config::MAX_NAMED_NODES {
+            return invalid(format!("more than {} initial members", crate::config::MAX_NAMED_NODES));
+        }
+        // A node may name itself among the seeds, as a list shared by all nodes does, but only with its own address.
+        let own = self.seed_nodes.iter().find(|(id, addr)| *id == self.node_id && *addr != self.raft_addr);
+        if let Some((id, addr)) = own {
+            return invalid(format!("seed node {id} is this node, but {addr} is not its address {}", self.raft_addr));
+        }
+        let mut static_peers = BTreeMap::new();
+        for (id, addr) in &self.seed_nodes {
+            if *id == self.node_id {
+                continue;
+            }
+            if addr.port() == 0 || addr.ip().is_unspecified() {
+                return invalid(format!("{addr} of seed node {id} is no address to connect to"));
+            }
+            if static_peers.insert(crema_core::NodeId(*id), addr.to_string()).is_some() {
+                return invalid(format!("seed node {id} is named twice"));
+            }
+        }
+        members.dedup();
+        if self.raft_addr.ip().is_unspecified() {
+            return invalid(format!(
+                "{} is no address that others could connect to: name this machine's own",
+                self.raft_addr
+            ));
+        }
+        let doors = [Some(self.raft_addr), self.redis_addr, self.redis_cluster_addr, self.http_addr];
+        for addr in doors.into_iter().flatten().filter(|addr| !is_loopback(*addr)) {
+            if !self.insecure {
+                return invalid(format!(
+                    "{addr} is open to the network and has no credentials: use a loopback address, or \
+                     with_insecure(true) if everyone who can reach it is trusted"
+                ));
+            }
+            tracing::warn!(%addr, "insecure: this address is open to the network and has no credentials");
+        }
+        let config = NodeConfig {
+            node_id: crema_core::NodeId(self.node_id),
+            cluster: self.cluster,
+            initial_members: members.into_iter().map(crema_core::NodeId).collect(),
+            static_peers,
+            seeds: Vec::new(),
+            shards: self.shards,
+            replicas: self.replicas,
+            bind: BindAddrs {
+                raft: self.raft_addr,
+                gossip: None,
+                redis: self.redis_addr,
+                redis_cluster: self.redis_cluster_addr,
+                http: self.http_addr,
+            },
+            advertise_host: None,
+            metadata: BTreeMap::new(),
+            requirepass: None,
+            request_deadline: self.request_deadline,
+            max_clients: 10_000,
+            stop_grace: self.stop_grace,
+            max_log_bytes: 256 << 20,
+        };
+        config.check().map_err(CacheError::Invalid)?;
+        Ok(config)
+    }
+}
+
+/// A cache cluster's node inside this program. Clones share it; it stops with [`DistributedCache::shutdown`], or, less
+/// politely, with the last clone.
+///
+/// Must be made and used within a tokio runtime.
+#[derive(Clone, Debug)]
+pub struct DistributedCache {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    node: Node,
+    client: CacheClient,
+}
+
+impl Inner {
+    /// Stops a node that is of no use any more.
+    async fn stop_failed(&self) {
+        if let Some(failure) = self.node.failure() {
+            tracing::error!("{failure}");
+        }
+        self.node.hurry();
+        self.node.shutdown().await;
+        self.client.close();
+    }
+}
+
+impl DistributedCache {
+    /// Starts the node. Returns once its addresses are bound; operations wait for the cluster within their deadline.
+    ///
+    /// Errors: [`CacheError::Invalid`] for a configuration that cannot work, [`CacheError::Start`] for an address in use.
+    pub async fn new(config: CacheConfig) -> Result<Self> {
+        let config = config.resolve()?;
+        let deadline = config.request_deadline;
+        let node = Node::start(config).await?;
+        let client = CacheClient::open(node.client(), deadline).await?;
+        let mut failure = node.failure_watch();
+        let inner = Arc::new(Inner { node, client });
+        let weak = Arc::downgrade(&inner);
+        // A node that was replaced, or whose driver died, must not look alive. The task does not keep it so either.
+        tokio::spawn(async move {
+            let failed = failure.wait_for(Option::is_some).await.map(drop);
+            if let (Ok(()), Some(inner)) = (failed, weak.upgrade()) {
+                inner.stop_failed().await;
+            }
+        });
+        Ok(DistributedCache { inner })
+    }
+
+    /// Stores `value` under `key`, for ever. On success a majority of the shard's replicas holds it.
+    pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<()> {
+        let (key, value) = (key.into(), value.into());
+        if value.len() > limits::MAX_VALUE_BYTES {
+            return Err(CacheError::Invalid(format!("a value may have at most {} bytes", limits::MAX_VALUE_BYTES)));
+        }
+        let key = key_ref(&key)?;
+        let op = Op::Set { key, value: &value, cond: SetCond::Always, expire: SetExpire::Clear, get: false };
+        match self.inner.client.execute(key.slot, op).await? {
+            Reply::Ok => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The value under `key`. Linearizable: it reflects every write acknowledged before the call.
+    pub async fn get(&self, key: impl AsRef<[u8]>) -> Result<Option<Bytes>> {
+        let key = key_ref(key.as_ref())?;
+        match self.inner.client.execute(key.slot, Op::Get { key }).await? {
+            Reply::Bulk(value) => Ok(Some(value)),
+            Reply::Nil => Ok(None),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Deletes `key`; returns whether it existed.
+    pub async fn delete(&self, key: impl AsRef<[u8]>) -> Result<bool> {
+        let key = key_ref(key.as_ref())?;
+        match self.inner.client.execute(key.slot, Op::Del { key }).await? {
+            Reply::Int(n) => Ok(n != 0),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Waits until this node is ready: it has joined, holds everything placement gives it, and every shard has a leader.
+    ///
+    /// Errors: [`CacheError::NotReady`] with the reason when `within` is over, [`CacheError::Stopped`].
+    pub async fn wait_until_ready(&self, within: Duration) -> Result<()> {
+        match tokio::time::timeout(within, self.inner.node.ready()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Stopped)) => Err(CacheError::Stopped),
+            Err(_) => {
+                let reason = self.inner.node.not_ready().unwrap_or_else(|| "it became ready only just now".to_owned());
+                Err(CacheError::NotReady { reason })
+            }
+        }
+    }
+
+    /// Why this node has ended by itself: it was replaced by a newer life with the same id, or something within it broke.
+    /// `None` while it runs, and after an orderly shutdown.
+    pub fn failure(&self) -> Option<String> {
+        self.inner.node.failure().map(|f| f.to_string())
+    }
+
+    /// Stops the node: hands its leaderships over, waits (up to the grace) until every shard can do without it, and
+    /// closes. Further operations of all clones fail with [`CacheError::Stopped`]. A second call waits for the first.
+    pub async fn shutdown(&self) -> Result<()> {
+        self.inner.node.shutdown().await;
+        self.inner.client.close();
+        Ok(())
+    }
+}
+
+fn key_ref(key: &[u8]) -> Result<KeyRef<'_>> {
+    let too_long = || CacheError::Invalid(format!("a key may have at most {} bytes", limits::MAX_KEY_BYTES));
+    KeyRef::new(0, key).ok_or_else(too_long)
+}
+
+fn unexpected(reply: &Reply) -> CacheError {
+    match reply {
+        Reply::Error(error) => CacheError::Invalid(error.to_string()),
+        // A reply of another kind is a mistake of ours; the caller cannot tell what has happened.
+        _ => CacheError::OutcomeUnknown,
+    }
+}
+
+fn refusal(refusal: Refusal) -> CacheError {
+    let reason = match refusal {
+        Refusal::NoLeader(shard) => format!("shard {shard} has no leader that could be reached"),
+        Refusal::Busy(shard) => format!("the leader of shard {shard} did not take it in time"),
+        Refusal::NotReady => "the cluster is being founded or joined".to_owned(),
+        Refusal::WrongShard => "the placement changed meanwhile".to_owned(),
+        Refusal::ShuttingDown => return CacheError::Stopped,
+    };
+    CacheError::NotApplied { reason }
+}
+
+/// Maps any number of concurrent callers onto a few driver connections. Clones share them.
+#[derive(Clone, Debug)]
+pub struct CacheClient {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    client: Client,
+    lanes: Vec<Arc<Lane>>,
+    next: AtomicUsize,
+    budget: Arc<Semaphore>,
+    deadline: Duration,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        for lane in &self.lanes {
+            lane.close();
+        }
+    }
+}
+
+impl CacheClient {
+    /// Opens the connections; every operation may take `deadline`.
+    pub async fn open(client: Client, deadline: Duration) -> Result<CacheClient> {
+        let mut lanes = Vec::with_capacity(LANES);
+        for _ in 0..LANES {
+            let (conn, outbox) = client.open().await.map_err(|Stopped| CacheError::Stopped)?;
+            let lane = Arc::new(Lane { conn, state: Mutex::default(), wake: Notify::new() });
+            tokio::spawn(lane.clone().run(client.clone(), outbox));
+            lanes.push(lane);
+        }
+        let budget = Arc::new(Semaphore::new(BUDGET_UNITS));
+        Ok(CacheClient { shared: Arc::new(Shared { client, lanes, next: AtomicUsize::new(0), budget, deadline }) })
+    }
+
+    /// Ends the connections. Waiting and further operations fail.
+    pub fn close(&self) {
+        self.shared.lanes.iter().for_each(|lane| lane.close());
+    }
+
+    /// Executes one operation on the shard that owns `slot`.
+    pub async fn execute(&self, slot: Slot, op: Op<'_>) -> Result<Reply> {
+        let ops = encode_ops(&[op]).map_err(|e| CacheError::Invalid(e.to_string()))?;
+        self.execute_encoded(slot, op.is_write(), ops).await
+    }
+
+    /// Executes operations that [`encode_ops`] has encoded, all on the shard that owns `slot`.
+    ///
+    /// Errors: as [`CacheError`] says. A reply may still be [`Reply::Error`].
+    pub async fn execute_encoded(&self, slot: Slot, write: bool, ops: Bytes) -> Result<Reply> {
+        let shared = &*self.shared;
+        let deadline = crate::clock::now().mono.after(shared.deadline);
+        let until = tokio::time::Instant::now() + shared.deadline;
+        let units = 1 + ops.len() / 1024;
+        if units > BUDGET_UNITS {
+            return Err(CacheError::Invalid("the request is too large".to_owned()));
+        }
+        loop {
+            let Some(shard) = shared.client.view().shard_of(slot) else {
+                self.look_again(until, Refusal::NotReady).await?;
+                continue;
+            };
+            let permit = self.reserve(units as u32, until, shard).await?;
+            let lane = &shared.lanes[shared.next.fetch_add(1, Ordering::Relaxed) % shared.lanes.len()];
+            let result = lane.execute(&shared.client, shard, write, ops.clone(), deadline, permit).await;
+            return match result {
+                Some(ClientResult::Reply(Reply::Error(OpError::WrongSlot { .. })))
+                | Some(ClientResult::NotApplied(Refusal::WrongShard)) => {
+                    // The slot has moved; nothing was executed. The view will say where to.
+                    self.look_again(until, Refusal::WrongShard).await?;
+                    continue;
+                }
+                Some(ClientResult::Reply(reply)) => Ok(reply),
+                Some(ClientResult::NotApplied(why)) => Err(refusal(why)),
+                Some(ClientResult::Unknown) => Err(CacheError::OutcomeUnknown),
+                // The driver ended with the request in it.
+                None if write => Err(CacheError::OutcomeUnknown),
+                None => Err(CacheError::Stopped),
+            };
+        }
+    }
+
+    async fn look_again(&self, until: tokio::time::Instant, why: Refusal) -> Result<()> {
+        if self.shared.lanes[0].is_closed() {
+            return Err(CacheError::Stopped);
+        }
+        if tokio::time::Instant::now() + LOOK_AGAIN > until {
+            return Err(match (why, &self.shared.client.view().not_ready) {
+                (Refusal::NotReady, Some(reason)) => CacheError::NotApplied { reason: reason.clone() },
+                _ => refusal(why),
+            });
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+        Ok(())
+    }
+
+    async fn reserve(&self, units: u32, until: tokio::time::Instant, shard: ShardId) -> Result<OwnedSemaphorePermit> {
+        let budget = self.shared.budget.clone();
+        // Almost always there is room, and a timer need not be set.
+        if let Ok(permit) = budget.clone().try_acquire_many_owned(units) {
+            return Ok(permit);
+        }
+        match tokio::time::timeout_at(until, budget.acquire_many_owned(units)).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) => Err(CacheError::Stopped),
+            Err(_) => Err(refusal(Refusal::Busy(shard))),
+        }
+    }
+}
+
+/// One driver connection and the callers that wait on it.
+#[derive(Debug)]
+struct Lane {
+    conn: ConnId,
+    state: Mutex<LaneState>,
+    /// Wakes the task: there is something in `queue`, or the lane is closed.
+    wake: Notify,
+}
+
+#[derive(Debug, Default)]
+struct LaneState {
+    waiting: Slab,
+    queue: Vec<ClientRequest>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    answer: oneshot::Sender<ClientResult>,
+    deadline: MonoTime,
+    /// Given back when the driver has answered, not when the caller loses patience: the bound counts what is in flight.
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Takes a request out of the slab again if its caller is dropped before the driver has got it.
+struct Unsent<'a> {
+    lane: &'a Lane,
+    token: Token,
+    sent: bool,
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        if !self.sent {
+            self.lane.lock().waiting.remove(self.token);
+        }
+    }
+}
+
+impl Lane {
+    fn lock(&self) -> std::sync::MutexGuard<'_, LaneState> {
+        self.state.lock().expect("no panic while held")
+    }
+
+    fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.wake.notify_one();
+    }
+
+    /// Hands one request to the driver and waits for its end; `None` if the driver has gone with it.
+    async fn execute(
+        &self,
+        client: &Client,
+        shard: ShardId,
+        write: bool,
+        ops: Bytes,
+        deadline: MonoTime,
+        permit: OwnedSemaphorePermit,
+    ) -> Option<ClientResult> {
+        let (answer, answered) = oneshot::channel();
+        let (request, token) = {
+            let mut state = self.lock();
+            if state.closed {
+                return Some(ClientResult::NotApplied(Refusal::ShuttingDown));
+            }
+            let token = state.waiting.insert(Waiting { answer, deadline, _permit: permit });
+            let request = ClientRequest { conn: self.conn, token, shard, write, ops, deadline };
+            if state.waiting.len > DIRECT {
+                state.queue.push(request);
+                (None, token)
+            } else {
+                (Some(request), token)
+            }
+        };
+        match request {
+            None => self.wake.notify_one(),
+            Some(request) => {
+                let mut unsent = Unsent { lane: self, token, sent: false };
+                if client.submit(vec![request]).await.is_err() {
+                    return Some(ClientResult::NotApplied(Refusal::ShuttingDown));
+                }
+                unsent.sent = true;
+            }
+        }
+        answered.await.ok()
+    }
+
+    /// Submits what is queued and hands answers to their callers, until the lane is closed or the driver has gone.
+    async fn run(self: Arc<Self>, client: Client, outbox: Arc<Outbox>) {
+        let mut sweep = tokio::time::interval(Duration::from_secs(1));
+        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (mut done, mut ready) = (Vec::new(), Vec::new());
+        loop {
+            tokio::select! {
+                () = outbox.ready() => {}
+                () = self.wake.notified() => {}
+                _ = sweep.tick() => self.lock().waiting.drop_overdue(crate::clock::now().mono),
+            }
+            outbox.take(&mut done);
+            {
+                let mut state = self.lock();
+                let answered =
+                    done.drain(..).filter_map(|(token, result)| Some((state.waiting.remove(token)?, result)));
+                ready.extend(answered);
+            }
+            // Outside the lock: each send wakes a caller that may want it at once.
+            for (waiting, result) in ready.drain(..) {
+                let _ = waiting.answer.send(result);
+            }
+            let (queue, closed) = {
+                let mut state = self.lock();
+                (std::mem::take(&mut state.queue), state.closed)
+            };
+            if closed || (!queue.is_empty() && client.submit(queue).await.is_err()) {
+                break;
+            }
+        }
+        let abandoned = {
+            let mut state = self.lock();
+            state.closed = true;
+            (std::mem::take(&mut state.waiting), std::mem::take(&mut state.queue))
+        };
+        // Dropping the senders tells the callers; what was only queued may count as unknown all the same.
+        drop(abandoned);
+        client.close(self.conn).await;
+    }
+}
+
+/// Waiting callers by token. A token names a place and how often the place was used, so that a very late answer cannot
+/// reach the place's next user.
+#[derive(Debug, Default)]
+struct Slab {
+    places: Vec<(u32, Option<Waiting>)>,
+    free: Vec<u32>,
+    len: usize,
+}
+
+impl Slab {
+    fn insert(&mut self, waiting: Waiting) -> Token {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.places.push((0, None));
+            // The budget bounds the number of places far below this.
+            u32::try_from(self.places.len() - 1).expect("fewer than 2^32 requests in flight")
+        });
+        let place = &mut self.places[index as usize];
+        place.1 = Some(waiting);
+        self.len += 1;
+        Token(u64::from(place.0) << 32 | u64::from(index))
+    }
+
+    fn remove(&mut self, token: Token) -> Option<Waiting> {
+        let (uses, index) = ((token.0 >> 32) as u32, token.0 as u32);
+        let place = self.places.get_mut(index as usize).filter(|place| place.0 == uses)?;
+        let waiting = place.1.take()?;
+        place.0 = place.0.wrapping_add(1);
+        self.free.push(index);
+        self.len -= 1;
+        Some(waiting)
+    }
+
+    /// Drops callers whose answer will never come. The driver answers every request by its deadline while it lives.
+    fn drop_overdue(&mut self, now: MonoTime) {
+        for index in 0..self.places.len() {
+            let (uses, waiting) = &self.places[index];
+            if waiting.as_ref().is_some_and(|w| now > w.deadline.after(OVERDUE)) {
+                let token = Token(u64::from(*uses) << 32 | index as u64);
+                self.remove(token);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::ClientInput;
+    use crate::driver::Input;
+    use arc_swap::ArcSwap;
+    use crema_core::{SlotRange, Term};
+    use crema_shard::{RoutingView, ShardRoute};
+    use std::collections::HashMap;
+
+    type Handle = std::thread::JoinHandle<usize>;
+
+    fn view(shards: u16) -> RoutingView {
+        let size = crema_core::SLOT_COUNT / shards.max(1);
+        let route = |i: u16| ShardRoute {
+            range: SlotRange { start: i * size, end: (i + 1) * size },
+            leader: None,
+            term: Term(1),
+            own_term: Term(1),
+            replicas: vec![],
+        };
+        RoutingView { shards: (0..shards).map(route).collect(), ..RoutingView::default() }
+    }
+
+    /// A driver that answers each request with what `answer` says (nothing for `None`), in reverse order within a batch.
+    /// Returns how many batches it took.
+    fn fake_driver(
+        view: Arc<ArcSwap<RoutingView>>,
+        mut answer: impl FnMut(&ClientRequest) -> Option<ClientResult> + Send + 'static,
+    ) -> (Client, Handle) {
+        let (inputs, outputs) = crossbeam::channel::bounded(64);
+        let handle = std::thread::spawn(move || {
+            let mut conns: HashMap<ConnId, Arc<Outbox>> = HashMap::new();
+            let mut batches = 0;
+            while let Ok(input) = outputs.recv() {
+                match input {
+                    Input::Client(ClientInput::Open(conn, outbox)) => drop(conns.insert(conn, outbox)),
+                    Input::Client(ClientInput::Close(conn)) => drop(conns.remove(&conn)),
+                    Input::Client(ClientInput::Requests(requests)) => {
+                        batches += 1;
+                        let conn = requests[0].conn;
+                        let results: Vec<_> =
+                            requests.iter().rev().filter_map(|r| Some((r.token, answer(r)?))).collect();
+                        conns[&conn].deliver(results);
+                    }
+                    #[allow(unreachable_patterns, reason = "the fake is only told what clients tell")]
+                    _ => {}
+                }
+            }
+            batches
+        });
+        (Client::new(inputs, view), handle)
+    }
+
+    fn echo(request: &ClientRequest) -> Option<ClientResult> {
+        Some(ClientResult::Reply(Reply::Bulk(request.ops.clone())))
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn thousands_of_callers_get_their_own_answers() {
+        let (client, driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(16))), echo);
+        let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+        let mut callers = tokio::task::JoinSet::new();
+        for i in 0..4_000u32 {
+            let cache = cache.clone();
+            callers.spawn(async move {
+                for round in 0..5u32 {
+                    let body = Bytes::from(format!("{i}-{round}"));
+                    let reply = cache.execute_encoded(Slot((i % 16_384) as u16), true, body.clone()).await;
+                    assert_eq!(reply, Ok(Reply::Bulk(body)));
+                }
+            });
+        }
+        while let Some(end) = callers.join_next().await {
+            end.unwrap();
+        }
+        assert!(cache.shared.lanes.iter().all(|l| l.lock().waiting.len == 0), "nobody is left waiting");
+        assert_eq!(cache.shared.budget.available_permits(), BUDGET_UNITS);
+        drop(cache);
+        // The lanes close their connections, then the last client goes, then the driver ends.
+        let batches = tokio::task::spawn_blocking(move || driver.join().unwrap()).await.unwrap();
+        assert!(batches <= 20_000);
+    }
+
+    #[tokio::test]
+    async fn results_become_errors_that_say_what_to_do() {
+        let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |r| {
+            Some(match &r.ops[..] {
+                b"unknown" => ClientResult::Unknown,
+                b"leader" => ClientResult::NotApplied(Refusal::NoLeader(r.shard)),
+                b"stop" => ClientResult::NotApplied(Refusal::ShuttingDown),
+                _ => ClientResult::Reply(Reply::Error(OpError::NotInteger)),
+            })
+        });
+        let cache = CacheClient::open(client, Duration::from_secs(5)).await.unwrap();
+        let run = |ops: &'static [u8]| cache.execute_encoded(Slot(0), true, Bytes::from_static(ops));
+        assert_eq!(run(b"unknown").await, Err(CacheError::OutcomeUnknown));
+        assert!(matches!(run(b"leader").await, Err(CacheError::NotApplied { reason }) if reason.contains("shard 0")));
+        assert_eq!(run(b"stop").await, Err(CacheError::Stopped));
+        assert_eq!(run(b"").await, Ok(Reply::Error(OpError::NotInteger)));
+    }
+
+    #[tokio::test]
+    async fn a_moved_slot_is_asked_for_again_with_the_new_view() {
+        let shared_view = Arc::new(ArcSwap::from_pointee(view(1)));
+        let in_driver = shared_view.clone();
+        let (client, _driver) = fake_driver(shared_view, move |r| {
+            if in_driver.load().shards.len() == 1 {
+                in_driver.store(Arc::new(view(2)));
+                return Some(ClientResult::NotApplied(Refusal::WrongShard));
+            }
+            Some(ClientResult::Reply(Reply::Int(i64::from(r.shard.0))))
+        });
+        let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+        assert_eq!(cache.execute_encoded(Slot(16_000), true, Bytes::new()).await, Ok(Reply::Int(1)));
+    }
+
+    #[tokio::test]
+    async fn without_a_placement_requests_wait_until_their_deadline() {
+        let empty = RoutingView { not_ready: Some("founding".into()), ..RoutingView::default() };
+        let shared_view = Arc::new(ArcSwap::from_pointee(empty));
+        let (client, _driver) = fake_driver(shared_view.clone(), echo);
+        let impatient = CacheClient::open(client.clone(), Duration::from_millis(50)).await.unwrap();
+        let error = impatient.execute_encoded(Slot(0), false, Bytes::new()).await.unwrap_err();
+        assert_eq!(error, CacheError::NotApplied { reason: "founding".into() });
+        let patient = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+        let asked = patient.execute_encoded(Slot(0), false, Bytes::new());
+        // `join` polls in this order, so the request finds no placement at first.
+        let placed = async { shared_view.store(Arc::new(view(1))) };
+        assert_eq!(tokio::join!(asked, placed).0, Ok(Reply::Bulk(Bytes::new())));
+    }
+
+    #[tokio::test]
+    async fn when_the_node_stops_writes_in_flight_are_unknown_and_reads_are_not_done() {
+        let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);
+        let cache = CacheClient::open(client, Duration::from_secs(60)).await.unwrap();
+        let write = cache.execute_encoded(Slot(0), true, Bytes::new());
+        let read = cache.execute_encoded(Slot(0), false, Bytes::new());
+        let stop = async {
+            while cache.shared.lanes.iter().map(|l| l.lock().waiting.len).sum::<usize>() < 2 {
+                tokio::task::yield_now().await;
+            }
+            cache.close();
+        };
+        let (write, read, ()) = tokio::join!(write, read, stop);
+        assert_eq!((write, read), (Err(CacheError::OutcomeUnknown), Err(CacheError::Stopped)));
+        assert_eq!(cache.execute_encoded(Slot(0), true, Bytes::new()).await, Err(CacheError::Stopped));
+    }
+
+    #[tokio::test]
+    async fn what_is_in_flight_is_bounded_even_when_callers_lose_patience() {
+        let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);
+        let cache = CacheClient::open(client, Duration::from_millis(200)).await.unwrap();
+        // Four requests of a quarter of the budget; their callers go away.
+        let quarter = Bytes::from(vec![0; (BUDGET_UNITS / 4 - 1) * 1024]);
+        for _ in 0..4 {
+            let call = cache.execute_encoded(Slot(0), true, quarter.clone());
+            assert!(tokio::time::timeout(Duration::from_millis(1), call).await.is_err());
+        }
+        assert_eq!(cache.shared.budget.available_permits(), 0);
+        let error = cache.execute_encoded(Slot(0), false, Bytes::new()).await.unwrap_err();
+        assert!(matches!(error, CacheError::NotApplied { .. }), "a full budget is a definite no: {error}");
+    }
+
+    #[test]
+    fn a_late_answer_never_reaches_the_next_user_of_a_place() {
+        let budget = Arc::new(Semaphore::new(8));
+        let mut slab = Slab::default();
+        let insert = |slab: &mut Slab, deadline| {
+            let (answer, answered) = oneshot::channel();
+            let permit = budget.clone().try_acquire_owned().unwrap();
+            (slab.insert(Waiting { answer, deadline: MonoTime(deadline), _permit: permit }), answered)
+        };
+        let (first, mut first_answer) = insert(&mut slab, 0);
+        let (kept, _kept_answer) = insert(&mut slab, u64::MAX);
+        slab.drop_overdue(MonoTime(OVERDUE.as_nanos() as u64));
+        assert!(slab.remove(kept).is_some(), "not overdue");
+        slab.drop_overdue(MonoTime(OVERDUE.as_nanos() as u64 + 1));
+        assert_eq!(first_answer.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        let (second, _second_answer) = insert(&mut slab, 0);
+        let (third, _third_answer) = insert(&mut slab, 0);
+        assert!(first != second && first != third);
+        assert!(slab.remove(first).is_none());
+        assert!(slab.remove(second).is_some() && slab.remove(second).is_none());
+        assert_eq!(slab.len, 1);
+    }
+
+    /// Free ports. Others may take them before we do, which is why the test below tries again.
+    fn free_addrs<const N: usize>() -> [SocketAddr; N] {
+        let held = [(); N].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        held.each_ref().map(|listener| listener.local_addr().unwrap())
+    }
+
+    async fn three_nodes() -> Vec<DistributedCache> {
+        'again: loop {
+            let addrs = free_addrs::<3>();
+            let all: Vec<_> = (1..).zip(addrs).collect();
+            let mut nodes = Vec::new();
+            for (id, addr) in &all {
+                let config = CacheConfig::new(*id, *addr).with_seed_nodes(all.clone()).with_stop_grace(Duration::ZERO);
+                match DistributedCache::new(config).await {
+                    Ok(node) => nodes.push(node),
+                    Err(CacheError::Start(StartError::Bind { .. })) => continue 'again,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            return nodes;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn three_embedded_nodes_are_one_cache() {
+        let nodes = three_nodes().await;
+        for node in &nodes {
+            node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+        }
+        let [a, b, c] = &nodes[..] else { panic!("three") };
+        for i in 0..64 {
+            let key = format!("key {i}");
+            assert_eq!(a.get(&key).await, Ok(None));
+            a.put(key.clone(), format!("value {i}")).await.unwrap();
+            assert_eq!(b.get(&key).await, Ok(Some(format!("value {i}").into())));
+            assert_eq!(c.delete(&key).await, Ok(true));
+            assert_eq!((b.delete(&key).await, a.get(&key).await), (Ok(false), Ok(None)));
+        }
+        let long = vec![0; limits::MAX_KEY_BYTES + 1];
+        assert!(matches!(a.get(&long).await, Err(CacheError::Invalid(_))));
+        assert!(matches!(a.put("k", vec![0; limits::MAX_VALUE_BYTES + 1]).await, Err(CacheError::Invalid(_))));
+        a.shutdown().await.unwrap();
+        assert_eq!(a.get("k").await, Err(CacheError::Stopped));
+        // The others go on: a majority is left.
+        b.put("k", "v").await.unwrap();
+        assert_eq!(c.get("k").await, Ok(Some("v".into())));
+    }
+
+    #[test]
+    fn configurations_that_cannot_work_are_refused() {
+        let addr = |s: &str| s.parse::<SocketAddr>().unwrap();
+        let base = || CacheConfig::new(1, addr("127.0.0.1:9001"));
+        let ok =
+            base().with_seed_nodes(vec![(2, addr("127.0.0.1:9002")), (1, addr("127.0.0.1:9001"))]).resolve().unwrap();
+        assert_eq!(ok.initial_members, [crema_core::NodeId(1), crema_core::NodeId(2)]);
+        assert_eq!(ok.static_peers.len(), 1);
+        assert_eq!(
+            ok.bind,
+            BindAddrs { raft: addr("127.0.0.1:9001"), gossip: None, redis: None, redis_cluster: None, http: None }
+        );
+        for (config, word) in [
+            (CacheConfig::new(0, addr("127.0.0.1:1")), "begin at 1"),
+            (base().with_seed_nodes(vec![(1, addr("127.0.0.1:9002"))]), "not its address"),
+            (base().with_seed_nodes(vec![(2, addr("127.0.0.1:1")), (2, addr("127.0.0.1:2"))]), "twice"),
+            (base().with_seed_nodes(vec![(2, addr("127.0.0.1:0"))]), "no address"),
+            (base().with_shards(0), "shards"),
+            (base().with_replicas(8), "replicas"),
+            (base().with_request_deadline(Duration::ZERO), "deadline"),
+            (base().with_cluster_name("a b"), "cluster"),
+            (CacheConfig::new(1, addr("10.0.0.1:9001")), "with_insecure"),
+            (CacheConfig::new(1, addr("0.0.0.0:9001")).with_insecure(true), "connect to"),
+        ] {
+            let error = config.resolve().unwrap_err();
+            assert!(matches!(&error, CacheError::Invalid(text) if text.contains(word)), "{word}: {error}");
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! Gossip within a node: kept running, and its news passed on.
+//!
+//! ```text
+//!   gossip --members-----> address book --set_address--> peers      placement --view hook--> address book
+//!   gossip --leaders-----> LeaderHints, NodeGone ------> driver
+//!   driver --led---------> publish ---------------------> gossip
+//!   gossip ended, or superseded although this life is registered --> started anew with a higher generation
+//! ```
+//!
+//! Nothing that is heard here decides anything: the driver takes hints as hints, and a registered life that answers
+//! keeps its peers whatever gossip says about its node.
+
+use crate::driver::{DriverHandle, Input};
+use crate::peers::PeersHandle;
+use arc_swap::ArcSwap;
+use crema_core::{Incarnation, NodeId, ShardId};
+use crema_gossip::{Gossip, GossipConfig, GossipError, GossipUpdate, LeaderEntry, Member, MemberState};
+use crema_shard::{LeaderHint, LedShard};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+
+/// Period at which known leaders are told again while one is missing, and gossip itself is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// Hints gather up to about this many before they are handed to the driver.
+const HINT_BATCH: usize = 4096;
+/// Pause before gossip is started anew, doubled after each failure up to the longest.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_RESTART_PAUSE: Duration = Duration::from_secs(30);
+
+/// Where every node is reached, by whom it is known. Shared by the gossip task and the driver's hook; both hold it for
+/// a moment only.
+#[derive(Debug, Default)]
+pub(crate) struct AddressBook {
+    configured: BTreeMap<NodeId, String>,
+    /// By placement, and whether the registered life answers there.
+    placed: BTreeMap<NodeId, (String, bool)>,
+    gossiped: BTreeMap<NodeId, String>,
+}
+
+impl AddressBook {
+    /// A registered life that answers is left alone: a second process under its id must not be able to divert its
+    /// peers by gossip. Otherwise gossip speaks of the newest life, placement of the registered one, and the
+    /// configuration of none in particular.
+    fn address(&self, node: NodeId) -> Option<&String> {
+        match self.placed.get(&node) {
+            Some((address, true)) => Some(address),
+            placed => {
+                let placed = placed.map(|(address, _)| address);
+                self.gossiped.get(&node).or(placed).or_else(|| self.configured.get(&node))
+            }
+        }
+    }
+
+    /// Applies `change`, which touches no other nodes than `touched`; returns those whose address is another now.
+    fn update(
+        &mut self,
+        touched: impl IntoIterator<Item = NodeId>,
+        change: impl FnOnce(&mut Self),
+    ) -> Vec<(NodeId, Option<String>)> {
+        let touched: BTreeSet<NodeId> = touched.into_iter().collect();
+        let before: Vec<_> = touched.into_iter().map(|node| (node, self.address(node).cloned())).collect();
+        change(self);
+        let changed = before.into_iter().filter(|(node, old)| self.address(*node) != old.as_ref());
+        changed.map(|(node, _)| (node, self.address(node).cloned())).collect()
+    }
+
+    pub(crate) fn set_configured(&mut self, new: BTreeMap<NodeId, String>) -> Vec<(NodeId, Option<String>)> {
+        let touched: Vec<_> = self.configured.keys().chain(new.keys()).copied().collect();
+        self.update(touched, |book| book.configured = new)
+    }
+
+    fn set_gossiped(&mut self, new: BTreeMap<NodeId, String>) -> Vec<(NodeId, Option<String>)> {
+        let touched: Vec<_> = self.gossiped.keys().chain(new.keys()).copied().collect();
+        self.update(touched, |book| book.gossiped = new)
+    }
+
+    pub(crate) fn set_placed(&mut self, new: BTreeMap<NodeId, (String, bool)>) -> Vec<(NodeId, Option<String>)> {
+        let touched: Vec<_> = self.placed.keys().chain(new.keys()).copied().collect();
+        self.update(touched, |book| book.placed = new)
+    }
+}
+
+/// Tells the connections what has newly become known. One lock around both keeps two sources from crossing.
+pub(crate) fn update_addresses(
+    book: &Mutex<AddressBook>,
+    peers: &PeersHandle,
+    change: impl FnOnce(&mut AddressBook) -> Vec<(NodeId, Option<String>)>,
+) {
+    let mut book = book.lock().expect("no panic while held");
+    for (node, address) in change(&mut book) {
+        peers.set_address(node, address);
+    }
+}
+
+/// Members that may be dialed: those that have left are not, until they come back. A dead one may only be cut off.
+fn dialable(members: &[Member]) -> BTreeMap<NodeId, String> {
+    let here = members.iter().filter(|m| m.state != MemberState::Left);
+    here.map(|m| (m.meta.node_id, m.meta.raft_addr.clone())).collect()
+}
+
+/// What the task needs of its node.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    pub(crate) node: NodeId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) driver: DriverHandle,
+    pub(crate) peers: PeersHandle,
+    pub(crate) book: Arc<Mutex<AddressBook>>,
+    /// Changes when the placement becomes known or a node becomes reachable or unreachable.
+    pub(crate) reach: watch::Receiver<()>,
+}
+
+/// The node's gossip, which may be started anew during the node's life.
+#[derive(Debug)]
+pub(crate) struct Membership {
+    present: ArcSwap<Gossip>,
+    config: GossipConfig,
+    /// The latest leadership of each shard, for a new start.
+    led: Mutex<BTreeMap<ShardId, LedShard>>,
+}
+
+/// Why following one run of gossip has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// It has stopped by itself.
+    Stopped,
+    /// Another process under this node's id gossips with this higher generation, so that nobody listens to us.
+    Superseded(u64),
+}
+
+impl Membership {
+    /// Starts gossip. Errors: see [`GossipError`].
+    pub(crate) async fn start(mut config: GossipConfig) -> Result<Membership, GossipError> {
+        let gossip = Gossip::start(config.clone()).await?;
+        // A later start must come back to the address that others were told.
+        config.advertise = gossip.addr();
+        if config.bind.port() == 0 {
+            config.bind.set_port(gossip.addr().port());
+        }
+        let led = Mutex::default();
+        Ok(Membership { present: ArcSwap::from_pointee(gossip), config, led })
+    }
+
+    /// The present run.
+    pub(crate) fn gossip(&self) -> Arc<Gossip> {
+        self.present.load_full()
+    }
+
+    /// Tells the cluster which shards this node has begun to lead.
+    pub(crate) fn publish(&self, node: NodeId, led: &[LedShard]) {
+        let mut latest = self.led.lock().expect("no panic while held");
+        latest.extend(led.iter().map(|l| (l.shard, *l)));
+        publish(node, &self.gossip(), led);
+    }
+
+    /// Passes gossip's news on and keeps it running, for as long as the node lives.
+    pub(crate) async fn run(&self, mut around: Surroundings) {
+        loop {
+            let gossip = self.gossip();
+            let end = follow(&gossip, &mut around).await;
+            match end {
+                End::Stopped => tracing::error!("gossip has stopped; it is started anew"),
+                End::Superseded(_) => tracing::warn!(
+                    "another process gossips under this node's id, but the cluster has registered this one: gossip is \
+                     started anew"
+                ),
+            }
+            gossip.shutdown().await;
+            let mut pause = RESTART_PAUSE;
+            loop {
+                tokio::time::sleep(pause).await;
+                match self.restart(around.node, end, gossip.generation()).await {
+                    Ok(()) => break,
+                    Err(error) => tracing::error!(%error, "gossip does not start"),
+                }
+                pause = (pause * 2).min(LONGEST_RESTART_PAUSE);
+            }
+        }
+    }
+
+    async fn restart(&self, node: NodeId, end: End, last: u64) -> Result<(), GossipError> {
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+        let beaten = if let End::Superseded(by) = end { by } else { 0 };
+        let generation = clock.max(last.saturating_add(1)).max(beaten.saturating_add(1));
+        let config = GossipConfig { generation: Some(generation), ..self.config.clone() };
+        let gossip = Arc::new(Gossip::start(config).await?);
+        // Under the lock: a leadership published meanwhile reaches the new run either here or by itself.
+        let latest = self.led.lock().expect("no panic while held");
+        let led: Vec<_> = latest.values().copied().collect();
+        publish(node, &gossip, &led);
+        self.present.store(gossip);
+        Ok(())
+    }
+}
+
+fn publish(node: NodeId, gossip: &Gossip, led: &[LedShard]) {
+    let tracker = gossip.tracker();
+    let mut claims = Vec::with_capacity(led.len());
+    for LedShard { shard, term, epoch } in led.iter().copied() {
+        tracker.claim(shard, node, term, epoch);
+        claims.push((shard, term, epoch));
+    }
+    gossip.publish_leaders(&claims);
+}
+
+/// Passes one run's news on: addresses to the connections, leaders and losses to the driver.
+///
+/// The driver takes a hint only while the hinted node is connected and the placement is known, and forgets it otherwise.
+/// So everything that is known is told again whenever that changes, and now and then while a leader is missing.
+async fn follow(gossip: &Gossip, around: &mut Surroundings) -> End {
+    let mut updates = gossip.leader_updates();
+    let mut health = gossip.health_watch();
+    let this = around.node;
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let (mut hints, mut gone, mut members_changed) = (Vec::new(), Vec::new(), false);
+        let mut next = tokio::select! {
+            update = updates.recv() => match update {
+                Some(update) => Some(update),
+                None => return End::Stopped,
+            },
+            Ok(()) = around.reach.changed() => {
+                hints = known_leaders(gossip, this);
+                None
+            }
+            _ = health.wait_for(|healthy| !healthy) => return End::Stopped,
+            _ = look.tick() => {
+                let view = around.driver.view();
+                let registered = view.nodes.get(&this).is_some_and(|route| route.incarnation == around.incarnation);
+                if let (Some(by), true) = (gossip.superseded_by(), registered) {
+                    return End::Superseded(by);
+                }
+                if view.meta_leader.is_none() || view.shards.iter().any(|s| s.leader.is_none()) {
+                    hints = known_leaders(gossip, this);
+                }
+                None
+            }
+        };
+        // What waits is handed over together: an election storm makes one input, not thousands.
+        while let Some(update) = next {
+            match update {
+                GossipUpdate::Leader { shard, leader, term, .. } => {
+                    // A node's death and its successor's claim must reach the driver in their order.
+                    tell_gone(&around.driver, &mut gone).await;
+                    // Own leaderships come back by gossip as well; the driver knows them better.
+                    if leader != this {
+                        hints.push(LeaderHint { shard, leader, term });
+                    }
+                }
+                GossipUpdate::Gone(node) => {
+                    tell_hints(&around.driver, &mut hints).await;
+                    if node != this {
+                        gone.push(node);
+                    }
+                }
+                GossipUpdate::Member(_) => members_changed = true,
+                GossipUpdate::Resync => {
+                    members_changed = true;
+                    let absent = gossip.members().into_iter().filter(|m| !m.state.is_present());
+                    gone = absent.map(|m| m.meta.node_id).filter(|node| *node != this).collect();
+                    tell_gone(&around.driver, &mut gone).await;
+                    hints = known_leaders(gossip, this);
+                }
+            }
+            next = if hints.len() < HINT_BATCH { updates.try_recv() } else { None };
+        }
+        // Addresses first: a leader that cannot be reached is of little use.
+        if members_changed {
+            update_addresses(&around.book, &around.peers, |book| book.set_gossiped(dialable(&gossip.members())));
+        }
+        tell_gone(&around.driver, &mut gone).await;
+        tell_hints(&around.driver, &mut hints).await;
+    }
+}
+
+/// Every leader that gossip knows, but for this node.
+fn known_leaders(gossip: &Gossip, this: NodeId) -> Vec<LeaderHint> {
+    let hint = |(shard, entry): (ShardId, LeaderEntry)| {
+        let leader = entry.leader.filter(|leader| *leader != this)?;
+        Some(LeaderHint { shard, leader, term: entry.term })
+    };
+    gossip.tracker().entries().into_iter().filter_map(hint).collect()
+}
+
+async fn tell_hints(driver: &DriverHandle, hints: &mut Vec<LeaderHint>) {
+    if !hints.is_empty() {
+        // A driver that has stopped needs no hints.
+        let _ = driver.send(Input::LeaderHints(std::mem::take(hints))).await;
+    }
+}
+
+async fn tell_gone(driver: &DriverHandle, gone: &mut Vec<NodeId>) {
+    for node in gone.drain(..) {
+        let _ = driver.send(Input::NodeGone(node)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_known_address_wins_and_only_changes_are_told() {
+        let map = |pairs: &[(u64, &str)]| {
+            pairs.iter().map(|(n, a)| (NodeId(*n), (*a).to_owned())).collect::<BTreeMap<_, _>>()
+        };
+        let placed = |pairs: &[(u64, &str, bool)]| {
+            pairs.iter().map(|(n, a, live)| (NodeId(*n), ((*a).to_owned(), *live))).collect::<BTreeMap<_, _>>()
+        };
+        let told = |n: u64, a: &str| (NodeId(n), Some(a.to_owned()));
+        let mut book = AddressBook::default();
+        assert_eq!(book.set_configured(map(&[(2, "c2"), (3, "c3")])), [told(2, "c2"), told(3, "c3")]);
+        assert_eq!(book.set_placed(placed(&[(2, "c2", false), (3, "p3", false)])), [told(3, "p3")]);
+        assert_eq!(book.set_gossiped(map(&[(2, "g2"), (4, "g4")])), [told(2, "g2"), told(4, "g4")]);
+        assert!(book.set_placed(placed(&[(2, "p2", false), (3, "p3", false)])).is_empty(), "gossip knows better");
+        // A life that answers keeps its peers, whoever gossips under its id ...
+        assert_eq!(book.set_placed(placed(&[(2, "p2", true), (3, "p3", true)])), [told(2, "p2")]);
+        assert!(book.set_gossiped(map(&[(2, "thief"), (4, "g4")])).is_empty());
+        // ... and once it is silent, its successor is looked for.
+        assert_eq!(book.set_placed(placed(&[(2, "p2", false), (3, "p3", true)])), [told(2, "thief")]);
+        // What gossip forgets falls back; what nobody knows any more is not dialed.
+        assert_eq!(book.set_gossiped(map(&[])), [told(2, "p2"), (NodeId(4), None)]);
+    }
+
+    /// Two runs under one node id: the registered one wins its peers' ears back.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_new_start_counts_more_than_what_superseded_the_old_one() {
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let config = |incarnation| {
+            let mut config = GossipConfig::new(NodeId(1), Incarnation(incarnation), "127.0.0.1:9001", "test", bind);
+            config.interval = Duration::from_millis(20);
+            config.initial_interval = config.interval;
+            config
+        };
+        let ours = Membership::start(config(1)).await.unwrap();
+        let led = LedShard { shard: ShardId(3), term: crema_core::Term(5), epoch: crema_core::Epoch(1) };
+        ours.publish(NodeId(1), &[led]);
+        let first = ours.gossip();
+        let addr = first.addr();
+
+        let mut rival = config(2);
+        rival.seeds = vec![addr.to_string()];
+        let rival = Gossip::start(rival).await.unwrap();
+        let seen = async {
+            loop {
+                match first.superseded_by() {
+                    Some(by) => return by,
+                    None => tokio::time::sleep(Duration::from_millis(5)).await,
+                }
+            }
+        };
+        let by = tokio::time::timeout(Duration::from_secs(20), seen).await.expect("the rival is noticed");
+        assert_eq!(by, rival.generation());
+
+        first.shutdown().await;
+        ours.restart(NodeId(1), End::Superseded(by), first.generation()).await.unwrap();
+        let second = ours.gossip();
+        assert_eq!(second.addr(), addr, "it comes back where it was");
+        assert!(second.generation() > by);
+        assert_eq!(second.tracker().get_leader(ShardId(3)), Some(NodeId(1)), "its leaderships are told again");
+    }
+}

@@ -1,0 +1,1012 @@
+//! One node: everything that runs, put together, and how it begins and ends.
+//!
+//! ```text
+//!   start:  bind every address -> gossip -> peers -> driver(Host) -> RESP listeners -> HTTP -> glue tasks
+//!
+//!   gossip <--------------> driver and peers: see `membership`
+//!   driver --view-------> addresses ----> peers                      (in the driver's own thread: it must not wait)
+//!   driver --NodeEvent--> Failure: fenced, misfit, id in use, driver died
+//!
+//!   stop:   drain until nobody needs this node (or the grace is over) -> RESP finish and close -> gossip `left`
+//!           -> driver and peers stop -> HTTP stops
+//! ```
+//!
+//! Nothing is announced before every address is bound: a node that cannot listen must not be dialed. While it stops, a
+//! node serves as a gateway to the last.
+
+use crate::admin::{self, AdminServer, AdminSource, BoxFuture, Facts, GossipMember, MemberBody};
+use crate::client::{Client, Stopped};
+use crate::config::Secret;
+use crate::driver::{Driver, DriverHandle, Input, NodeEvent};
+use crate::membership::{AddressBook, Membership, Surroundings, update_addresses};
+use crate::metrics::{self, Metrics};
+use crate::peers::{PeerOptions, Peers, PeersConfig, PeersHandle};
+use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
+use crema_core::{Incarnation, NodeId};
+use crema_gossip::{GossipConfig, GossipError, Member};
+use crema_shard::{Host, HostConfig, HostStatus, NodeAddrs, RoutingView, Timing};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{OnceCell, mpsc, watch};
+use tokio::task::JoinHandle;
+
+/// How long an id may be in use by another process before this one gives up.
+const ID_IN_USE_PATIENCE: Duration = Duration::from_secs(10);
+/// Refusals that lie further apart than this do not belong together.
+const ID_IN_USE_GAP: Duration = Duration::from_secs(3);
+/// Period at which an unregistered node looks whether it is registered by now, or who is in its place.
+const REGISTRATION_LOOK: Duration = Duration::from_secs(2);
+/// Most bytes of another node's list of members.
+const MAX_MEMBERS_BYTES: usize = 4 << 20;
+/// Longest wait for an answer of the driver; it normally takes microseconds.
+const DRIVER_ANSWER: Duration = Duration::from_secs(2);
+/// Period at which a stopping node asks who still needs it.
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
+/// Period at which INFO's figure of used memory is brought up to date.
+const MEMORY_LOOK: Duration = Duration::from_secs(5);
+/// Longest time for RESP connections to finish what is in flight.
+const RESP_DRAIN: Duration = Duration::from_secs(3);
+/// Longest time to resolve the advertised host.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections that the system accepts on our behalf before we do.
+const BACKLOG: u32 = 1024;
+
+/// Where a node listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BindAddrs {
+    /// The other nodes' connections (TCP).
+    pub raft: SocketAddr,
+    /// Gossip (UDP); without it, peers are found in [`NodeConfig::static_peers`] and in the placement only.
+    pub gossip: Option<SocketAddr>,
+    /// RESP, proxying every command.
+    pub redis: Option<SocketAddr>,
+    /// RESP, answering MOVED.
+    pub redis_cluster: Option<SocketAddr>,
+    /// HTTP.
+    pub http: Option<SocketAddr>,
+}
+
+/// What a node is started with. [`crate::config`] makes it from flags and files, [`crate::cache`] from its builder.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// This node's id, from 1 on.
+    pub node_id: NodeId,
+    /// The cluster's name.
+    pub cluster: String,
+    /// The nodes that found the cluster together, ascending; without this node's id it only joins.
+    pub initial_members: Vec<NodeId>,
+    /// Where nodes are reached, `host:port`, as long as neither gossip nor placement knows better.
+    pub static_peers: BTreeMap<NodeId, String>,
+    /// Gossip addresses of other nodes, `host:port`.
+    pub seeds: Vec<String>,
+    /// Data shards to found the cluster with, 1 to 16,384.
+    pub shards: u32,
+    /// Replicas of each shard, 1 to 7.
+    pub replicas: u32,
+    /// Where to listen.
+    pub bind: BindAddrs,
+    /// Under which host others reach the addresses that are not loopback; their own IP if absent.
+    pub advertise_host: Option<String>,
+    /// Custom metadata.
+    pub metadata: BTreeMap<String, String>,
+    /// The password of Redis clients.
+    pub requirepass: Option<Secret>,
+    /// After this, a command is answered with an error; 10 ms to 10 min.
+    pub request_deadline: Duration,
+    /// Most clients, both RESP listeners together.
+    pub max_clients: usize,
+    /// How long a stop waits until nobody needs this node, at most 10 min.
+    pub stop_grace: Duration,
+    /// Most bytes of log kept for replicas that lag, over all shards.
+    pub max_log_bytes: usize,
+}
+
+impl NodeConfig {
+    /// Checks what both ways to make a configuration have in common; the error is a sentence.
+    pub fn check(&self) -> Result<(), String> {
+        if self.node_id.0 == 0 {
+            return Err("node_id must be 1 or more".to_owned());
+        }
+        crate::config::check_cluster_name(&self.cluster).map_err(|e| e.to_string())?;
+        if !(1..=16_384).contains(&self.shards) {
+            return Err(format!("shards must be between 1 and 16384, not {}", self.shards));
+        }
+        if !(1..=7).contains(&self.replicas) {
+            return Err(format!("replicas must be between 1 and 7, not {}", self.replicas));
+        }
+        let deadline = self.request_deadline;
+        if !(Duration::from_millis(10)..=Duration::from_secs(600)).contains(&deadline) {
+            return Err(format!("the request deadline must be between 10 ms and 10 min, not {deadline:?}"));
+        }
+        if self.stop_grace > Duration::from_secs(600) {
+            return Err(format!("the stop grace must be at most 10 min, not {:?}", self.stop_grace));
+        }
+        Ok(())
+    }
+}
+
+/// Why a node did not start.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The configuration cannot work: correct it.
+    #[error("{0}")]
+    Invalid(String),
+    /// An address cannot be bound: free it or name another.
+    #[error("{key} {addr} cannot be bound: {reason}")]
+    Bind {
+        /// The key of the configuration.
+        key: &'static str,
+        /// The address.
+        addr: SocketAddr,
+        /// What the system says.
+        reason: String,
+    },
+    /// Something else failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Why a node ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// One sentence for the operator.
+    pub reason: String,
+    /// Whether the configuration is at fault, so that starting again would end in the same way.
+    pub is_configuration: bool,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
+/// A running node. Clones share it; it stops with [`Node::shutdown`] or, without any politeness, with the last clone.
+#[derive(Clone, Debug)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: NodeConfig,
+    addresses: Vec<(&'static str, SocketAddr)>,
+    watch: Arc<Watch>,
+    peers: PeersHandle,
+    servers: Mutex<Vec<ServerHandle>>,
+    admin: Mutex<Option<AdminServer>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    hurry: watch::Sender<bool>,
+    stopped: OnceCell<()>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node({})", self.config.node_id)
+    }
+}
+
+/// What the admin API and the tasks look at. Does not keep the node alive.
+struct Watch {
+    facts: Facts,
+    incarnation: Incarnation,
+    driver: DriverHandle,
+    membership: Option<Arc<Membership>>,
+    metrics: Metrics,
+    draining: AtomicBool,
+    drained: watch::Sender<bool>,
+    failure: watch::Sender<Option<Failure>>,
+    view_changed: watch::Receiver<()>,
+}
+
+impl Watch {
+    /// The driver's picture; an error says why there is none.
+    async fn status(&self) -> Result<HostStatus, String> {
+        match tokio::time::timeout(DRIVER_ANSWER, self.driver.status()).await {
+            Ok(status) => status.map_err(|_| "the driver has stopped".to_owned()),
+            Err(_) => Err(format!("the driver did not answer within {DRIVER_ANSWER:?}")),
+        }
+    }
+
+    fn fail_id_in_use(&self, by: &str) {
+        let node = self.facts.node;
+        let reason = format!(
+            "node id {node} is in use by another living process (life {by}): stop that one or choose another id"
+        );
+        self.fail(reason, true);
+    }
+
+    fn fail(&self, reason: String, is_configuration: bool) {
+        self.failure.send_if_modified(|failure| {
+            let first = failure.is_none();
+            failure.get_or_insert(Failure { reason, is_configuration });
+            first
+        });
+    }
+}
+
+impl AdminSource for Watch {
+    fn alive(&self) -> Result<(), String> {
+        if let Some(failure) = &*self.failure.borrow() {
+            return Err(failure.reason.clone());
+        }
+        if !self.driver.is_running() && !self.draining() {
+            return Err("the driver has stopped".to_owned());
+        }
+        match &self.membership {
+            // While it stops, gossip ends before the last answer is given.
+            Some(membership) if !membership.gossip().health() && !self.draining() => {
+                Err("gossip has stopped".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+    fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+    fn view(&self) -> Arc<RoutingView> {
+        self.driver.view()
+    }
+    fn host_status(&self) -> BoxFuture<'_, Result<HostStatus, String>> {
+        Box::pin(self.status())
+    }
+    fn members(&self) -> Option<Vec<GossipMember>> {
+        let members = self.membership.as_ref()?.gossip().members();
+        Some(members.into_iter().map(gossip_member).collect())
+    }
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        Box::pin(async { self.metrics.render(self.status().await.ok()) })
+    }
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+}
+
+fn gossip_member(member: Member) -> GossipMember {
+    use crema_gossip::MemberState;
+    let state = match member.state {
+        MemberState::Alive => "alive",
+        MemberState::Suspect => "suspect",
+        MemberState::Dead => "dead",
+        MemberState::Left => "left",
+    };
+    let meta = member.meta;
+    GossipMember {
+        node: meta.node_id,
+        state,
+        incarnation: meta.incarnation.to_string(),
+        raft_addr: meta.raft_addr,
+        gossip_addr: meta.gossip_addr.to_string(),
+        redis_addr: meta.redis_addr,
+        redis_cluster_addr: meta.redis_cluster_addr,
+        http_addr: meta.http_addr,
+        metadata: meta.metadata,
+    }
+}
+
+/// A bound TCP listener and the address it really has.
+struct Bound {
+    key: &'static str,
+    listener: TcpListener,
+    addr: SocketAddr,
+}
+
+fn bind(key: &'static str, addr: SocketAddr) -> Result<Bound, StartError> {
+    let try_bind = || {
+        let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        // A restarted node must not wait for its predecessor's connections to fade away.
+        socket.set_reuseaddr(true)?;
+        socket.bind(addr)?;
+        let listener = socket.listen(BACKLOG)?;
+        let addr = listener.local_addr()?;
+        Ok(Bound { key, listener, addr })
+    };
+    try_bind().map_err(|e: std::io::Error| StartError::Bind { key, addr, reason: reason(&e) })
+}
+
+fn reason(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => "the port is in use by another process".to_owned(),
+        std::io::ErrorKind::AddrNotAvailable => "this machine does not have that address".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// How others reach what is bound at `addr`.
+fn advertised(addr: SocketAddr, host: Option<&str>) -> String {
+    match host {
+        // Nobody else reaches a loopback address, under whatever name.
+        Some(host) if !crate::config::is_loopback(addr) => match host.parse::<std::net::IpAddr>() {
+            Ok(ip) => SocketAddr::new(ip, addr.port()).to_string(),
+            Err(_) => format!("{host}:{}", addr.port()),
+        },
+        _ => addr.to_string(),
+    }
+}
+
+/// The address that gossip, which carries no names, tells others.
+async fn advertised_ip(addr: SocketAddr, host: Option<&str>) -> Result<SocketAddr, StartError> {
+    let told = advertised(addr, host);
+    if let Ok(addr) = told.parse() {
+        return Ok(addr);
+    }
+    let fail = |why: String| StartError::Invalid(format!("advertise_host: {told} cannot be resolved: {why}"));
+    let found = tokio::time::timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host(&told)).await;
+    let found = found.map_err(|_| fail("timed out".to_owned()))?.map_err(|e| fail(e.to_string()))?;
+    let same_family = found.into_iter().find(|a| a.is_ipv4() == addr.is_ipv4());
+    same_family.ok_or_else(|| fail(format!("it has no address of the family of {addr}")))
+}
+
+fn random<const N: usize>() -> Result<[u8; N], StartError> {
+    let mut bytes = [0; N];
+    match getrandom::fill(&mut bytes) {
+        Ok(()) => Ok(bytes),
+        // Without randomness two lives could not be told apart; nothing is safe then.
+        Err(e) => Err(StartError::Failed(format!("the system gives no random numbers: {e}"))),
+    }
+}
+
+impl Node {
+    /// Starts a node. Returns once its addresses are bound and its tasks run; the cluster may still be forming.
+    ///
+    /// Errors: see [`StartError`]. Must be called within a tokio runtime.
+    pub async fn start(config: NodeConfig) -> Result<Node, StartError> {
+        config.check().map_err(StartError::Invalid)?;
+        // Everything is bound before anything runs, so that a mistake has no other effect than its message.
+        let raft = bind("raft_addr", config.bind.raft)?;
+        let optional = |key, addr: Option<SocketAddr>| addr.map(|addr| bind(key, addr)).transpose();
+        let redis = optional("redis_addr", config.bind.redis)?;
+        let redis_cluster = optional("redis_cluster_addr", config.bind.redis_cluster)?;
+        let http = optional("http_addr", config.bind.http)?;
+
+        let host = config.advertise_host.as_deref();
+        let told = |bound: &Option<Bound>| bound.as_ref().map(|b| advertised(b.addr, host));
+        let addrs = NodeAddrs {
+            raft: advertised(raft.addr, host),
+            redis: told(&redis),
+            redis_cluster: told(&redis_cluster),
+            http: told(&http),
+        };
+        let incarnation = Incarnation(u128::from_le_bytes(random()?));
+        let membership = start_gossip(&config, incarnation, &addrs).await?.map(Arc::new);
+
+        let mut addresses: Vec<_> = [Some(&raft), redis.as_ref(), redis_cluster.as_ref(), http.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|bound| (bound.key, bound.addr))
+            .collect();
+        let gossip_addr = membership.as_ref().map(|membership| membership.gossip().addr());
+        addresses.extend(gossip_addr.map(|addr| ("gossip_addr", addr)));
+
+        let failed = |what: &str, e: &dyn fmt::Display| StartError::Failed(format!("{what}: {e}"));
+        let inputs = crate::driver::input_channel();
+        let peers_config = PeersConfig {
+            cluster: config.cluster.clone(),
+            node: config.node_id,
+            incarnation,
+            options: PeerOptions::default(),
+        };
+        let listener = raft.listener.into_std().map_err(|e| failed("raft_addr", &e))?;
+        let peers =
+            Peers::start(peers_config, listener, inputs.0.clone()).map_err(|e| failed("peer connections", &e))?;
+
+        let entropy: [[u8; 8]; 3] = [random()?, random()?, random()?];
+        let host_config = HostConfig {
+            node: config.node_id,
+            incarnation,
+            cluster: config.cluster.clone(),
+            initial_members: config.initial_members.clone(),
+            shards: config.shards,
+            replication: config.replicas,
+            addrs: addrs.clone(),
+            entropy: entropy.map(u64::from_le_bytes),
+            timing: Timing::default(),
+            max_log_bytes: config.max_log_bytes,
+        };
+        let book = Arc::new(Mutex::new(AddressBook::default()));
+        let (view_changes, view_changed) = watch::channel(());
+        let (reach, reach_changed) = watch::channel(());
+        let on_view = view_hook(config.node_id, book.clone(), peers.clone(), view_changes, reach);
+        let host = Host::new(host_config, crate::clock::now());
+        let driver = Driver::start(host, peers.clone(), inputs, Some(on_view));
+        let (driver, outputs) = driver.map_err(|e| failed("the driver's thread", &e))?;
+        update_addresses(&book, &peers, |book| book.set_configured(config.static_peers.clone()));
+
+        let front = Arc::new(front_config(&config));
+        let mut servers = Vec::new();
+        for (bound, kind) in [(redis, ListenerKind::Proxy), (redis_cluster, ListenerKind::Cluster)] {
+            if let Some(bound) = bound {
+                servers.push(Server::start(bound.listener, kind, driver.client(), front.clone()));
+            }
+        }
+
+        let watch = Arc::new(Watch {
+            incarnation,
+            facts: Facts {
+                cluster: config.cluster.clone(),
+                node: config.node_id,
+                incarnation: incarnation.to_string(),
+                replicas: config.replicas,
+                raft_addr: addrs.raft.clone(),
+                gossip_addr: gossip_addr.map(|addr| addr.to_string()),
+                metadata: config.metadata.clone(),
+            },
+            metrics: Metrics::new(config.node_id, metric_sources(&driver, &peers, membership.as_ref(), &front)),
+            driver,
+            membership,
+            draining: AtomicBool::new(false),
+            drained: watch::channel(false).0,
+            failure: watch::channel(None).0,
+            view_changed,
+        });
+        let admin = http.map(|bound| AdminServer::start(bound.listener, admin::router(watch.clone())));
+        let mut tasks = vec![
+            tokio::spawn(watch_registration(watch.clone())),
+            tokio::spawn(follow_events(watch.clone(), outputs.events)),
+        ];
+        if config.bind.redis.is_some() || config.bind.redis_cluster.is_some() {
+            tasks.push(tokio::spawn(follow_memory(watch.driver.clone(), front.clone())));
+        }
+        let mut led = outputs.led;
+        if let Some(membership) = watch.membership.clone() {
+            let around = Surroundings {
+                node: config.node_id,
+                incarnation,
+                driver: watch.driver.clone(),
+                peers: peers.clone(),
+                book,
+                reach: reach_changed,
+            };
+            let (node, publisher) = (config.node_id, membership.clone());
+            tasks.push(tokio::spawn(async move { membership.run(around).await }));
+            tasks.push(tokio::spawn(async move {
+                while let Some(led) = led.recv().await {
+                    publisher.publish(node, &led);
+                }
+            }));
+        }
+        Ok(Node {
+            inner: Arc::new(Inner {
+                config,
+                addresses,
+                watch,
+                peers,
+                servers: Mutex::new(servers),
+                admin: Mutex::new(admin),
+                tasks: Mutex::new(tasks),
+                hurry: watch::channel(false).0,
+                stopped: OnceCell::new(),
+            }),
+        })
+    }
+
+    /// What it was started with.
+    pub fn config(&self) -> &NodeConfig {
+        &self.inner.config
+    }
+
+    /// The addresses it listens on, by key of the configuration.
+    pub fn addresses(&self) -> &[(&'static str, SocketAddr)] {
+        &self.inner.addresses
+    }
+
+    /// A client of this node's driver.
+    pub fn client(&self) -> Client {
+        self.inner.watch.driver.client()
+    }
+
+    /// Why it is not ready; `None` if it is.
+    pub fn not_ready(&self) -> Option<String> {
+        admin::not_ready(&*self.inner.watch)
+    }
+
+    /// Waits until it is ready; an error if it stops before. Cancel-safe.
+    pub async fn ready(&self) -> Result<(), Stopped> {
+        let mut changes = self.inner.watch.view_changed.clone();
+        loop {
+            changes.borrow_and_update();
+            if self.not_ready().is_none() {
+                return Ok(());
+            }
+            if self.inner.stopped.initialized() || !self.inner.watch.driver.is_running() {
+                return Err(Stopped);
+            }
+            // Not every reason stands in the view, hence also now and then.
+            let _ = tokio::time::timeout(Duration::from_millis(200), changes.changed()).await;
+        }
+    }
+
+    /// Why it has ended by itself, if it has.
+    pub fn failure(&self) -> Option<Failure> {
+        self.inner.watch.failure.borrow().clone()
+    }
+
+    /// Follows [`Node::failure`] without keeping the node alive; ends with it.
+    pub fn failure_watch(&self) -> watch::Receiver<Option<Failure>> {
+        self.inner.watch.failure.subscribe()
+    }
+
+    /// Waits until it ends by itself. It must then be stopped with [`Node::shutdown`]. Cancel-safe.
+    pub async fn failed(&self) -> Failure {
+        let mut failure = self.inner.watch.failure.subscribe();
+        loop {
+            // Copied out before waiting: what `borrow` returns must not be held across an await.
+            let present = failure.borrow_and_update().clone();
+            if let Some(failure) = present {
+                return failure;
+            }
+            if failure.changed().await.is_err() {
+                // The sender lives as long as the node, which we hold.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// From now on a shutdown, also one under way, waits for nobody: the whole cluster stops, or this node is of no use.
+    pub fn hurry(&self) {
+        self.inner.hurry.send_replace(true);
+    }
+
+    /// Stops: hands leaderships over and waits, up to the grace, until every group keeps a quorum without this node;
+    /// finishes what clients have in flight; says goodbye; closes. A second call waits for the first.
+    pub async fn shutdown(&self) {
+        self.inner.stopped.get_or_init(|| self.inner.stop()).await;
+    }
+}
+
+impl Inner {
+    async fn stop(&self) {
+        let watch = &self.watch;
+        watch.draining.store(true, Ordering::Relaxed);
+        let mut hurry = self.hurry.subscribe();
+        tokio::select! {
+            () = self.drain() => {}
+            _ = hurry.wait_for(|hurry| *hurry) => {}
+        }
+        let servers = std::mem::take(&mut *self.servers.lock().expect("no panic while held"));
+        let mut closing = tokio::task::JoinSet::new();
+        for server in servers {
+            closing.spawn(async move { server.shutdown(RESP_DRAIN).await });
+        }
+        while closing.join_next().await.is_some() {}
+        // From here on the parts end one after the other, which is no news to act on.
+        self.abort_tasks();
+        if let Some(membership) = &watch.membership {
+            membership.gossip().leave().await;
+        }
+        // The driver first: what it still sends is flushed when the connections close.
+        watch.driver.stop().await;
+        self.peers.shutdown().await;
+        let admin = self.admin.lock().expect("no panic while held").take();
+        if let Some(admin) = admin {
+            admin.stop().await;
+        }
+        tracing::info!("node {} has stopped", self.config.node_id);
+    }
+
+    /// Waits until nobody needs this node, or the grace is over.
+    async fn drain(&self) {
+        let grace = self.config.stop_grace;
+        let driver = &self.watch.driver;
+        if grace.is_zero() || *self.hurry.borrow() {
+            return;
+        }
+        let view = driver.view();
+        // Before joining there is nothing to hand over, and to a node that is the whole cluster nobody can succeed.
+        if view.uuid.is_none() || view.nodes.keys().all(|node| *node == self.config.node_id) {
+            return;
+        }
+        let waiting = async {
+            if driver.drain().await.is_err() {
+                return;
+            }
+            let mut drained = self.watch.drained.subscribe();
+            // Leaderships first: as long as this node leads, it is needed in another way.
+            let _ = drained.wait_for(|drained| *drained).await;
+            while driver.needed_by().await.is_ok_and(|shards| !shards.is_empty()) {
+                tokio::time::sleep(DRAIN_LOOK).await;
+            }
+        };
+        if tokio::time::timeout(grace, waiting).await.is_ok() {
+            return;
+        }
+        let needed_by = tokio::time::timeout(DRIVER_ANSWER, driver.needed_by()).await;
+        match needed_by {
+            Ok(Ok(shards)) if !shards.is_empty() => tracing::warn!(
+                "after {grace:?} this node is still needed; without it these shards lose their quorum: {}",
+                admin::name_shards(&shards)
+            ),
+            _ => tracing::warn!("after {grace:?} not all leaderships were handed over; elections will follow"),
+        }
+    }
+
+    fn abort_tasks(&self) {
+        for task in self.tasks.lock().expect("no panic while held").drain(..) {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.abort_tasks();
+        // Without a shutdown the thread would live on. A full queue is drained within a round; give up on one that is not.
+        if self.watch.driver.is_running() {
+            let _ = self.watch.driver.inputs().send_timeout(Input::Stop, Duration::from_millis(100));
+        }
+    }
+}
+
+fn gossip_config(
+    config: &NodeConfig,
+    incarnation: Incarnation,
+    addrs: &NodeAddrs,
+    bind: SocketAddr,
+    advertise: SocketAddr,
+) -> GossipConfig {
+    let raft = addrs.raft.clone();
+    let mut gossip = GossipConfig::new(config.node_id, incarnation, raft, config.cluster.clone(), bind);
+    gossip.redis_addr = addrs.redis.clone();
+    gossip.redis_cluster_addr = addrs.redis_cluster.clone();
+    gossip.http_addr = addrs.http.clone();
+    gossip.metadata = config.metadata.clone();
+    gossip.seeds = config.seeds.clone();
+    gossip.advertise = advertise;
+    // Whoever made this configuration has checked what may be open, and has warned.
+    gossip.insecure = true;
+    gossip
+}
+
+async fn start_gossip(
+    config: &NodeConfig,
+    incarnation: Incarnation,
+    addrs: &NodeAddrs,
+) -> Result<Option<Membership>, StartError> {
+    let Some(bind) = config.bind.gossip else {
+        return Ok(None);
+    };
+    let advertise = advertised_ip(bind, config.advertise_host.as_deref()).await?;
+    match Membership::start(gossip_config(config, incarnation, addrs, bind, advertise)).await {
+        Ok(membership) => Ok(Some(membership)),
+        Err(GossipError::Bind { addr, reason }) => Err(StartError::Bind { key: "gossip_addr", addr, reason }),
+        Err(e @ (GossipError::Config(_) | GossipError::Key(_))) => Err(StartError::Invalid(e.to_string())),
+        Err(e) => Err(StartError::Failed(e.to_string())),
+    }
+}
+
+/// What follows each new view, on the driver's own thread.
+fn view_hook(
+    this: NodeId,
+    book: Arc<Mutex<AddressBook>>,
+    peers: PeersHandle,
+    changes: watch::Sender<()>,
+    reach: watch::Sender<()>,
+) -> crate::driver::ViewHook {
+    let mut known = BTreeMap::new();
+    Box::new(move |view| {
+        let others = view.nodes.iter().filter(|(node, _)| **node != this);
+        let placed: BTreeMap<_, _> =
+            others.map(|(node, route)| (*node, (route.addrs.raft.clone(), route.live))).collect();
+        // Leaderships change the view often, addresses and liveness seldom.
+        if placed != known {
+            known.clone_from(&placed);
+            update_addresses(&book, &peers, |book| book.set_placed(placed));
+            reach.send_replace(());
+        }
+        changes.send_replace(());
+    })
+}
+
+/// Acts on what the driver reports.
+async fn follow_events(watch: Arc<Watch>, mut events: mpsc::Receiver<NodeEvent>) {
+    let (mut in_use, mut rival): (Option<IdInUse>, Option<IdInUse>) = (None, None);
+    let node = watch.facts.node;
+    while let Some(event) = events.recv().await {
+        match event {
+            NodeEvent::Joined { uuid, founded } => {
+                let how = if founded { "founded" } else { "joined" };
+                tracing::debug!("node {node} has {how} cluster {} {uuid}", watch.facts.cluster);
+            }
+            NodeEvent::Fenced { by, told_by } => {
+                let by = by.map_or(String::new(), |by| format!(", life {by}"));
+                let told_by = told_by.map_or(String::new(), |peer| format!(" (says node {peer})"));
+                watch.fail(
+                    format!("a newer process with node id {node}{by}, has taken over{told_by}: this one ends"),
+                    false,
+                );
+            }
+            NodeEvent::Misfit(reason) => {
+                watch.fail(format!("this node's configuration does not fit the cluster: {reason}"), true);
+            }
+            NodeEvent::IdInUse { by } if by == watch.incarnation => {
+                // The refusal was meant for another process that asked under our id, but reached us.
+                let refused = IdInUse::again(rival, Instant::now());
+                if refused.first == refused.last {
+                    tracing::warn!("another process has asked to take node id {node} over and was refused");
+                }
+                rival = Some(refused);
+            }
+            NodeEvent::IdInUse { by } => {
+                let refused = IdInUse::again(in_use, Instant::now());
+                if refused.first == refused.last {
+                    tracing::warn!("node id {node} is in use by a living process, life {by}; trying again for a while");
+                }
+                if refused.last - refused.first >= ID_IN_USE_PATIENCE {
+                    watch.fail_id_in_use(&by.to_string());
+                }
+                in_use = Some(refused);
+            }
+            NodeEvent::Drained => drop(watch.drained.send_replace(true)),
+            NodeEvent::DriverDied => watch.fail("an internal error has ended this node's driver".to_owned(), false),
+        }
+    }
+}
+
+/// A series of refusals because the id is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct IdInUse {
+    first: Instant,
+    last: Instant,
+}
+
+impl IdInUse {
+    /// The series with one more refusal at `now`; a long gap begins a new one.
+    fn again(series: Option<IdInUse>, now: Instant) -> IdInUse {
+        match series {
+            Some(series) if now - series.last <= ID_IN_USE_GAP => IdInUse { last: now, ..series },
+            _ => IdInUse { first: now, last: now },
+        }
+    }
+}
+
+/// Notices that this life is kept from registering by another process under its id. The refusal itself, like all that
+/// is sent to this id, goes to the life that is registered, so this node has to ask the others whom they are connected to.
+async fn watch_registration(watch: Arc<Watch>) {
+    let mut look = tokio::time::interval(REGISTRATION_LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut rival: Option<(String, Instant)> = None;
+    // The first tick is immediate, when nothing can have happened yet.
+    look.tick().await;
+    loop {
+        look.tick().await;
+        let view = watch.driver.view();
+        let registered = view.nodes.get(&watch.facts.node);
+        if registered.is_some_and(|route| route.incarnation == watch.incarnation) {
+            rival = None;
+            continue;
+        }
+        let Some(found) = find_rival(&watch).await else {
+            rival = None;
+            continue;
+        };
+        let since = match rival {
+            Some((known, since)) if known == found => since,
+            _ => {
+                let node = watch.facts.node;
+                tracing::warn!(
+                    "node id {node} is in use by another living process, life {found}; trying again for a while"
+                );
+                Instant::now()
+            }
+        };
+        if since.elapsed() >= ID_IN_USE_PATIENCE {
+            watch.fail_id_in_use(&found);
+            return;
+        }
+        rival = Some((found, since));
+    }
+}
+
+/// The other life under this id to which a member of the cluster is connected, if one says so.
+async fn find_rival(watch: &Watch) -> Option<String> {
+    let this = watch.facts.node;
+    let members = watch.membership.as_ref()?.gossip().members();
+    let others = members.into_iter().filter(|m| m.meta.node_id != this && m.state.is_present());
+    for addr in others.filter_map(|m| m.meta.http_addr).take(3) {
+        let asked = tokio::task::spawn_blocking(move || crate::cli::http_get(&addr, "/v1/members", MAX_MEMBERS_BYTES));
+        let Ok(Ok((200, body))) = asked.await else {
+            continue;
+        };
+        let Ok(members) = serde_json::from_str::<Vec<MemberBody>>(&body) else {
+            continue;
+        };
+        let entry = members.into_iter().find(|m| m.node_id == this.0 && m.connected);
+        let rival = entry.and_then(|m| m.registered).filter(|life| *life != watch.facts.incarnation);
+        if rival.is_some() {
+            return rival;
+        }
+    }
+    None
+}
+
+fn front_config(config: &NodeConfig) -> FrontConfig {
+    let mut front = FrontConfig::new(config.node_id, config.cluster.clone());
+    front.requirepass = config.requirepass.clone();
+    front.deadline = config.request_deadline;
+    front.max_clients = config.max_clients;
+    front
+}
+
+/// Tells INFO how much memory the data takes, which only the driver knows.
+async fn follow_memory(driver: DriverHandle, front: Arc<FrontConfig>) {
+    let mut look = tokio::time::interval(MEMORY_LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        let Ok(status) = driver.status().await else {
+            return;
+        };
+        let bytes = status.shards.iter().filter_map(|shard| shard.own).map(|own| own.bytes).sum();
+        front.used_memory.store(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Everything that is counted, as metrics.
+fn metric_sources(
+    driver: &DriverHandle,
+    peers: &PeersHandle,
+    membership: Option<&Arc<Membership>>,
+    front: &Arc<FrontConfig>,
+) -> Vec<metrics::Source> {
+    let view = driver.client();
+    let (driver_stats, peer_stats) = (driver.stats().clone(), peers.stats().clone());
+    let mut sources: Vec<metrics::Source> = vec![
+        Box::new(move |into| metrics::view_samples(&view.view(), into)),
+        Box::new(move |into| metrics::driver_samples(&driver_stats, into)),
+        Box::new(move |into| metrics::peer_samples(&peer_stats, into)),
+    ];
+    let front = front.clone();
+    sources.push(Box::new(move |into| metrics::front_samples(&front.stats, into)));
+    if let Some(membership) = membership.cloned() {
+        sources.push(Box::new(move |into| {
+            let gossip = membership.gossip();
+            metrics::gossip_samples(&gossip.stats(), gossip.tracker().conflicts(), into)
+        }));
+    }
+    sources
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_told_as_others_can_use_them() {
+        let addr = |s: &str| s.parse::<SocketAddr>().unwrap();
+        assert_eq!(advertised(addr("10.0.0.1:9001"), None), "10.0.0.1:9001");
+        assert_eq!(advertised(addr("0.0.0.0:9001"), Some("crema-1.local")), "crema-1.local:9001");
+        assert_eq!(advertised(addr("[::]:9001"), Some("fd00::1")), "[fd00::1]:9001");
+        assert_eq!(advertised(addr("127.0.0.1:9001"), Some("crema-1.local")), "127.0.0.1:9001");
+    }
+
+    #[test]
+    fn refusals_of_an_id_form_a_series_only_if_they_come_close_together() {
+        let begin = Instant::now();
+        let at = |s: u64| begin + Duration::from_secs(s);
+        let mut series = None;
+        for second in 0..=10 {
+            series = Some(IdInUse::again(series, at(second)));
+        }
+        assert_eq!(series.unwrap().first, begin);
+        assert_eq!(IdInUse::again(series, at(14)).first, at(14));
+    }
+
+    #[tokio::test]
+    async fn an_occupied_port_is_named_with_its_key() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = taken.local_addr().unwrap();
+        let Err(error) = bind("http_addr", addr) else { panic!("bound twice") };
+        assert_eq!(
+            error.to_string(),
+            format!("http_addr {addr} cannot be bound: the port is in use by another process")
+        );
+    }
+
+    fn local() -> SocketAddr {
+        "127.0.0.1:0".parse().unwrap()
+    }
+
+    /// A node that waits for a cluster which does not exist.
+    fn joining() -> NodeConfig {
+        NodeConfig {
+            node_id: NodeId(7),
+            cluster: "test".to_owned(),
+            initial_members: vec![],
+            static_peers: BTreeMap::new(),
+            seeds: vec![],
+            shards: 4,
+            replicas: 3,
+            bind: BindAddrs {
+                raft: local(),
+                gossip: Some(local()),
+                redis: Some(local()),
+                redis_cluster: None,
+                http: Some(local()),
+            },
+            advertise_host: None,
+            metadata: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
+            requirepass: None,
+            request_deadline: Duration::from_secs(5),
+            max_clients: 10,
+            stop_grace: Duration::from_secs(10),
+            max_log_bytes: 1 << 20,
+        }
+    }
+
+    async fn get(node: &Node, path: &'static str) -> (u16, String) {
+        let http = node.addresses().iter().find(|(key, _)| *key == "http_addr").unwrap().1;
+        let asked = tokio::task::spawn_blocking(move || crate::cli::http_get(&http.to_string(), path, 1 << 20));
+        asked.await.unwrap().unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_node_without_its_cluster_is_alive_but_not_ready_and_stops_at_once() {
+        let node = Node::start(joining()).await.unwrap();
+        assert_eq!(get(&node, "/livez").await.0, 200);
+        let (code, body) = get(&node, "/readyz").await;
+        assert_eq!(code, 503);
+        let reason = node.not_ready().expect("not ready");
+        assert!(body.contains("reason") && !reason.is_empty(), "{body}");
+
+        let members: Vec<admin::MemberBody> = serde_json::from_str(&get(&node, "/v1/members").await.1).unwrap();
+        assert_eq!(members.len(), 1);
+        assert_eq!((members[0].node_id, members[0].state.as_str()), (7, "alive"));
+        assert_eq!(members[0].metadata["zone"], "a");
+        let raft = node.addresses()[0];
+        assert_eq!((raft.0, members[0].raft_addr.clone()), ("raft_addr", raft.1.to_string()));
+        assert_eq!(get(&node, "/v1/shards").await, (200, "[]".to_owned()));
+        let page = get(&node, "/metrics").await.1;
+        for name in [
+            "crema_driver_rounds_total",
+            "crema_peer_dials_failed_total",
+            "crema_gossip_sent_bytes_total",
+            "crema_shards ",
+        ] {
+            assert!(page.contains(name), "{name} is missing in\n{page}");
+        }
+
+        let begin = Instant::now();
+        let second = node.clone();
+        tokio::join!(node.shutdown(), second.shutdown());
+        assert!(begin.elapsed() < Duration::from_secs(5), "nobody needs a node that has not joined");
+        assert_eq!(node.ready().await, Err(Stopped));
+        assert_eq!(node.failure(), None);
+        for (key, addr) in node.addresses() {
+            if *key == "gossip_addr" {
+                std::net::UdpSocket::bind(addr).unwrap_or_else(|e| panic!("{key} {addr}: {e}"));
+            } else {
+                std::net::TcpListener::bind(addr).unwrap_or_else(|e| panic!("{key} {addr}: {e}"));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_stays_behind_when_an_address_is_occupied() {
+        let first = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let taken = first.local_addr().unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut config = joining();
+        (config.bind.gossip, config.bind.raft) = (Some(taken), free);
+        let error = Node::start(config).await.unwrap_err();
+        assert!(matches!(&error, StartError::Bind { key: "gossip_addr", addr, .. } if *addr == taken), "{error}");
+        std::net::TcpListener::bind(free).expect("the listeners are closed again");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_dropped_node_ends_its_driver() {
+        let node = Node::start(joining()).await.unwrap();
+        let driver = node.inner.watch.driver.clone();
+        drop(node);
+        let ended = async {
+            while driver.is_running() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), ended).await.expect("the thread ends");
+    }
+}

@@ -1,0 +1,276 @@
+//! A cluster of `crema start` processes on this machine.
+
+use super::child::{Process, Scratch};
+use super::ports::{self, Block, MAX_NODES, Use};
+use super::{Context, Failure, Result, eventually, http};
+use rustix::process::Signal;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+/// Nodes 1 to n, each a process of its own, ended when this is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    // Fields drop in this order: the processes end before their logs are shown or removed.
+    nodes: BTreeMap<u64, Process>,
+    scratch: Scratch,
+    ports: Block,
+    count: u64,
+    shards: u32,
+}
+
+impl Cluster {
+    /// Starts nodes 1 to `count` and returns at once; see [`Cluster::wait_ready`].
+    ///
+    /// # Errors
+    ///
+    /// If the program does not build or does not start, or no ports are free.
+    ///
+    /// # Panics
+    ///
+    /// If `count` is not 1 to [`MAX_NODES`].
+    pub fn start(count: u64, shards: u32) -> Result<Cluster> {
+        assert!(
+            (1..=u64::from(MAX_NODES)).contains(&count),
+            "1 to {MAX_NODES} nodes"
+        );
+        let mut cluster = Cluster {
+            nodes: BTreeMap::new(),
+            scratch: Scratch::new()?,
+            ports: ports::reserve()?,
+            count,
+            shards,
+        };
+        for node in 1..=count {
+            cluster.spawn(node)?;
+        }
+        Ok(cluster)
+    }
+
+    /// Starts nodes 1 to `count` and waits up to a minute until all say they are ready.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cluster::start`], and if they are not ready in time.
+    pub fn ready(count: u64, shards: u32) -> Result<Cluster> {
+        let mut cluster = Cluster::start(count, shards)?;
+        cluster.wait_ready(Duration::from_secs(60))?;
+        Ok(cluster)
+    }
+
+    fn spawn(&mut self, node: u64) -> Result<()> {
+        let args = self.args(node, &self.ports);
+        let process = Process::spawn(&format!("node-{node}"), &self.scratch, &args)?;
+        self.nodes.insert(node, process);
+        Ok(())
+    }
+
+    /// The command line of node `node` with its listeners in `own`.
+    fn args(&self, node: u64, own: &Block) -> Vec<String> {
+        let list =
+            |f: &dyn Fn(u64) -> String| (1..=self.count).map(f).collect::<Vec<_>>().join(",");
+        // Should the tests themselves be killed, nobody is left to end their nodes: these then stop by themselves.
+        let mut args = vec!["start".to_string(), "--stop-with-stdin".into()];
+        let mut flag = |name: &str, value: String| args.extend([format!("--{name}"), value]);
+        flag("node-id", node.to_string());
+        flag("initial-members", list(&|n| n.to_string()));
+        flag(
+            "seeds",
+            list(&|n| self.ports.addr(n, Use::Gossip).to_string()),
+        );
+        flag("shards", self.shards.to_string());
+        flag("gossip-addr", own.addr(node, Use::Gossip).to_string());
+        flag("raft-addr", own.addr(node, Use::Raft).to_string());
+        flag("redis-addr", own.addr(node, Use::Redis).to_string());
+        flag(
+            "redis-cluster-addr",
+            own.addr(node, Use::RedisCluster).to_string(),
+        );
+        flag("http-addr", own.addr(node, Use::Http).to_string());
+        args
+    }
+
+    /// A further process that claims to be node `node`, with listeners of its own in `own`.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn impostor(&self, node: u64, own: &Block) -> Result<Process> {
+        Process::spawn(
+            &format!("impostor-{node}"),
+            &self.scratch,
+            &self.args(node, own),
+        )
+    }
+
+    /// Number of data shards.
+    pub fn shards(&self) -> u32 {
+        self.shards
+    }
+
+    /// The address of `node` for `purpose`.
+    pub fn addr(&self, node: u64, purpose: Use) -> SocketAddr {
+        self.ports.addr(node, purpose)
+    }
+
+    /// The nodes whose processes we did not end, ascending.
+    pub fn running(&self) -> Vec<u64> {
+        self.nodes.keys().copied().collect()
+    }
+
+    /// The process of a running node.
+    ///
+    /// # Panics
+    ///
+    /// If it was ended.
+    pub fn process(&mut self, node: u64) -> &mut Process {
+        self.nodes.get_mut(&node).expect("the node was not ended")
+    }
+
+    /// Waits until every running node answers `/readyz` with 200.
+    ///
+    /// # Errors
+    ///
+    /// If one ended, or is not ready after `within`; says why.
+    pub fn wait_ready(&mut self, within: Duration) -> Result<()> {
+        for node in self.running() {
+            eventually(&format!("readiness of node {node}"), within, || {
+                if let Some(status) = self.process(node).ended()? {
+                    return Ok(Err(Failure::new(format!("node {node} ended: {status}"))));
+                }
+                match http::get(self.addr(node, Use::Http), "/readyz")? {
+                    (200, _) => Ok(Ok(())),
+                    (status, body) => Err(Failure::new(format!("{status} {body}"))),
+                }
+            })??;
+        }
+        Ok(())
+    }
+
+    /// Shards led by each node, as node `asked` sees them, waiting up to 10 s until every shard has a leader. Nodes without a shard
+    /// are absent.
+    ///
+    /// # Errors
+    ///
+    /// If a shard stays without a leader.
+    pub fn leaders(&self, asked: u64) -> Result<BTreeMap<u64, Vec<u32>>> {
+        eventually("a leader for every shard", Duration::from_secs(10), || {
+            let list = http::get_json(self.addr(asked, Use::Http), "/v1/shards")?;
+            let list = list.as_array().context_none("/v1/shards is no array")?;
+            if list.len() != self.shards as usize {
+                return Err(Failure::new(format!(
+                    "{} of {} shards are listed",
+                    list.len(),
+                    self.shards
+                )));
+            }
+            let mut led = BTreeMap::<u64, Vec<u32>>::new();
+            for shard in list {
+                let leader = shard["leader"]
+                    .as_u64()
+                    .context_none(&format!("no leader: {shard}"))?;
+                let id = shard["shard"]
+                    .as_u64()
+                    .context_none(&format!("no shard: {shard}"))?;
+                led.entry(leader)
+                    .or_default()
+                    .push(u32::try_from(id).context("shard id")?);
+            }
+            Ok(led)
+        })
+    }
+
+    /// The node that leads most shards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cluster::leaders`].
+    pub fn node_with_most_leaders(&self) -> Result<u64> {
+        let asked = *self.nodes.keys().next().context_none("no node runs")?;
+        let led = self.leaders(asked)?;
+        led.into_iter()
+            .max_by_key(|(_, shards)| shards.len())
+            .map(|(node, _)| node)
+            .context_none("no shards")
+    }
+
+    /// `kill -9` of a node.
+    ///
+    /// # Errors
+    ///
+    /// If it does not run.
+    pub fn kill(&mut self, node: u64) -> Result<()> {
+        self.nodes
+            .remove(&node)
+            .context_none("the node does not run")?
+            .kill()
+    }
+
+    /// SIGTERM to a node; returns how it ended.
+    ///
+    /// # Errors
+    ///
+    /// If it does not run, or still runs after `within`.
+    pub fn terminate(&mut self, node: u64, within: Duration) -> Result<ExitStatus> {
+        let mut process = self
+            .nodes
+            .remove(&node)
+            .context_none("the node does not run")?;
+        process.signal(Signal::TERM)?;
+        process.wait(within)
+    }
+
+    /// Starts a node that was ended, with the same command line.
+    ///
+    /// # Errors
+    ///
+    /// If it runs, or does not start.
+    pub fn restart(&mut self, node: u64) -> Result<()> {
+        if self.nodes.contains_key(&node) {
+            return Err(Failure::new(format!("node {node} still runs")));
+        }
+        self.spawn(node)
+    }
+
+    /// Runs a client command of `crema` against `node`'s admin API: exit status, standard output and error.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end within 20 s.
+    pub fn client_command(
+        &self,
+        name: &str,
+        node: u64,
+        args: &[&str],
+    ) -> Result<(ExitStatus, String, String)> {
+        let mut all = vec![
+            name.to_string(),
+            "--http-addr".into(),
+            self.addr(node, Use::Http).to_string(),
+        ];
+        all.extend(args.iter().map(|a| a.to_string()));
+        run(&format!("{name}-{}", args.join("")), &self.scratch, &all)
+    }
+}
+
+/// Runs `crema ARGS` to its end: exit status, standard output and error.
+///
+/// # Errors
+///
+/// If it does not start, or does not end within 20 s.
+pub fn run(name: &str, scratch: &Scratch, args: &[String]) -> Result<(ExitStatus, String, String)> {
+    let mut process = Process::spawn(name, scratch, args)?;
+    let status = process.wait(Duration::from_secs(20))?;
+    Ok((status, process.stdout(), process.stderr()))
+}
+
+trait ContextNone<T> {
+    fn context_none(self, what: &str) -> Result<T>;
+}
+
+impl<T> ContextNone<T> for Option<T> {
+    fn context_none(self, what: &str) -> Result<T> {
+        self.ok_or_else(|| Failure::new(what))
+    }
+}

@@ -1,0 +1,7 @@
+//! What must hold, one file a promise.
+
+pub mod completion;
+pub mod invariants;
+pub mod linearizable;
+pub mod once;
+pub mod order;

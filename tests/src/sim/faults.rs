@@ -1,0 +1,172 @@
+//! The faults that a seed may enable.
+
+use super::rng::Rng;
+use std::fmt;
+use std::str::FromStr;
+
+/// One kind of trouble.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// Frames vanish without notice.
+    Drop,
+    /// Spikes of delay, in order.
+    Delay,
+    /// Frames of one channel overtake each other.
+    Reorder,
+    /// Frames arrive twice.
+    Duplicate,
+    /// Two groups of nodes do not hear each other.
+    Partition,
+    /// One node does not hear another, which hears it.
+    OneWay,
+    /// Connections break and are built anew.
+    Reset,
+    /// A full queue: the sender learns that its frame was dropped.
+    Full,
+    /// A node stands still while its clocks run and its frames queue.
+    Pause,
+    /// A node loses its memory and comes back as another life: once a seed.
+    Kill,
+    /// Batches become durable late.
+    SlowDisk,
+    /// Wall clocks jump, monotonic clocks drift.
+    Clock,
+    /// No load for seconds, so that groups fall asleep under the other faults.
+    Lull,
+    /// Gossip: late claims of leadership, and wrong news that a node is gone.
+    Gossip,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Fault; 14] = [
+        Fault::Drop,
+        Fault::Delay,
+        Fault::Reorder,
+        Fault::Duplicate,
+        Fault::Partition,
+        Fault::OneWay,
+        Fault::Reset,
+        Fault::Full,
+        Fault::Pause,
+        Fault::Kill,
+        Fault::SlowDisk,
+        Fault::Clock,
+        Fault::Lull,
+        Fault::Gossip,
+    ];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Fault::Drop => "drop",
+            Fault::Delay => "delay",
+            Fault::Reorder => "reorder",
+            Fault::Duplicate => "duplicate",
+            Fault::Partition => "partition",
+            Fault::OneWay => "oneway",
+            Fault::Reset => "reset",
+            Fault::Full => "full",
+            Fault::Pause => "pause",
+            Fault::Kill => "kill",
+            Fault::SlowDisk => "slowdisk",
+            Fault::Clock => "clock",
+            Fault::Lull => "lull",
+            Fault::Gossip => "gossip",
+        }
+    }
+}
+
+/// A set of faults.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Faults(Vec<Fault>);
+
+impl Faults {
+    /// Every fault.
+    pub fn all() -> Self {
+        Faults(Fault::ALL.to_vec())
+    }
+
+    /// Whether the set holds `fault`.
+    pub fn has(&self, fault: Fault) -> bool {
+        self.0.contains(&fault)
+    }
+
+    /// Swarm testing (Groce et al. 2012): a random subset, since some bugs show only while other faults are absent.
+    /// About one seed in ten gets none.
+    pub fn swarm(&self, rng: &mut Rng) -> Faults {
+        if rng.permille(100) {
+            return Faults::default();
+        }
+        let part = rng.range(150, 700);
+        Faults(
+            self.0
+                .iter()
+                .copied()
+                .filter(|_| rng.permille(part))
+                .collect(),
+        )
+    }
+}
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
+        let names: Vec<&str> = self.0.iter().map(|x| x.name()).collect();
+        f.write_str(&names.join(","))
+    }
+}
+
+impl FromStr for Faults {
+    type Err = String;
+
+    /// Names separated by commas; `all`, `none`.
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "all" => return Ok(Faults::all()),
+            "none" => return Ok(Faults::default()),
+            _ => {}
+        }
+        let mut set = Vec::new();
+        for name in s.split(',') {
+            let Some(fault) = Fault::ALL.into_iter().find(|f| f.name() == name) else {
+                let known: Vec<&str> = Fault::ALL.iter().map(|f| f.name()).collect();
+                return Err(format!(
+                    "unknown fault {name:?}; known are all, none, {}",
+                    known.join(", ")
+                ));
+            };
+            if !set.contains(&fault) {
+                set.push(fault);
+            }
+        }
+        set.sort_unstable();
+        Ok(Faults(set))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for text in ["none", "drop,kill", "pause"] {
+            assert_eq!(text.parse::<Faults>().unwrap().to_string(), text);
+        }
+        let all = Faults::all();
+        assert_eq!(all.to_string().parse::<Faults>().unwrap(), all);
+        assert!("drop,flood".parse::<Faults>().is_err());
+    }
+
+    #[test]
+    fn the_swarm_has_seeds_with_none_and_with_several() {
+        let sizes: Vec<usize> = (0..200)
+            .map(|s| Faults::all().swarm(&mut Rng::new(s)).0.len())
+            .collect();
+        assert!(sizes.contains(&0));
+        assert!(sizes.iter().any(|n| *n > 6));
+    }
+}

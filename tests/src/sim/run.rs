@@ -1,0 +1,584 @@
+//! One seed from beginning to end, and many of them.
+//!
+//! ```text
+//!   found -> load and faults -> heal: every shard writable through every gateway within 5 s, nothing left in flight
+//!         -> replicas catch up, equal digests -> groups fall asleep, wake again -> histories are judged
+//! ```
+
+use super::check::{linearizable, once, order};
+use super::faults::{Fault, Faults};
+use super::model::{Command, Ended, Record};
+use super::rng::Rng;
+use super::workload::Workload;
+use super::world::{Conditions, MS, Options, S, Step, World};
+use crema_core::{NodeId, Reply, ShardId};
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+/// Within this time after healing every shard takes a write through every gateway.
+const WRITABLE_WITHIN: u64 = 5 * S;
+/// Longest deadline of a request, and a little more.
+const ANSWERED_WITHIN: Duration = Duration::from_millis(5_500);
+/// Replicas that can talk have the same state after this.
+const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(5);
+/// A group of which every voter lives sleeps after this: 40 quiet ticks, and some rounds that may fail.
+const ASLEEP_WITHIN: Duration = Duration::from_secs(12);
+/// A sleeping group takes a write within this.
+const AWAKE_WITHIN: u64 = 2 * S;
+
+/// Marks of reminders: clients below, then the nemesis, then its undoing.
+const NEMESIS: u64 = 1_000;
+const UNDO: u64 = 1_001;
+
+/// What to simulate.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The seed.
+    pub seed: u64,
+    /// Number of nodes; the seed's choice if none.
+    pub nodes: Option<u64>,
+    /// Number of shards; the seed's choice if none.
+    pub shards: Option<u32>,
+    /// Faults the seed may choose from.
+    pub faults: Faults,
+}
+
+impl Plan {
+    /// The command that runs this seed alone.
+    pub fn replay(&self) -> String {
+        let mut line = format!("cargo run -p crema-tests --release -- sim --seeds 1 --seed {}", self.seed);
+        if let Some(n) = self.nodes {
+            line += &format!(" --nodes {n}");
+        }
+        if let Some(n) = self.shards {
+            line += &format!(" --shards {n}");
+        }
+        if self.faults != Faults::all() {
+            line += &format!(" --faults {}", self.faults);
+        }
+        line
+    }
+}
+
+/// What became of a seed.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The plan.
+    pub plan: Plan,
+    /// The faults the seed chose.
+    pub faults: Faults,
+    /// What went wrong; empty if all went well.
+    pub failures: Vec<String>,
+    /// Simulated nanoseconds.
+    pub simulated: u64,
+    /// Requests completed.
+    pub ops: u64,
+    /// Of the history: answered, refused, unknown.
+    pub outcomes: [u64; 3],
+    /// Hash of everything that happened.
+    pub trace: u64,
+    /// The last events, for a failure.
+    pub tail: String,
+}
+
+impl Report {
+    /// The report of a failed seed, to be printed.
+    pub fn describe(&self) -> String {
+        let mut out = format!("--- seed {} failed; faults: {}\n", self.plan.seed, self.faults);
+        out += &self.tail;
+        for f in self.failures.iter().take(20) {
+            out += &format!("failure: {f}\n");
+        }
+        out += &format!("replay: {}\n", self.plan.replay());
+        out
+    }
+}
+
+/// Runs one seed. A panic of the code under test is a failure like any other.
+pub fn run_seed(plan: &Plan) -> Report {
+    let caught = catch_unwind(AssertUnwindSafe(|| Run::new(plan).run()));
+    caught.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
+        Report {
+            plan: plan.clone(),
+            faults: plan.faults.clone(),
+            failures: vec![format!("panicked: {text}")],
+            simulated: 0,
+            ops: 0,
+            outcomes: [0; 3],
+            trace: 0,
+            tail: String::new(),
+        }
+    })
+}
+
+enum Undo {
+    Lost,
+    Spikes,
+    Reordered,
+    Duplicated,
+    Full,
+    SlowDisk,
+    Cuts(Vec<(NodeId, NodeId)>),
+    Resume(NodeId),
+    Restart(NodeId),
+    Gossip,
+    Load,
+}
+
+struct Run<'a> {
+    plan: &'a Plan,
+    faults: Faults,
+    world: World,
+    load: Workload,
+    rng: Rng,
+    undo: Vec<Option<Undo>>,
+    killed: bool,
+    calm: bool,
+    failures: Vec<String>,
+}
+
+impl<'a> Run<'a> {
+    fn new(plan: &'a Plan) -> Self {
+        let mut rng = Rng::new(plan.seed ^ 0x5157_a11e_0000_0000);
+        // Drawn whether used or not, so that naming the shape of a run does not change it.
+        let nodes = if rng.permille(700) { 3 } else { rng.range(4, 5) };
+        let shards = rng.range(1, 6) as u32;
+        let faults = plan.faults.swarm(&mut rng);
+        let options = Options {
+            seed: rng.next_u64(),
+            nodes: plan.nodes.unwrap_or(nodes),
+            shards: plan.shards.unwrap_or(shards),
+            replication: 3,
+            drift: faults.has(Fault::Clock),
+        };
+        let mut world = World::new(options);
+        let load_rng = rng.fork();
+        let load = Workload::new(&mut world, load_rng);
+        Run { plan, faults, world, load, rng, undo: Vec::new(), killed: false, calm: false, failures: Vec::new() }
+    }
+
+    fn run(mut self) -> Report {
+        // Stops at the first failure: what follows one explains nothing.
+        let _ = self.all_phases();
+        self.failures.append(&mut self.world.violations);
+        let mut outcomes = [0; 3];
+        for r in self.load.history() {
+            match r.ended {
+                Some(Ended::Replied(_)) => outcomes[0] += 1,
+                Some(Ended::NotApplied) => outcomes[1] += 1,
+                Some(Ended::Unknown) | None => outcomes[2] += 1,
+            }
+        }
+        Report {
+            plan: self.plan.clone(),
+            faults: self.faults,
+            simulated: self.world.now(),
+            ops: self.world.ledger.total(),
+            outcomes,
+            trace: self.world.trace.hash(),
+            tail: if self.failures.is_empty() { String::new() } else { self.world.trace.tail(120) },
+            failures: self.failures,
+        }
+    }
+
+    fn all_phases(&mut self) -> Result<(), ()> {
+        self.load.active = false;
+        let ready = |r: &Self| r.world.ids().iter().all(|n| r.world.host(*n).is_some_and(|h| h.view().not_ready.is_none()));
+        self.reach(Duration::from_secs(5), "the cluster is founded and ready", ready)?;
+
+        self.load.active = true;
+        let length = self.rng.range(6, 14) * S;
+        let first = self.rng.range(10, 500) * MS;
+        self.world.remind(first, NEMESIS);
+        self.go_on(self.world.now() + length, |_| false)?;
+
+        self.heal();
+        self.probe_all("writable after healing", WRITABLE_WITHIN)?;
+        self.reach(ANSWERED_WITHIN, "everything in flight is completed", |r| r.in_flight() == 0)?;
+        self.final_reads()?;
+        self.reach(CAUGHT_UP_WITHIN, "all replicas have caught up", |r| r.caught_up())?;
+        self.world.check_logs();
+        self.sleep_and_wake()?;
+        self.world.check_logs();
+        self.settled()?;
+        self.judge();
+        Ok(())
+    }
+
+    fn fail(&mut self, text: String) -> Result<(), ()> {
+        self.failures.push(text);
+        Err(())
+    }
+
+    fn settled(&mut self) -> Result<(), ()> {
+        if self.world.violations.is_empty() && self.failures.is_empty() { Ok(()) } else { Err(()) }
+    }
+
+    /// Lets the world go on until `until` or until `done`.
+    fn go_on(&mut self, until: u64, done: impl Fn(&Self) -> bool) -> Result<(), ()> {
+        loop {
+            if done(self) {
+                return Ok(());
+            }
+            match self.world.step(until) {
+                Step::Reached => return Ok(()),
+                Step::Worked => {}
+                Step::User(NEMESIS) => self.nemesis(),
+                Step::User(mark) if mark >= UNDO => self.undo((mark - UNDO) as usize),
+                Step::User(client) => self.load.turn(&mut self.world, client),
+            }
+            if !self.world.finished.is_empty()
+                && let Err(e) = self.load.take(&mut self.world)
+            {
+                self.failures.push(e);
+            }
+            self.settled()?;
+        }
+    }
+
+    fn reach(&mut self, within: Duration, what: &str, done: impl Fn(&Self) -> bool) -> Result<(), ()> {
+        let until = self.world.now() + within.as_nanos() as u64;
+        self.go_on(until, &done)?;
+        if done(self) {
+            return Ok(());
+        }
+        let picture = self.picture();
+        self.fail(format!("not within {within:?}: {what}\n{picture}"))
+    }
+
+    /// Every replica in a line, for a report.
+    fn picture(&self) -> String {
+        let mut out = String::new();
+        for id in self.world.alive() {
+            let Some(host) = self.world.host(id) else { continue };
+            let view = host.view();
+            out += &format!("  {id:?} in flight {}, {:?}\n", host.in_flight(), view.not_ready);
+            for r in host.coordinator().replicas() {
+                let l = r.leadership();
+                let route = view.shard(r.shard()).map(|s| (s.leader, s.term));
+                out += &format!(
+                    "    {:?} term {} leader {:?}{}{} applied {} committed {} log to {} route {route:?}\n",
+                    r.shard(),
+                    l.term,
+                    l.leader,
+                    if r.asleep() { " asleep" } else { "" },
+                    if r.failed() { " failed" } else { "" },
+                    r.applied(),
+                    r.committed(),
+                    r.log().last().map_or(0, |e| e.0),
+                );
+            }
+        }
+        out
+    }
+
+    fn in_flight(&self) -> usize {
+        let hosts = self.world.alive().iter().filter_map(|n| self.world.host(*n)).map(|h| h.in_flight()).sum::<usize>();
+        hosts + self.world.unanswered()
+    }
+
+    // ---- faults ------------------------------------------------------------------------------------------------
+
+    fn nemesis(&mut self) {
+        if self.calm {
+            return;
+        }
+        let pause = self.rng.range(100, 1_500) * MS;
+        self.world.remind(pause, NEMESIS);
+        let enabled: Vec<Fault> = Fault::ALL.into_iter().filter(|f| self.faults.has(*f)).collect();
+        if enabled.is_empty() {
+            return;
+        }
+        let alive = self.world.alive();
+        let length = if self.rng.permille(700) { self.rng.range(20, 1_500) } else { self.rng.range(1_000, 5_000) } * MS;
+        let node = *self.rng.pick(&alive);
+        let c = &mut self.world.conditions;
+        let fault = *self.rng.pick(&enabled);
+        let undo = match fault {
+            Fault::Drop => {
+                c.lost = self.rng.range(5, 300);
+                Undo::Lost
+            }
+            Fault::Delay => {
+                c.spikes = self.rng.range(10, 300);
+                c.spike = self.rng.range(10, 1_500) * MS;
+                Undo::Spikes
+            }
+            Fault::Reorder => {
+                c.reordered = self.rng.range(10, 500);
+                c.delay = (100 * super::world::US, self.rng.range(2, 100) * MS);
+                Undo::Reordered
+            }
+            Fault::Duplicate => {
+                c.duplicated = self.rng.range(10, 300);
+                Undo::Duplicated
+            }
+            Fault::Full => {
+                c.full = self.rng.range(5, 200);
+                Undo::Full
+            }
+            Fault::SlowDisk => {
+                let longest = self.rng.range(1, 300) * MS;
+                c.persist = Some((0, longest));
+                Undo::SlowDisk
+            }
+            Fault::Partition => {
+                let ids = self.world.ids();
+                let side: Vec<NodeId> = ids.iter().copied().filter(|_| self.rng.permille(400)).collect();
+                let mut cuts = Vec::new();
+                for a in &side {
+                    for b in ids.iter().filter(|b| !side.contains(b)) {
+                        cuts.extend([(*a, *b), (*b, *a)]);
+                    }
+                }
+                for (a, b) in &cuts {
+                    self.world.cut_one_way(*a, *b);
+                }
+                Undo::Cuts(cuts)
+            }
+            Fault::OneWay => {
+                let to = *self.rng.pick(&self.world.ids());
+                self.world.cut_one_way(node, to);
+                Undo::Cuts(vec![(node, to)])
+            }
+            Fault::Reset => {
+                let to = *self.rng.pick(&self.world.ids());
+                self.world.reset(node, to);
+                if self.rng.permille(500) {
+                    self.world.reset(to, node);
+                }
+                return;
+            }
+            Fault::Pause => {
+                self.world.pause(node);
+                Undo::Resume(node)
+            }
+            Fault::Kill if !self.killed => {
+                self.killed = true;
+                let lost = self.world.kill(node);
+                self.load.abandon(|k| lost.contains(k));
+                Undo::Restart(node)
+            }
+            Fault::Kill => return,
+            Fault::Clock => {
+                let far = *self.rng.pick(&[100, 10_000, 86_400_000]);
+                let ms = self.rng.range(0, 2 * far) as i64 - far as i64;
+                self.world.jump_wall(node, ms);
+                return;
+            }
+            Fault::Lull => {
+                self.load.active = false;
+                Undo::Load
+            }
+            Fault::Gossip => {
+                c.gossip = self.rng.permille(500).then_some((100 * MS, 6 * S));
+                let to = *self.rng.pick(&alive);
+                self.world.gossip_gone(to, node);
+                Undo::Gossip
+            }
+        };
+        self.world.trace.note(self.world.now(), format!("nemesis: {} for {} ms", fault.name(), length / MS));
+        // A lull shorter than it takes to fall asleep would test nothing.
+        let length = if fault == Fault::Lull { length + 2 * S } else { length };
+        self.world.remind(length, UNDO + self.undo.len() as u64);
+        self.undo.push(Some(undo));
+    }
+
+    fn undo(&mut self, i: usize) {
+        let calm = Conditions::default();
+        let c = &mut self.world.conditions;
+        match self.undo.get_mut(i).and_then(Option::take) {
+            None => {}
+            Some(Undo::Lost) => c.lost = 0,
+            Some(Undo::Spikes) => c.spikes = 0,
+            Some(Undo::Reordered) => {
+                c.reordered = 0;
+                c.delay = calm.delay;
+            }
+            Some(Undo::Duplicated) => c.duplicated = 0,
+            Some(Undo::Full) => c.full = 0,
+            Some(Undo::SlowDisk) => c.persist = None,
+            Some(Undo::Gossip) => c.gossip = calm.gossip,
+            Some(Undo::Cuts(cuts)) => cuts.iter().for_each(|(a, b)| self.world.heal_one_way(*a, *b)),
+            Some(Undo::Resume(node)) => self.world.resume(node),
+            Some(Undo::Restart(node)) => self.world.start(node),
+            Some(Undo::Load) => self.load.active = true,
+        }
+    }
+
+    fn heal(&mut self) {
+        self.world.trace.note(self.world.now(), "everything heals, the load ends".into());
+        self.calm = true;
+        for i in 0..self.undo.len() {
+            self.undo(i);
+        }
+        self.load.active = false;
+        self.world.conditions = Conditions::default();
+        self.world.heal_cuts();
+        for node in self.world.ids() {
+            self.world.resume(node);
+            self.world.start(node);
+        }
+    }
+
+    // ---- after the faults --------------------------------------------------------------------------------------
+
+    fn probe_all(&mut self, what: &str, within: u64) -> Result<(), ()> {
+        let until = self.world.now() + within;
+        let mut wanted: BTreeMap<(NodeId, ShardId), Option<usize>> = BTreeMap::new();
+        for node in self.world.alive() {
+            for shard in self.world.shards() {
+                wanted.insert((node, shard), None);
+            }
+        }
+        loop {
+            for (&(node, shard), place) in &mut wanted {
+                // Sent and waiting, or to be sent (again).
+                if place.is_some_and(|p: usize| self.load.history()[p].ended.is_none()) {
+                    continue;
+                }
+                let left = Duration::from_nanos(until.saturating_sub(self.world.now()));
+                *place = self.load.probe(&mut self.world, node, shard, left);
+            }
+            let next = (self.world.now() + 50 * MS).min(until);
+            self.go_on(next, |_| false)?;
+            let history = self.load.history();
+            wanted.retain(|_, place| !place.is_some_and(|p| history[p].ended == Some(Ended::Replied(Reply::Ok))));
+            if wanted.is_empty() {
+                return Ok(());
+            }
+            if self.world.now() >= until {
+                let left: Vec<_> = wanted.keys().collect();
+                let picture = self.picture();
+                return self.fail(format!("not {what} within {} s: (gateway, shard) {left:?}\n{picture}", within / S));
+            }
+        }
+    }
+
+    fn final_reads(&mut self) -> Result<(), ()> {
+        let keys: Vec<String> = self.load.shared_keys().map(str::to_owned).collect();
+        let alive = self.world.alive();
+        let mut places = Vec::new();
+        for key in &keys {
+            let gateway = *self.rng.pick(&alive);
+            let conn = self.world.connect();
+            places.push(self.load.send(&mut self.world, gateway, conn, key, Command::Get, Duration::from_secs(2)));
+        }
+        let until = self.world.now() + 3 * S;
+        let answered = |r: &Self| {
+            places.iter().all(|p| p.is_some_and(|p| matches!(r.load.history()[p].ended, Some(Ended::Replied(_)))))
+        };
+        self.go_on(until, answered)?;
+        if !answered(self) {
+            return self.fail("not every key can be read after healing".into());
+        }
+        Ok(())
+    }
+
+    fn caught_up(&self) -> bool {
+        let groups = self.world.shards().into_iter().chain([ShardId::META]);
+        groups.into_iter().all(|shard| {
+            let states = self.world.holders(shard).into_iter().filter_map(|n| {
+                let r = self.world.host(n)?.coordinator().replica(shard)?;
+                Some((r.applied(), r.log().last().map(|e| e.0), r.committed()))
+            });
+            let states: Vec<_> = states.collect();
+            states.windows(2).all(|w| w[0].0 == w[1].0 && w[0].1 == w[1].1)
+                && states.iter().all(|(applied, _, committed)| applied == committed)
+        })
+    }
+
+    /// Equal states sleep; asleep, they are still equal, and a write wakes them.
+    fn sleep_and_wake(&mut self) -> Result<(), ()> {
+        let whole = |r: &Self, s: ShardId| r.world.holders(s).len() == 3;
+        let asleep = move |r: &Self| {
+            r.world.shards().into_iter().filter(|s| whole(r, *s)).all(|s| {
+                r.world
+                    .holders(s)
+                    .into_iter()
+                    .all(|n| r.world.host(n).and_then(|h| h.coordinator().replica(s)).is_some_and(|x| x.asleep()))
+            })
+        };
+        self.reach(ASLEEP_WITHIN, "quiet groups sleep", asleep)?;
+        for shard in self.world.shards() {
+            let replicas: Vec<_> = self
+                .world
+                .holders(shard)
+                .into_iter()
+                .filter_map(|n| {
+                    let r = self.world.host(n)?.coordinator().replica(shard)?;
+                    Some((n, r.applied(), r.digest()))
+                })
+                .collect();
+            if replicas.windows(2).any(|w| (w[0].1, w[0].2) != (w[1].1, w[1].2)) {
+                return self.fail(format!("replicas of {shard:?} differ: {replicas:?}"));
+            }
+        }
+        self.probe_all("writable after sleep", AWAKE_WITHIN)
+    }
+
+    // ---- histories ---------------------------------------------------------------------------------------------
+
+    fn judge(&mut self) {
+        let mut by_key: BTreeMap<&str, Vec<&Record>> = BTreeMap::new();
+        for r in self.load.history() {
+            by_key.entry(&r.key).or_default().push(r);
+        }
+        let mut failures = Vec::new();
+        for (key, records) in &by_key {
+            if let Err(v) = linearizable::check(records) {
+                failures.push(format!("{key} is not linearizable: {v:?}\n{}", tell(records)));
+            }
+            if key.starts_with("own")
+                && let Err(e) = order::check(records)
+            {
+                failures.push(format!("{e}\n{}", tell(records)));
+            }
+        }
+        for key in self.load.counters() {
+            let Some(records) = by_key.get(key) else { continue };
+            let last = records.iter().rev().find_map(|r| match (&r.command, &r.ended) {
+                (Command::Get, Some(Ended::Replied(Reply::Bulk(v)))) => std::str::from_utf8(v).ok()?.parse().ok(),
+                (Command::Get, Some(Ended::Replied(Reply::Nil))) => Some(0),
+                _ => None,
+            });
+            match last {
+                None => failures.push(format!("counter {key} has no final value")),
+                Some(value) => failures.extend(once::check(records, value).err()),
+            }
+        }
+        self.failures.append(&mut failures);
+    }
+}
+
+/// The history of a key, for a report.
+fn tell(records: &[&Record]) -> String {
+    let mut out = String::new();
+    for r in records.iter().rev().take(60).rev() {
+        let text = format!("{:?}", r.command);
+        out += &format!("    {:>6}..{:<6} conn {:>4} {text} -> {:?}\n", r.call, r.ret, r.conn, r.ended);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(seed: u64) -> Plan {
+        Plan { seed, nodes: None, shards: None, faults: Faults::all() }
+    }
+
+    #[test]
+    fn the_same_seed_is_the_same_run() {
+        for seed in [1, 2] {
+            let (a, b) = (run_seed(&plan(seed)), run_seed(&plan(seed)));
+            assert_eq!(a.trace, b.trace, "seed {seed}");
+            assert_eq!((a.simulated, a.ops, a.outcomes), (b.simulated, b.ops, b.outcomes));
+        }
+        assert_ne!(run_seed(&plan(1)).trace, run_seed(&plan(3)).trace);
+    }
+}

@@ -1,0 +1,235 @@
+//! Clients: each talks to one gateway at a time, sends several commands without waiting, and goes elsewhere when its
+//! gateway dies. What they sent and what became of it is the history that the checks judge.
+//!
+//! Keys shared by all clients come in four kinds (registers, counters, lists, locks); besides, every connection has keys
+//! of its own, where the order of its commands shows.
+
+use super::model::{Command, Ended, Record};
+use super::rng::Rng;
+use super::world::{Finished, MS, World};
+use crema_core::{NodeId, ShardId};
+use crema_shard::{ClientResult, ConnId, Refusal, Token};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Most commands of one client without an answer.
+const MOST_DEPTH: u64 = 6;
+/// Most records of one run: beyond, clients send nothing more.
+const MOST_RECORDS: usize = 20_000;
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Register,
+    Counter,
+    List,
+    Lock,
+}
+
+struct Client {
+    gateway: NodeId,
+    conn: ConnId,
+    depth: u64,
+    think: (u64, u64),
+}
+
+/// All clients and their history.
+pub struct Workload {
+    rng: Rng,
+    clients: Vec<Client>,
+    keys: Vec<(String, Kind)>,
+    history: Vec<Record>,
+    open: BTreeMap<(ConnId, Token), usize>,
+    /// Position among all sends and ends: their order, where simulated time would have ties.
+    stamp: u64,
+    next_value: u64,
+    /// Whether clients send anything.
+    pub active: bool,
+    /// Whether clients now and then leave one gateway for another.
+    pub roam: bool,
+}
+
+impl Workload {
+    /// Clients of a random number, with a random set of keys. Reminders with marks from 0 on belong to them: the caller
+    /// passes them to [`Workload::turn`].
+    pub fn new(world: &mut World, mut rng: Rng) -> Workload {
+        let counts = [rng.range(1, 4), rng.range(1, 2), rng.range(1, 2), rng.range(1, 2)];
+        let kinds = [(Kind::Register, "r"), (Kind::Counter, "c"), (Kind::List, "l"), (Kind::Lock, "n")];
+        let keys = kinds
+            .into_iter()
+            .zip(counts)
+            .flat_map(|((kind, name), n)| (0..n).map(move |i| (format!("{name}{i}"), kind)))
+            .collect();
+        let gateways = world.alive();
+        let busy = rng.range(20, 160);
+        let clients: Vec<Client> = (0..rng.range(3, 8))
+            .map(|_| Client {
+                gateway: *rng.pick(&gateways),
+                conn: world.connect(),
+                depth: rng.range(1, MOST_DEPTH),
+                think: (MS, rng.range(busy / 2, busy * 2) * MS),
+            })
+            .collect();
+        for i in 0..clients.len() as u64 {
+            world.remind(rng.below(50 * MS), i);
+        }
+        Workload {
+            rng,
+            clients,
+            keys,
+            history: Vec::new(),
+            open: BTreeMap::new(),
+            stamp: 0,
+            next_value: 0,
+            active: true,
+            roam: true,
+        }
+    }
+
+    /// Number of clients: marks below it are theirs.
+    pub fn clients(&self) -> u64 {
+        self.clients.len() as u64
+    }
+
+    /// Everything sent so far.
+    pub fn history(&self) -> &[Record] {
+        &self.history
+    }
+
+    /// The shared keys.
+    pub fn shared_keys(&self) -> impl Iterator<Item = &str> {
+        self.keys.iter().map(|(k, _)| k.as_str())
+    }
+
+    /// The keys that are only incremented.
+    pub fn counters(&self) -> impl Iterator<Item = &str> {
+        self.keys.iter().filter(|(_, kind)| matches!(kind, Kind::Counter)).map(|(k, _)| k.as_str())
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.stamp += 1;
+        self.stamp
+    }
+
+    /// It is client `i`'s turn.
+    pub fn turn(&mut self, world: &mut World, i: u64) {
+        let c = &mut self.clients[i as usize];
+        let pause = self.rng.range(c.think.0, c.think.1);
+        world.remind(pause, i);
+        if !self.active || self.history.len() >= MOST_RECORDS {
+            return;
+        }
+        let alive = world.alive();
+        let gone = !alive.contains(&c.gateway);
+        let leaves = self.roam && self.rng.permille(10);
+        if gone || leaves {
+            if alive.is_empty() {
+                return;
+            }
+            let (gateway, conn) = (c.gateway, c.conn);
+            c.gateway = *self.rng.pick(&alive);
+            c.conn = world.connect();
+            if !gone {
+                world.close(gateway, conn);
+            }
+            self.abandon(|k| k.0 == conn);
+        }
+        let (gateway, conn, depth) = (self.clients[i as usize].gateway, self.clients[i as usize].conn, self.clients[i as usize].depth);
+        let waiting = self.open.range((conn, Token(0))..=(conn, Token(u64::MAX))).count() as u64;
+        let burst = self.rng.range(0, depth.saturating_sub(waiting));
+        for _ in 0..burst {
+            let (key, command) = self.next_command(conn);
+            let patience = Duration::from_millis(self.rng.range(1_000, 5_000));
+            self.send(world, gateway, conn, &key, command, patience);
+        }
+    }
+
+    fn value(&mut self) -> Vec<u8> {
+        self.next_value += 1;
+        format!("v{},", self.next_value).into_bytes()
+    }
+
+    fn next_command(&mut self, conn: ConnId) -> (String, Command) {
+        let reads = self.rng.permille(400);
+        if self.rng.permille(300) {
+            let key = format!("own{}-{}", conn.0, self.rng.below(3));
+            let number = key.ends_with("-0");
+            let command = match self.rng.below(3) {
+                _ if reads => Command::Get,
+                _ if number => Command::Incr,
+                0 => Command::Append(self.value()),
+                _ => Command::Set(self.value()),
+            };
+            return (key, command);
+        }
+        let (key, kind) = self.rng.pick(&self.keys).clone();
+        let command = match kind {
+            _ if reads => Command::Get,
+            Kind::Register => Command::Set(self.value()),
+            Kind::Counter => Command::Incr,
+            Kind::List => Command::Append(self.value()),
+            Kind::Lock if self.rng.permille(300) => Command::Del,
+            Kind::Lock => Command::SetNx(self.value()),
+        };
+        (key, command)
+    }
+
+    /// Sends one command. `None`: the gateway does not know the placement, and nothing was sent.
+    pub fn send(
+        &mut self,
+        world: &mut World,
+        gateway: NodeId,
+        conn: ConnId,
+        key: &str,
+        command: Command,
+        patience: Duration,
+    ) -> Option<usize> {
+        let token = world.submit(gateway, conn, key, command.is_write(), command.encode(key), patience)?;
+        let call = self.tick();
+        let place = self.history.len();
+        self.history.push(Record { key: key.into(), conn: conn.0, command, call, ret: 0, ended: None });
+        self.open.insert((conn, token), place);
+        Some(place)
+    }
+
+    /// Writes a value of its own to a key of `shard`.
+    pub fn probe(&mut self, world: &mut World, gateway: NodeId, shard: ShardId, patience: Duration) -> Option<usize> {
+        world.shard_of("any")?;
+        let key = world.key_of(shard, "probe");
+        let conn = world.connect();
+        let command = Command::Set(self.value());
+        self.send(world, gateway, conn, &key, command, patience)
+    }
+
+    /// Takes the completions of the world. The error is an answer that can only be wrong.
+    pub fn take(&mut self, world: &mut World) -> Result<(), String> {
+        for Finished { conn, token, result } in std::mem::take(&mut world.finished) {
+            let ret = self.tick();
+            // Absent: its client has gone away.
+            let Some(place) = self.open.remove(&(conn, token)) else { continue };
+            let record = &mut self.history[place];
+            record.ret = ret;
+            record.ended = Some(match result {
+                ClientResult::Reply(reply) => Ended::Replied(reply),
+                ClientResult::NotApplied(Refusal::WrongShard) => {
+                    return Err(format!("{} of {conn:?}: wrong shard, though no slot ever moved", record.key));
+                }
+                ClientResult::NotApplied(_) => Ended::NotApplied,
+                ClientResult::Unknown => Ended::Unknown,
+            });
+        }
+        Ok(())
+    }
+
+    /// The outcome of these will never be known to their clients.
+    pub fn abandon(&mut self, these: impl Fn(&(ConnId, Token)) -> bool) {
+        let ret = self.tick();
+        self.open.retain(|k, place| {
+            let hit = these(k);
+            if hit {
+                self.history[*place].ret = ret;
+                self.history[*place].ended = Some(Ended::Unknown);
+            }
+            !hit
+        });
+    }
+}
