@@ -70,36 +70,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         failed.to_string(),
         "0".into(), // A lost write ends the benchmark above.
     ];
-    print!(
-        "{}",
-        table(
-            &[
-                "kills",
-                "min",
-                "median",
-                "max",
-                "failed requests",
-                "lost writes"
-            ],
-            &[row]
-        )
-    );
-    if failed > 0 {
-        Err(Failure::new(format!(
-            "{failed} requests failed at surviving gateways"
-        )))
-    } else {
-        Ok(())
-    }
+    print!("{}", table(&["kills", "min", "median", "max", "failed requests", "lost writes"], &[row]));
+    if failed > 0 { Err(Failure::new(format!("{failed} requests failed at surviving gateways"))) } else { Ok(()) }
 }
 
 fn measure(args: &Args) -> Result<Pause> {
     let mut cluster = Cluster::ready(3, args.shards)?;
     let victim = cluster.node_with_most_leaders()?;
     let survivors = cluster.running().into_iter().filter(|node| *node != victim);
-    let gateways: Vec<(u64, SocketAddr)> = survivors
-        .map(|node| (node, cluster.addr(node, Use::Redis)))
-        .collect();
+    let gateways: Vec<(u64, SocketAddr)> = survivors.map(|node| (node, cluster.addr(node, Use::Redis))).collect();
     let load = Load::start("load", &gateways, args.shards, PERIOD, MOST_BATCHES)?;
     load.wait_batches(BEFORE, PROGRESS_WITHIN)?;
     if args.graceful {
@@ -119,11 +98,7 @@ fn measure(args: &Args) -> Result<Pause> {
         eprintln!("failed: {failure}");
     }
     Ok(Pause {
-        longest: reports
-            .iter()
-            .map(|r| r.longest_gap)
-            .max()
-            .unwrap_or_default(),
+        longest: reports.iter().map(|r| r.longest_gap).max().unwrap_or_default(),
         failed: reports.iter().map(|r: &WriterReport| r.failed).sum(),
         written: reports.iter().map(|r| r.acknowledged.len()).sum(),
     })

@@ -67,12 +67,7 @@ impl Tally {
     fn new() -> Self {
         // Up to a minute in microseconds, three digits: the bounds are valid for any such histogram.
         let latency_us = Histogram::new_with_bounds(1, 60_000_000, 3).expect("valid bounds");
-        Tally {
-            latency_us,
-            right: 0,
-            wrong: 0,
-            first_wrong: None,
-        }
+        Tally { latency_us, right: 0, wrong: 0, first_wrong: None }
     }
 }
 
@@ -91,21 +86,12 @@ pub(crate) async fn run(plan: &Plan, operation: Operation) -> io::Result<Measure
     let start = Instant::now();
     let mut tasks = JoinSet::new();
     for (i, stream) in (0..).zip(streams) {
-        tasks.spawn(client(
-            stream,
-            plan.clone(),
-            operation,
-            i,
-            start + plan.duration,
-        ));
+        tasks.spawn(client(stream, plan.clone(), operation, i, start + plan.duration));
     }
     let mut total = Tally::new();
     while let Some(done) = tasks.join_next().await {
         let tally = done.map_err(io::Error::other)??;
-        total
-            .latency_us
-            .add(&tally.latency_us)
-            .map_err(io::Error::other)?;
+        total.latency_us.add(&tally.latency_us).map_err(io::Error::other)?;
         total.right += tally.right;
         total.wrong += tally.wrong;
         total.first_wrong = total.first_wrong.or(tally.first_wrong);
@@ -115,12 +101,7 @@ pub(crate) async fn run(plan: &Plan, operation: Operation) -> io::Result<Measure
         eprintln!("warning: {} wrong replies; the first: {wrong}", total.wrong);
     }
     let ms = |quantile| total.latency_us.value_at_quantile(quantile) as f64 / 1e3;
-    Ok(Measured {
-        per_second: total.right as f64 / seconds,
-        p50_ms: ms(0.5),
-        p99_ms: ms(0.99),
-        wrong: total.wrong,
-    })
+    Ok(Measured { per_second: total.right as f64 / seconds, p50_ms: ms(0.5), p99_ms: ms(0.99), wrong: total.wrong })
 }
 
 async fn client(
@@ -182,10 +163,7 @@ async fn client(
             replies.drain(..used);
         }
         if got > sent {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "more replies than requests",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "more replies than requests"));
         }
     }
 }
@@ -205,11 +183,7 @@ fn encode(into: &mut Vec<u8>, operation: Operation, key: u32, value: &[u8]) {
     let done = match operation {
         Operation::Get => write!(into, "*2\r\n$3\r\nGET\r\n$16\r\nkey:{key:012}\r\n"),
         Operation::Set | Operation::Fill => {
-            let head = write!(
-                into,
-                "*3\r\n$3\r\nSET\r\n$16\r\nkey:{key:012}\r\n${}\r\n",
-                value.len()
-            );
+            let head = write!(into, "*3\r\n$3\r\nSET\r\n$16\r\nkey:{key:012}\r\n${}\r\n", value.len());
             into.extend_from_slice(value);
             into.extend_from_slice(b"\r\n");
             head
@@ -246,7 +220,8 @@ mod tests {
         let mut bytes = Vec::new();
         encode(&mut bytes, Operation::Set, 7, b"xy");
         encode(&mut bytes, Operation::Get, 7, b"xy");
-        let expected = "*3\r\n$3\r\nSET\r\n$16\r\nkey:000000000007\r\n$2\r\nxy\r\n*2\r\n$3\r\nGET\r\n$16\r\nkey:000000000007\r\n";
+        let expected =
+            "*3\r\n$3\r\nSET\r\n$16\r\nkey:000000000007\r\n$2\r\nxy\r\n*2\r\n$3\r\nGET\r\n$16\r\nkey:000000000007\r\n";
         assert_eq!(String::from_utf8(bytes).unwrap(), expected);
     }
 
@@ -258,10 +233,7 @@ mod tests {
             (0..2_000).for_each(|_| *counts.entry(random.below(100)).or_insert(0u32) += 1);
         }
         assert_eq!(counts.len(), 100);
-        assert!(
-            counts.values().all(|n| (800..1200).contains(n)),
-            "{counts:?}"
-        );
+        assert!(counts.values().all(|n| (800..1200).contains(n)), "{counts:?}");
     }
 
     /// Serves one connection: answers SET with OK and GET with what was set; every tenth GET with an error.
@@ -291,12 +263,7 @@ mod tests {
                 gets += 1;
                 match held.get(&args[1]) {
                     Some(value) if gets % 10 != 0 => {
-                        write!(
-                            writer,
-                            "${}\r\n{}\r\n",
-                            value.len(),
-                            String::from_utf8_lossy(value)
-                        )?;
+                        write!(writer, "${}\r\n{}\r\n", value.len(), String::from_utf8_lossy(value))?;
                     }
                     _ => writer.write_all(b"-ERR no\r\n")?,
                 }
@@ -309,18 +276,9 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let gateways = vec![listener.local_addr().unwrap()];
         // One connection a phase: each has the server's memory to itself, so GET finds nothing that Fill has set.
-        let server = std::thread::spawn(move || {
-            (0..2).for_each(|_| serve(listener.accept().unwrap().0).unwrap_or(()))
-        });
+        let server = std::thread::spawn(move || (0..2).for_each(|_| serve(listener.accept().unwrap().0).unwrap_or(())));
         let duration = Duration::from_millis(50);
-        let plan = Plan {
-            gateways,
-            clients: 1,
-            pipeline: 4,
-            keys: 10,
-            value_bytes: 3,
-            duration,
-        };
+        let plan = Plan { gateways, clients: 1, pipeline: 4, keys: 10, value_bytes: 3, duration };
         let fill = run(&plan, Operation::Fill).await.unwrap();
         assert_eq!(fill.wrong, 0);
         assert!(fill.per_second > 0.0 && fill.p50_ms <= fill.p99_ms);

@@ -26,11 +26,7 @@ pub(crate) enum Reply<'a> {
 pub(crate) fn parse(bytes: &[u8]) -> io::Result<Option<(Reply<'_>, usize)>> {
     let bad = |what: &str| Err(io::Error::new(io::ErrorKind::InvalidData, what.to_string()));
     let Some(end) = bytes.iter().position(|&b| b == b'\n') else {
-        return if bytes.len() > MAX_REPLY_BYTES {
-            bad("a reply line without end")
-        } else {
-            Ok(None)
-        };
+        return if bytes.len() > MAX_REPLY_BYTES { bad("a reply line without end") } else { Ok(None) };
     };
     let Some(line) = bytes[..end].strip_suffix(b"\r") else {
         return bad("a reply line without CR");
@@ -43,18 +39,14 @@ pub(crate) fn parse(bytes: &[u8]) -> io::Result<Option<(Reply<'_>, usize)>> {
         b'-' => Ok(Some((Reply::Error(text), end + 1))),
         b'$' if text == b"-1" => Ok(Some((Reply::Nil, end + 1))),
         b'$' => {
-            let length = std::str::from_utf8(text)
-                .ok()
-                .and_then(|t| t.parse::<usize>().ok());
+            let length = std::str::from_utf8(text).ok().and_then(|t| t.parse::<usize>().ok());
             let Some(length) = length.filter(|n| *n <= MAX_REPLY_BYTES) else {
                 return bad("a wrong length");
             };
             let total = end + 1 + length + 2;
             match bytes.get(end + 1..total) {
                 None => Ok(None),
-                Some(body) if body.ends_with(b"\r\n") => {
-                    Ok(Some((Reply::Bulk(&body[..length]), total)))
-                }
+                Some(body) if body.ends_with(b"\r\n") => Ok(Some((Reply::Bulk(&body[..length]), total))),
                 Some(_) => bad("a bulk string without its end"),
             }
         }
@@ -69,21 +61,12 @@ mod tests {
     #[test]
     fn replies_are_found_at_any_cut() {
         let stream = b"+OK\r\n$3\r\na\n\n\r\n-ERR no\r\n$-1\r\n$0\r\n\r\n";
-        let expected = [
-            Reply::Simple(b"OK"),
-            Reply::Bulk(b"a\n\n"),
-            Reply::Error(b"ERR no"),
-            Reply::Nil,
-            Reply::Bulk(b""),
-        ];
+        let expected =
+            [Reply::Simple(b"OK"), Reply::Bulk(b"a\n\n"), Reply::Error(b"ERR no"), Reply::Nil, Reply::Bulk(b"")];
         let (mut at, mut found) = (0, Vec::new());
         while let Some((reply, used)) = parse(&stream[at..]).unwrap() {
             for cut in 0..used {
-                assert_eq!(
-                    parse(&stream[at..at + cut]).unwrap(),
-                    None,
-                    "the reply at {at}, cut at {cut}"
-                );
+                assert_eq!(parse(&stream[at..at + cut]).unwrap(), None, "the reply at {at}, cut at {cut}");
             }
             found.push(reply);
             at += used;
@@ -94,14 +77,7 @@ mod tests {
 
     #[test]
     fn nonsense_is_an_error() {
-        for bad in [
-            "+OK\n",
-            "\r\n",
-            "$x\r\n",
-            "$99999999999\r\n",
-            "*1\r\n",
-            "$1\r\nabc\r\n",
-        ] {
+        for bad in ["+OK\n", "\r\n", "$x\r\n", "$99999999999\r\n", "*1\r\n", "$1\r\nabc\r\n"] {
             assert!(parse(bad.as_bytes()).is_err(), "{bad:?}");
         }
     }

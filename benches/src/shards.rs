@@ -49,24 +49,15 @@ pub(crate) struct Args {
 /// Runs the benchmark and prints its table.
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.counts.len() * args.rounds as usize > MAX_RUNS {
-        return Err(Failure::new(format!(
-            "counts times rounds is over {MAX_RUNS} runs"
-        )));
+        return Err(Failure::new(format!("counts times rounds is over {MAX_RUNS} runs")));
     }
     let runtime = tokio::runtime::Runtime::new().context("starting the client runtime")?;
     let mut results: BTreeMap<u32, Vec<(Measured, Measured)>> = BTreeMap::new();
     for round in 1..=args.rounds {
         for &count in &args.counts {
-            let (set, get) =
-                measure(args, count, &runtime).context(format!("{count} shards, round {round}"))?;
-            let one = |m: Measured| {
-                format!(
-                    "{}/s p50 {:.2} ms p99 {:.2} ms",
-                    thousands(m.per_second),
-                    m.p50_ms,
-                    m.p99_ms
-                )
-            };
+            let (set, get) = measure(args, count, &runtime).context(format!("{count} shards, round {round}"))?;
+            let one =
+                |m: Measured| format!("{}/s p50 {:.2} ms p99 {:.2} ms", thousands(m.per_second), m.p50_ms, m.p99_ms);
             eprintln!(
                 "round {round}, {count} shards: SET {}, GET {}, wrong {}",
                 one(set),
@@ -78,32 +69,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     println!(
         "{} nodes, {} clients, pipeline {}, {}-byte values, {} keys, {} s a phase, medians of {} rounds; ms",
-        args.nodes,
-        args.clients,
-        args.pipeline,
-        args.value_bytes,
-        args.keys,
-        args.seconds,
-        args.rounds
+        args.nodes, args.clients, args.pipeline, args.value_bytes, args.keys, args.seconds, args.rounds
     );
-    let head = [
-        "shards", "SET/s", "p50", "p99", "GET/s", "p50", "p99", "wrong",
-    ];
-    let rows: Vec<Vec<String>> = results
-        .iter()
-        .map(|(count, runs)| row(*count, runs))
-        .collect();
+    let head = ["shards", "SET/s", "p50", "p99", "GET/s", "p50", "p99", "wrong"];
+    let rows: Vec<Vec<String>> = results.iter().map(|(count, runs)| row(*count, runs)).collect();
     print!("{}", table(&head, &rows));
-    let wrong: u64 = results
-        .values()
-        .flatten()
-        .map(|(set, get)| set.wrong + get.wrong)
-        .sum();
-    if wrong > 0 {
-        Err(Failure::new(format!("{wrong} wrong replies")))
-    } else {
-        Ok(())
-    }
+    let wrong: u64 = results.values().flatten().map(|(set, get)| set.wrong + get.wrong).sum();
+    if wrong > 0 { Err(Failure::new(format!("{wrong} wrong replies"))) } else { Ok(()) }
 }
 
 fn row(count: u32, runs: &[(Measured, Measured)]) -> Vec<String> {
@@ -115,21 +87,12 @@ fn row(count: u32, runs: &[(Measured, Measured)]) -> Vec<String> {
         cells.push(format!("{:.2}", median(phase.iter().map(|m| m.p50_ms))));
         cells.push(format!("{:.2}", median(phase.iter().map(|m| m.p99_ms))));
     }
-    cells.push(
-        runs.iter()
-            .map(|(set, get)| set.wrong + get.wrong)
-            .sum::<u64>()
-            .to_string(),
-    );
+    cells.push(runs.iter().map(|(set, get)| set.wrong + get.wrong).sum::<u64>().to_string());
     cells
 }
 
 /// One run: a fresh cluster, filled, then SET, then GET.
-fn measure(
-    args: &Args,
-    shards: u32,
-    runtime: &tokio::runtime::Runtime,
-) -> Result<(Measured, Measured)> {
+fn measure(args: &Args, shards: u32, runtime: &tokio::runtime::Runtime) -> Result<(Measured, Measured)> {
     let scratch = Scratch::new()?;
     let block = ports::reserve()?;
     let bases = [
@@ -139,58 +102,35 @@ fn measure(
         ("raft-port", Use::Raft),
         ("http-port", Use::Http),
     ];
-    let mut flags = vec![
-        "dev".to_string(),
-        format!("--nodes={}", args.nodes),
-        format!("--shards={shards}"),
-    ];
+    let mut flags = vec!["dev".to_string(), format!("--nodes={}", args.nodes), format!("--shards={shards}")];
     flags.extend(bases.map(|(flag, purpose)| format!("--{flag}={}", block.port(1, purpose))));
     let mut dev = Process::spawn("dev", &scratch, &flags)?;
     let last_words = |dev: &Process| crema_tests::process::child::tail(&dev.stderr(), 5);
     eventually("the cluster's ready line", READY_WITHIN, || {
         if let Some(status) = dev.ended()? {
-            return Ok(Err(Failure::new(format!(
-                "crema dev ended: {status}\n{}",
-                last_words(&dev)
-            ))));
+            return Ok(Err(Failure::new(format!("crema dev ended: {status}\n{}", last_words(&dev)))));
         }
         let ready = dev.stdout().lines().any(|line| line.starts_with("ready"));
-        if ready {
-            Ok(Ok(()))
-        } else {
-            Err(Failure::new(last_words(&dev)))
-        }
+        if ready { Ok(Ok(())) } else { Err(Failure::new(last_words(&dev))) }
     })??;
     let plan = Plan {
-        gateways: (1..=args.nodes)
-            .map(|node| block.addr(node, Use::Redis))
-            .collect(),
+        gateways: (1..=args.nodes).map(|node| block.addr(node, Use::Redis)).collect(),
         clients: args.clients,
         pipeline: args.pipeline,
         keys: args.keys,
         value_bytes: args.value_bytes,
         duration: Duration::from_secs(args.seconds),
     };
-    let phase = |operation| {
-        runtime
-            .block_on(load::run(&plan, operation))
-            .context(format!("{operation:?}"))
-    };
+    let phase = |operation| runtime.block_on(load::run(&plan, operation)).context(format!("{operation:?}"));
     let fill = phase(Operation::Fill)?;
     if fill.wrong > 0 {
-        return Err(Failure::new(format!(
-            "{} keys could not be set",
-            fill.wrong
-        )));
+        return Err(Failure::new(format!("{} keys could not be set", fill.wrong)));
     }
     let (set, get) = (phase(Operation::Set)?, phase(Operation::Get)?);
     dev.signal(Signal::TERM)?;
     let status = dev.wait(STOP_WITHIN)?;
     if !status.success() {
-        return Err(Failure::new(format!(
-            "crema dev ended with {status}\n{}",
-            last_words(&dev)
-        )));
+        return Err(Failure::new(format!("crema dev ended with {status}\n{}", last_words(&dev))));
     }
     Ok((set, get))
 }

@@ -27,30 +27,16 @@ pub(crate) fn thousands(value: f64) -> String {
 /// Rows as a Markdown table, numbers to the right.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
-        let cells = rows
-            .iter()
-            .filter_map(|row| row.get(column))
-            .map(|cell| cell.len());
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.len());
         cells.chain([head[column].len()]).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let line = |cells: Vec<String>| {
-        let padded: Vec<String> = cells
-            .iter()
-            .zip(&widths)
-            .map(|(cell, width)| format!("{cell:>width$}"))
-            .collect();
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
         format!("| {} |\n", padded.join(" | "))
     };
     let mut text = line(head.iter().map(|h| h.to_string()).collect());
-    text += &format!(
-        "|{}|\n",
-        widths
-            .iter()
-            .map(|w| format!("{}:", "-".repeat(w + 1)))
-            .collect::<Vec<_>>()
-            .join("|")
-    );
+    text += &format!("|{}|\n", widths.iter().map(|w| format!("{}:", "-".repeat(w + 1))).collect::<Vec<_>>().join("|"));
     rows.iter().for_each(|row| text += &line(row.clone()));
     text
 }

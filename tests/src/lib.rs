@@ -1,8 +1,10 @@
 //! Simulation and process tests of Crema.
 //!
-//! `process` starts real `crema` processes; the benchmarks use it too.
+//! `sim` drives whole clusters of the production core from one seed; `process` starts real `crema` processes, for the
+//! benchmarks too.
 
 pub mod process;
+pub mod sim;
 
 /// The examples of the README, compiled with the documentation tests so that they stay true.
 #[cfg(doctest)]

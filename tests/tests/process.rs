@@ -43,12 +43,7 @@ fn total_failed(reports: &[WriterReport]) -> u64 {
 }
 
 fn survivors(cluster: &Cluster, gone: u64) -> Vec<(u64, SocketAddr)> {
-    cluster
-        .running()
-        .into_iter()
-        .filter(|n| *n != gone)
-        .map(|n| (n, cluster.addr(n, Use::Redis)))
-        .collect()
+    cluster.running().into_iter().filter(|n| *n != gone).map(|n| (n, cluster.addr(n, Use::Redis))).collect()
 }
 
 /// Everything the writers were told must be readable through every running gateway, and they were told no error.
@@ -60,10 +55,7 @@ fn expect_nothing_lost(cluster: &Cluster, reports: &[WriterReport]) {
         "failed requests at surviving gateways: {reports:#?}",
         reports = failures(reports)
     );
-    assert!(
-        reports.iter().all(|r| !r.acknowledged.is_empty()),
-        "every writer wrote"
-    );
+    assert!(reports.iter().all(|r| !r.acknowledged.is_empty()), "every writer wrote");
     for node in cluster.running() {
         check_acknowledged(cluster.addr(node, Use::Redis), reports).unwrap();
     }
@@ -84,77 +76,35 @@ fn commands_work_through_every_gateway() {
         expect(&mut here, "PING", Value::Simple("PONG".into()));
         // Twenty keys lie in most of the shards, so that nearly every gateway forwards some of them.
         for i in 0..20 {
-            expect(
-                &mut here,
-                &format!("SET key:{node}:{i} value-{i}"),
-                Value::ok(),
-            );
-            expect(
-                &mut there,
-                &format!("GET key:{node}:{i}"),
-                Value::bulk(format!("value-{i}")),
-            );
+            expect(&mut here, &format!("SET key:{node}:{i} value-{i}"), Value::ok());
+            expect(&mut there, &format!("GET key:{node}:{i}"), Value::bulk(format!("value-{i}")));
         }
         expect(&mut there, "GET absent", Value::Nil);
         expect(&mut here, "INCR shared", Value::Int(node as i64));
         expect(&mut there, "GET shared", Value::bulk(node.to_string()));
 
-        expect(
-            &mut here,
-            &format!("MSET m:{node}:a 1 m:{node}:b 2 m:{node}:c 3"),
-            Value::ok(),
-        );
-        let all = Value::Array(vec![
-            Value::bulk("3"),
-            Value::Nil,
-            Value::bulk("1"),
-            Value::bulk("2"),
-        ]);
-        expect(
-            &mut there,
-            &format!("MGET m:{node}:c absent m:{node}:a m:{node}:b"),
-            all,
-        );
-        expect(
-            &mut there,
-            &format!("DEL m:{node}:a m:{node}:b absent"),
-            Value::Int(2),
-        );
+        expect(&mut here, &format!("MSET m:{node}:a 1 m:{node}:b 2 m:{node}:c 3"), Value::ok());
+        let all = Value::Array(vec![Value::bulk("3"), Value::Nil, Value::bulk("1"), Value::bulk("2")]);
+        expect(&mut there, &format!("MGET m:{node}:c absent m:{node}:a m:{node}:b"), all);
+        expect(&mut there, &format!("DEL m:{node}:a m:{node}:b absent"), Value::Int(2));
         let rest = Value::Array(vec![Value::Nil, Value::Nil, Value::bulk("3")]);
-        expect(
-            &mut here,
-            &format!("MGET m:{node}:a m:{node}:b m:{node}:c"),
-            rest,
-        );
+        expect(&mut here, &format!("MGET m:{node}:a m:{node}:b m:{node}:c"), rest);
 
-        expect(
-            &mut here,
-            &format!("EXPIRE key:{node}:0 100"),
-            Value::Int(1),
-        );
+        expect(&mut here, &format!("EXPIRE key:{node}:0 100"), Value::Int(1));
         let ttl = there.call(&format!("TTL key:{node}:0")).unwrap();
         assert!(matches!(ttl, Value::Int(90..=100)), "{ttl:?}");
         expect(&mut here, &format!("PEXPIRE key:{node}:1 1"), Value::Int(1));
-        eventually("expiry of a key", Duration::from_secs(10), || {
-            match there.call(&format!("GET key:{node}:1")) {
-                Ok(Value::Nil) => Ok(()),
-                other => Err(Failure::new(format!("{other:?}"))),
-            }
+        eventually("expiry of a key", Duration::from_secs(10), || match there.call(&format!("GET key:{node}:1")) {
+            Ok(Value::Nil) => Ok(()),
+            other => Err(Failure::new(format!("{other:?}"))),
         })
         .unwrap();
         // Once gone, it stays gone, whoever is asked.
         for other in 1..=3 {
-            expect(
-                &mut client(&cluster, other),
-                &format!("EXISTS key:{node}:1"),
-                Value::Int(0),
-            );
+            expect(&mut client(&cluster, other), &format!("EXISTS key:{node}:1"), Value::Int(0));
         }
         let wrong = here.call(&format!("INCR key:{node}:2")).unwrap();
-        assert_eq!(
-            wrong,
-            Value::Error("ERR value is not an integer or out of range".into())
-        );
+        assert_eq!(wrong, Value::Error("ERR value is not an integer or out of range".into()));
     }
 
     // One connection's commands take effect in order, and reply i answers request i, whoever leads the keys.
@@ -168,12 +118,28 @@ fn commands_work_through_every_gateway() {
     pipelined.send(&bytes).unwrap();
     for i in 0..200 {
         assert_eq!(pipelined.read().unwrap(), Value::ok(), "SET number {i}");
-        assert_eq!(
-            pipelined.read().unwrap(),
-            Value::bulk(i.to_string()),
-            "GET number {i}"
-        );
+        assert_eq!(pipelined.read().unwrap(), Value::bulk(i.to_string()), "GET number {i}");
     }
+
+    // The other port redirects, and where it redirects to is the leader's port of the same kind.
+    let cluster_ports: Vec<SocketAddr> = (1..=3).map(|n| cluster.addr(n, Use::RedisCluster)).collect();
+    let mut redirected = 0;
+    for i in 0..20 {
+        let get = format!("GET key:1:{}", i % 18 + 2);
+        let value = Value::bulk(format!("value-{}", i % 18 + 2));
+        let first = Client::connect(cluster_ports[0], REPLY).unwrap().call(&get).unwrap();
+        let Value::Error(error) = first else {
+            assert_eq!(first, value, "{get}");
+            continue;
+        };
+        let target: Vec<&str> = error.split(' ').collect();
+        assert!(matches!(target[..], ["MOVED", _, _]), "{get}: {error}");
+        let leader: SocketAddr = target[2].parse().expect("MOVED names an address");
+        assert!(cluster_ports[1..].contains(&leader), "{get}: {error}");
+        expect(&mut Client::connect(leader, REPLY).unwrap(), &get, value);
+        redirected += 1;
+    }
+    assert!(redirected > 0, "one node does not lead all of these keys");
 
     // Leaders are spread: nobody leads everything, nobody nothing.
     eventually("an even spread of leaders", Duration::from_secs(20), || {
@@ -193,14 +159,7 @@ fn a_killed_node_loses_nothing_and_comes_back_as_a_gateway() {
     let _turn = turn().unwrap();
     let mut cluster = Cluster::ready(3, SHARDS).unwrap();
     let victim = cluster.node_with_most_leaders().unwrap();
-    let load = Load::start(
-        "kill",
-        &survivors(&cluster, victim),
-        SHARDS,
-        PERIOD,
-        MOST_BATCHES,
-    )
-    .unwrap();
+    let load = Load::start("kill", &survivors(&cluster, victim), SHARDS, PERIOD, MOST_BATCHES).unwrap();
     load.wait_batches(20, Duration::from_secs(20)).unwrap();
     cluster.kill(victim).unwrap();
     load.wait_batches(60, Duration::from_secs(30)).unwrap();
@@ -208,34 +167,20 @@ fn a_killed_node_loses_nothing_and_comes_back_as_a_gateway() {
     expect_nothing_lost(&cluster, &reports);
     let survivor = cluster.running()[0];
     let led = cluster.leaders(survivor).unwrap();
-    assert!(
-        !led.contains_key(&victim),
-        "the killed node leads nothing any more: {led:?}"
-    );
+    assert!(!led.contains_key(&victim), "the killed node leads nothing any more: {led:?}");
 
     // The same node again, under load: its memory is gone, so it may serve but never vote.
-    let load = Load::start(
-        "restart",
-        &survivors(&cluster, victim),
-        SHARDS,
-        PERIOD,
-        MOST_BATCHES,
-    )
-    .unwrap();
+    let load = Load::start("restart", &survivors(&cluster, victim), SHARDS, PERIOD, MOST_BATCHES).unwrap();
     cluster.restart(victim).unwrap();
     let http_addr = cluster.addr(victim, Use::Http);
-    let reason = eventually(
-        "the restarted node says what it lacks",
-        Duration::from_secs(30),
-        || {
-            let (status, body) = http::get(http_addr, "/readyz")?;
-            if status == 503 && body.contains("of 3 replicas") {
-                Ok(body)
-            } else {
-                Err(Failure::new(format!("{status} {body}")))
-            }
-        },
-    )
+    let reason = eventually("the restarted node says what it lacks", Duration::from_secs(30), || {
+        let (status, body) = http::get(http_addr, "/readyz")?;
+        if status == 503 && body.contains("of 3 replicas") {
+            Ok(body)
+        } else {
+            Err(Failure::new(format!("{status} {body}")))
+        }
+    })
     .unwrap();
     let parsed: serde_json::Value = serde_json::from_str(&reason).expect("the reason is JSON");
     assert!(parsed["reason"].is_string(), "{reason}");
@@ -244,27 +189,17 @@ fn a_killed_node_loses_nothing_and_comes_back_as_a_gateway() {
 
     let (status, stdout, stderr) = cluster.client_command("status", victim, &[]).unwrap();
     expect_exit(status, 0, &stderr);
-    assert!(
-        stdout.contains(&format!("{SHARDS} shards at 2 of 3 replicas")),
-        "{stdout}"
-    );
+    assert!(stdout.contains(&format!("{SHARDS} shards at 2 of 3 replicas")), "{stdout}");
 
     // All that was acknowledged is served through the new gateway too, and it takes writes.
     expect_nothing_lost(&cluster, &reports);
     let mut gateway = client(&cluster, victim);
     for i in 0..20 {
         expect(&mut gateway, &format!("SET after:{i} {i}"), Value::ok());
-        expect(
-            &mut gateway,
-            &format!("GET after:{i}"),
-            Value::bulk(i.to_string()),
-        );
+        expect(&mut gateway, &format!("GET after:{i}"), Value::bulk(i.to_string()));
     }
     let led = cluster.leaders(victim).unwrap();
-    assert!(
-        !led.contains_key(&victim),
-        "a node without replicas leads nothing: {led:?}"
-    );
+    assert!(!led.contains_key(&victim), "a node without replicas leads nothing: {led:?}");
 }
 
 #[test]
@@ -272,14 +207,7 @@ fn a_stopped_node_fails_no_request() {
     let _turn = turn().unwrap();
     let mut cluster = Cluster::ready(3, SHARDS).unwrap();
     let victim = cluster.node_with_most_leaders().unwrap();
-    let load = Load::start(
-        "stop",
-        &survivors(&cluster, victim),
-        SHARDS,
-        PERIOD,
-        MOST_BATCHES,
-    )
-    .unwrap();
+    let load = Load::start("stop", &survivors(&cluster, victim), SHARDS, PERIOD, MOST_BATCHES).unwrap();
     load.wait_batches(20, Duration::from_secs(20)).unwrap();
     let status = cluster.terminate(victim, Duration::from_secs(20)).unwrap();
     assert_eq!(status.code(), Some(0), "a planned stop ends well: {status}");
@@ -313,44 +241,23 @@ fn bad_input_is_answered_and_the_node_lives() {
             Ok(Value::Error(e)) => assert!(e.starts_with("ERR Protocol error"), "{text:?}: {e}"),
             other => panic!("{text:?}: {other:?}"),
         }
-        assert!(
-            bad.closes(),
-            "{text:?}: the stream cannot be trusted any more"
-        );
+        assert!(bad.closes(), "{text:?}: the stream cannot be trusted any more");
     }
     // What is only wrong is answered, and the connection goes on.
     let mut wrong = client(&cluster, 1);
-    for command in [
-        "NOSUCHCOMMAND a b",
-        "GET",
-        "SET k",
-        "SET k v EX nine",
-        "INCRBY k x",
-        "SELECT 99",
-    ] {
+    for command in ["NOSUCHCOMMAND a b", "GET", "SET k", "SET k v EX nine", "INCRBY k x", "SELECT 99"] {
         let reply = wrong.call(command).unwrap();
-        assert!(
-            matches!(&reply, Value::Error(e) if e.starts_with("ERR ")),
-            "{command}: {reply:?}"
-        );
+        assert!(matches!(&reply, Value::Error(e) if e.starts_with("ERR ")), "{command}: {reply:?}");
     }
     let huge_key = "k".repeat(70_000);
     let reply = wrong.call(&format!("SET {huge_key} v")).unwrap();
-    assert!(
-        matches!(reply, Value::Error(_)),
-        "a key over the limit: {reply:?}"
-    );
+    assert!(matches!(reply, Value::Error(_)), "a key over the limit: {reply:?}");
     expect(&mut wrong, "PING", Value::Simple("PONG".into()));
 
     // Garbage on every port of a node. The server may close while we still write.
     let noise: Vec<u8> = noise(64 * 1024);
     for purpose in [Use::Raft, Use::Http, Use::Redis, Use::RedisCluster] {
-        for bytes in [
-            &noise[..],
-            b"GET / HTTP/1.1\r\n\r\n",
-            &[0xff; 4096],
-            &[0; 4096],
-        ] {
+        for bytes in [&noise[..], b"GET / HTTP/1.1\r\n\r\n", &[0xff; 4096], &[0; 4096]] {
             let mut stream = TcpStream::connect_timeout(&cluster.addr(1, purpose), REPLY).unwrap();
             stream.set_write_timeout(Some(REPLY)).unwrap();
             let _ = stream.write_all(bytes);
@@ -368,21 +275,9 @@ fn bad_input_is_answered_and_the_node_lives() {
         for i in 0..10 {
             expect(&mut here, &format!("SET after:{node}:{i} x"), Value::ok());
         }
-        assert_eq!(
-            cluster.process(node).ended().unwrap(),
-            None,
-            "node {node} lives"
-        );
-        assert_eq!(
-            http::get(cluster.addr(node, Use::Http), "/livez")
-                .unwrap()
-                .0,
-            200
-        );
-        assert!(
-            !cluster.process(node).stderr().contains("panicked"),
-            "no panic at node {node}"
-        );
+        assert_eq!(cluster.process(node).ended().unwrap(), None, "node {node} lives");
+        assert_eq!(http::get(cluster.addr(node, Use::Http), "/livez").unwrap().0, 200);
+        assert!(!cluster.process(node).stderr().contains("panicked"), "no panic at node {node}");
     }
     cluster.wait_ready(Duration::from_secs(10)).unwrap();
 }
@@ -412,10 +307,7 @@ fn a_bad_start_ends_with_code_2_and_one_sentence() {
         ("gossip-addr", block.addr(1, Use::Gossip).to_string()),
         ("raft-addr", block.addr(1, Use::Raft).to_string()),
         ("redis-addr", block.addr(1, Use::Redis).to_string()),
-        (
-            "redis-cluster-addr",
-            block.addr(1, Use::RedisCluster).to_string(),
-        ),
+        ("redis-cluster-addr", block.addr(1, Use::RedisCluster).to_string()),
         ("http-addr", block.addr(1, Use::Http).to_string()),
         ("advertise-host", "127.0.0.1".to_string()),
     ]
@@ -438,11 +330,7 @@ fn a_bad_start_ends_with_code_2_and_one_sentence() {
     for (number, (flag, word)) in cases.into_iter().enumerate() {
         let name = flag.split('=').next().unwrap_or_default().to_string();
         let mut args = vec!["start".to_string()];
-        args.extend(
-            base.iter()
-                .filter(|a| !a.starts_with(&format!("{name}=")))
-                .cloned(),
-        );
+        args.extend(base.iter().filter(|a| !a.starts_with(&format!("{name}="))).cloned());
         args.push(flag.clone());
         bad_start(&format!("case-{number}"), &scratch, &args, word);
     }
@@ -459,14 +347,8 @@ fn bad_start(name: &str, scratch: &Scratch, args: &[String], word: &str) {
     let shown = args.last().cloned().unwrap_or_default();
     let (status, stdout, stderr) = cluster::run(name, scratch, args).unwrap();
     expect_exit(status, 2, &format!("{shown}: {stderr}"));
-    assert!(
-        stderr.contains(word),
-        "{shown}: the sentence names {word:?}: {stderr}"
-    );
-    assert!(
-        stdout.is_empty(),
-        "{shown}: nothing on standard output: {stdout}"
-    );
+    assert!(stderr.contains(word), "{shown}: the sentence names {word:?}: {stderr}");
+    assert!(stdout.is_empty(), "{shown}: nothing on standard output: {stdout}");
     // One sentence; for flags the usage may follow.
     let lines = stderr.lines().filter(|l| !l.trim().is_empty()).count();
     assert!((1..=6).contains(&lines), "{shown}: {stderr}");
@@ -480,23 +362,13 @@ fn a_second_node_of_the_same_id_is_refused() {
     expect(&mut first, "SET mine 1", Value::ok());
     // Clients of all three nodes work on meanwhile: a mistaken start must not disturb the one it imitates.
     let slow = Duration::from_millis(60);
-    let load = Load::start(
-        "impostor",
-        &survivors(&cluster, 0),
-        SHARDS,
-        slow,
-        MOST_BATCHES,
-    )
-    .unwrap();
+    let load = Load::start("impostor", &survivors(&cluster, 0), SHARDS, slow, MOST_BATCHES).unwrap();
     let own = ports::reserve().unwrap();
     let mut second = cluster.impostor(1, &own).unwrap();
     let status = second.wait(Duration::from_secs(40)).unwrap();
     expect_exit(status, 2, &second.stderr());
     let text = second.stderr().to_lowercase();
-    assert!(
-        text.contains("in use") || text.contains("already"),
-        "says that the id is taken: {text}"
-    );
+    assert!(text.contains("in use") || text.contains("already"), "says that the id is taken: {text}");
 
     // The first goes on: it serves, is ready, and nobody lost anything.
     load.wait_batches(30, Duration::from_secs(20)).unwrap();
@@ -521,31 +393,19 @@ fn dev_says_ready_and_ends_well() {
     ];
     args.extend(bases.map(|(flag, purpose)| format!("--{flag}={}", block.port(1, purpose))));
     let mut dev = Process::spawn("dev", &scratch, &args).unwrap();
-    let ready = eventually(
-        "the line that begins with ready",
-        Duration::from_secs(60),
-        || {
-            if let Some(status) = dev.ended()? {
-                return Ok(Err(Failure::new(format!("dev ended: {status}"))));
-            }
-            dev.stdout()
-                .lines()
-                .any(|l| l.starts_with("ready"))
-                .then_some(Ok(()))
-                .ok_or_else(|| Failure::new(dev.stdout()))
-        },
-    );
+    let ready = eventually("the line that begins with ready", Duration::from_secs(60), || {
+        if let Some(status) = dev.ended()? {
+            return Ok(Err(Failure::new(format!("dev ended: {status}"))));
+        }
+        dev.stdout().lines().any(|l| l.starts_with("ready")).then_some(Ok(())).ok_or_else(|| Failure::new(dev.stdout()))
+    });
     ready.unwrap().unwrap();
     // Ready means that it serves at once, at every node.
     for node in 1..=3 {
         let mut here = Client::connect(block.addr(node, Use::Redis), REPLY).unwrap();
         expect(&mut here, &format!("SET at:{node} x"), Value::ok());
         expect(&mut here, &format!("GET at:{node}"), Value::bulk("x"));
-        assert_eq!(
-            http::get(block.addr(node, Use::Http), "/readyz").unwrap().0,
-            200,
-            "node {node}"
-        );
+        assert_eq!(http::get(block.addr(node, Use::Http), "/readyz").unwrap().0, 200, "node {node}");
     }
     dev.signal(Signal::TERM).unwrap();
     let status = dev.wait(Duration::from_secs(30)).unwrap();

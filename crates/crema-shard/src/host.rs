@@ -667,9 +667,7 @@ impl Host {
             self.router.learn(shard, Some(self.config.node), l.term);
             let epoch =
                 self.state.as_ref().map_or(Epoch(0), |s| s.shards.get(shard.0 as usize).map_or(s.epoch, |p| p.epoch));
-            if !shard.is_meta() {
-                self.out.led.push(LedShard { shard, term: l.term, epoch });
-            }
+            self.out.led.push(LedShard { shard, term: l.term, epoch });
         } else {
             self.router.learn(shard, leader, l.term);
             self.router.disown(shard, self.config.node, l.term);

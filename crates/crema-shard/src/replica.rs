@@ -766,8 +766,19 @@ impl Replica {
         }
     }
 
-    fn send(&self, m: Message, now: Now, out: &mut Out) {
+    fn send(&self, mut m: Message, now: Now, out: &mut Out) {
         let Some(voter) = self.voter(m.to) else { return };
+        // raft-rs 0.7 with `batch_append` puts entries into an empty MsgAppend that still waits to be sent, even if that
+        // one stood at another index (`is_continuous_ents` calls anything a continuation of nothing). The voter would
+        // acknowledge `index + entries`, more than it has: a lost write. Such a message gets the index of its entries.
+        if let Some(first) = m.entries.first()
+            && m.msg_type == MessageType::MsgAppend
+            && first.index != m.index + 1
+        {
+            m.index = first.index - 1;
+            let Ok(term) = self.raw.raft.raft_log.term(m.index) else { return };
+            m.log_term = term;
+        }
         let from_leader = matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend);
         let log_time = if from_leader { self.clock.estimate(now).0 } else { 0 };
         let floor = if from_leader { self.floor } else { 0 };

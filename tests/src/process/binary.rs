@@ -23,26 +23,15 @@ fn find() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("CREMA_BIN") {
         let path = PathBuf::from(path);
         // Its processes run in directories of their own.
-        return path
-            .canonicalize()
-            .context(format!("CREMA_BIN {}", path.display()));
+        return path.canonicalize().context(format!("CREMA_BIN {}", path.display()));
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("..")
-        .join("Cargo.toml");
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join("Cargo.toml");
     let exe = std::env::current_exe().context("the path of this program")?;
     let output = Command::new(&cargo)
         // All of the workspace decides on the features of dependencies, as in `cargo test --workspace`: so they are
         // not compiled a second time for this.
-        .args([
-            "build",
-            "--workspace",
-            "--bin",
-            "crema",
-            "--message-format",
-            "json-render-diagnostics",
-        ])
+        .args(["build", "--workspace", "--bin", "crema", "--message-format", "json-render-diagnostics"])
         .args(["--profile", &profile_of(&exe), "--manifest-path"])
         .arg(&manifest)
         .stdin(Stdio::null())
@@ -50,10 +39,7 @@ fn find() -> Result<PathBuf> {
         .context(format!("starting {}", cargo.display()))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(Failure::new(format!(
-            "crema does not build:\n{}",
-            super::child::tail(&text, 40)
-        )));
+        return Err(Failure::new(format!("crema does not build:\n{}", super::child::tail(&text, 40))));
     }
     executable_in(&String::from_utf8_lossy(&output.stdout))
         .ok_or_else(|| Failure::new("cargo built crema but did not say where it is"))
@@ -70,14 +56,8 @@ fn executable_in(messages: &str) -> Option<PathBuf> {
 
 /// The cargo profile in whose directory `exe` lies: `…/debug/deps/x` and `…/debug/x` are of profile `dev`.
 fn profile_of(exe: &Path) -> String {
-    let parent = exe
-        .parent()
-        .filter(|p| !p.ends_with("deps"))
-        .or_else(|| exe.parent().and_then(Path::parent));
-    match parent
-        .and_then(Path::file_name)
-        .and_then(|name| name.to_str())
-    {
+    let parent = exe.parent().filter(|p| !p.ends_with("deps")).or_else(|| exe.parent().and_then(Path::parent));
+    match parent.and_then(Path::file_name).and_then(|name| name.to_str()) {
         None | Some("debug") => "dev".into(),
         Some(name) => name.into(),
     }
@@ -91,10 +71,7 @@ mod tests {
     fn the_profile_is_that_of_the_directory() {
         assert_eq!(profile_of(Path::new("/t/debug/deps/process-0")), "dev");
         assert_eq!(profile_of(Path::new("/t/debug/crema-benches")), "dev");
-        assert_eq!(
-            profile_of(Path::new("/t/x86_64/release/crema-benches")),
-            "release"
-        );
+        assert_eq!(profile_of(Path::new("/t/x86_64/release/crema-benches")), "release");
     }
 
     #[test]
@@ -106,10 +83,7 @@ mod tests {
             "\n",
             r#"{"reason":"build-finished","success":true}"#,
         );
-        assert_eq!(
-            executable_in(messages),
-            Some(PathBuf::from("/t/debug/crema"))
-        );
+        assert_eq!(executable_in(messages), Some(PathBuf::from("/t/debug/crema")));
         assert_eq!(executable_in(""), None);
     }
 }

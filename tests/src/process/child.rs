@@ -25,11 +25,7 @@ impl Scratch {
     /// If it cannot be created.
     pub fn new() -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "crema-process-{}-{}",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        );
+        let name = format!("crema-process-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&path).context(format!("creating {}", path.display()))?;
         Ok(Scratch { path })
@@ -49,22 +45,13 @@ impl Drop for Scratch {
             return;
         }
         eprintln!("the logs are kept in {}", self.path.display());
-        let mut files: Vec<PathBuf> = std::fs::read_dir(&self.path)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path())
-            .collect();
+        let mut files: Vec<PathBuf> =
+            std::fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         files.sort();
         for file in files.iter().filter(|f| f.is_file()) {
-            let text =
-                String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
+            let text = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
             if !text.is_empty() {
-                eprintln!(
-                    "---- {}, last lines ----\n{}",
-                    file.display(),
-                    tail(&text, SHOWN_LINES)
-                );
+                eprintln!("---- {}, last lines ----\n{}", file.display(), tail(&text, SHOWN_LINES));
             }
         }
     }
@@ -96,35 +83,19 @@ impl Process {
         let stdout = scratch.path().join(format!("{name}.out"));
         let stderr = scratch.path().join(format!("{name}.err"));
         let open = |path: &Path| {
-            File::options()
-                .create(true)
-                .append(true)
-                .open(path)
-                .context(format!("opening {}", path.display()))
+            File::options().create(true).append(true).open(path).context(format!("opening {}", path.display()))
         };
         let mut command = Command::new(binary::crema()?);
         // Nothing is ever written to the pipe; it ends with us, and nodes started with `--stop-with-stdin` end with it.
-        command
-            .args(args)
-            .current_dir(scratch.path())
-            .stdin(Stdio::piped());
+        command.args(args).current_dir(scratch.path()).stdin(Stdio::piped());
         command.stdout(open(&stdout)?).stderr(open(&stderr)?);
         // Settings of whoever runs the tests must not change them.
-        for (key, _) in
-            std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("CREMA_"))
-        {
+        for (key, _) in std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("CREMA_")) {
             command.env_remove(key);
         }
         command.env("RUST_BACKTRACE", "1");
-        let child = command
-            .spawn()
-            .context(format!("starting crema {}", args.join(" ")))?;
-        Ok(Process {
-            child,
-            name: name.into(),
-            stdout,
-            stderr,
-        })
+        let child = command.spawn().context(format!("starting crema {}", args.join(" ")))?;
+        Ok(Process { child, name: name.into(), stdout, stderr })
     }
 
     /// Its process id.
@@ -142,8 +113,7 @@ impl Process {
         if self.child.try_wait().context(&self.name)?.is_some() {
             return Ok(());
         }
-        kill_process(Pid::from_child(&self.child), signal)
-            .context(format!("signal to {}", self.name))
+        kill_process(Pid::from_child(&self.child), signal).context(format!("signal to {}", self.name))
     }
 
     /// Kills it at once and waits for its end.
@@ -152,13 +122,8 @@ impl Process {
     ///
     /// If the system refuses.
     pub fn kill(&mut self) -> Result<()> {
-        self.child
-            .kill()
-            .context(format!("killing {}", self.name))?;
-        self.child
-            .wait()
-            .context(format!("end of {}", self.name))
-            .map(drop)
+        self.child.kill().context(format!("killing {}", self.name))?;
+        self.child.wait().context(format!("end of {}", self.name)).map(drop)
     }
 
     /// Waits for its end.
@@ -169,10 +134,7 @@ impl Process {
     pub fn wait(&mut self, within: Duration) -> Result<ExitStatus> {
         let name = self.name.clone();
         eventually(&format!("end of {name}"), within, || {
-            self.child
-                .try_wait()
-                .context(&name)?
-                .ok_or_else(|| Failure::new("it still runs"))
+            self.child.try_wait().context(&name)?.ok_or_else(|| Failure::new("it still runs"))
         })
     }
 

@@ -31,17 +31,9 @@ impl Cluster {
     ///
     /// If `count` is not 1 to [`MAX_NODES`].
     pub fn start(count: u64, shards: u32) -> Result<Cluster> {
-        assert!(
-            (1..=u64::from(MAX_NODES)).contains(&count),
-            "1 to {MAX_NODES} nodes"
-        );
-        let mut cluster = Cluster {
-            nodes: BTreeMap::new(),
-            scratch: Scratch::new()?,
-            ports: ports::reserve()?,
-            count,
-            shards,
-        };
+        assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
+        let mut cluster =
+            Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, ports: ports::reserve()?, count, shards };
         for node in 1..=count {
             cluster.spawn(node)?;
         }
@@ -68,25 +60,18 @@ impl Cluster {
 
     /// The command line of node `node` with its listeners in `own`.
     fn args(&self, node: u64, own: &Block) -> Vec<String> {
-        let list =
-            |f: &dyn Fn(u64) -> String| (1..=self.count).map(f).collect::<Vec<_>>().join(",");
+        let list = |f: &dyn Fn(u64) -> String| (1..=self.count).map(f).collect::<Vec<_>>().join(",");
         // Should the tests themselves be killed, nobody is left to end their nodes: these then stop by themselves.
         let mut args = vec!["start".to_string(), "--stop-with-stdin".into()];
         let mut flag = |name: &str, value: String| args.extend([format!("--{name}"), value]);
         flag("node-id", node.to_string());
         flag("initial-members", list(&|n| n.to_string()));
-        flag(
-            "seeds",
-            list(&|n| self.ports.addr(n, Use::Gossip).to_string()),
-        );
+        flag("seeds", list(&|n| self.ports.addr(n, Use::Gossip).to_string()));
         flag("shards", self.shards.to_string());
         flag("gossip-addr", own.addr(node, Use::Gossip).to_string());
         flag("raft-addr", own.addr(node, Use::Raft).to_string());
         flag("redis-addr", own.addr(node, Use::Redis).to_string());
-        flag(
-            "redis-cluster-addr",
-            own.addr(node, Use::RedisCluster).to_string(),
-        );
+        flag("redis-cluster-addr", own.addr(node, Use::RedisCluster).to_string());
         flag("http-addr", own.addr(node, Use::Http).to_string());
         args
     }
@@ -97,11 +82,7 @@ impl Cluster {
     ///
     /// If it does not start.
     pub fn impostor(&self, node: u64, own: &Block) -> Result<Process> {
-        Process::spawn(
-            &format!("impostor-{node}"),
-            &self.scratch,
-            &self.args(node, own),
-        )
+        Process::spawn(&format!("impostor-{node}"), &self.scratch, &self.args(node, own))
     }
 
     /// Number of data shards.
@@ -159,23 +140,13 @@ impl Cluster {
             let list = http::get_json(self.addr(asked, Use::Http), "/v1/shards")?;
             let list = list.as_array().context_none("/v1/shards is no array")?;
             if list.len() != self.shards as usize {
-                return Err(Failure::new(format!(
-                    "{} of {} shards are listed",
-                    list.len(),
-                    self.shards
-                )));
+                return Err(Failure::new(format!("{} of {} shards are listed", list.len(), self.shards)));
             }
             let mut led = BTreeMap::<u64, Vec<u32>>::new();
             for shard in list {
-                let leader = shard["leader"]
-                    .as_u64()
-                    .context_none(&format!("no leader: {shard}"))?;
-                let id = shard["shard"]
-                    .as_u64()
-                    .context_none(&format!("no shard: {shard}"))?;
-                led.entry(leader)
-                    .or_default()
-                    .push(u32::try_from(id).context("shard id")?);
+                let leader = shard["leader"].as_u64().context_none(&format!("no leader: {shard}"))?;
+                let id = shard["shard"].as_u64().context_none(&format!("no shard: {shard}"))?;
+                led.entry(leader).or_default().push(u32::try_from(id).context("shard id")?);
             }
             Ok(led)
         })
@@ -189,10 +160,7 @@ impl Cluster {
     pub fn node_with_most_leaders(&self) -> Result<u64> {
         let asked = *self.nodes.keys().next().context_none("no node runs")?;
         let led = self.leaders(asked)?;
-        led.into_iter()
-            .max_by_key(|(_, shards)| shards.len())
-            .map(|(node, _)| node)
-            .context_none("no shards")
+        led.into_iter().max_by_key(|(_, shards)| shards.len()).map(|(node, _)| node).context_none("no shards")
     }
 
     /// `kill -9` of a node.
@@ -201,10 +169,7 @@ impl Cluster {
     ///
     /// If it does not run.
     pub fn kill(&mut self, node: u64) -> Result<()> {
-        self.nodes
-            .remove(&node)
-            .context_none("the node does not run")?
-            .kill()
+        self.nodes.remove(&node).context_none("the node does not run")?.kill()
     }
 
     /// SIGTERM to a node; returns how it ended.
@@ -213,10 +178,7 @@ impl Cluster {
     ///
     /// If it does not run, or still runs after `within`.
     pub fn terminate(&mut self, node: u64, within: Duration) -> Result<ExitStatus> {
-        let mut process = self
-            .nodes
-            .remove(&node)
-            .context_none("the node does not run")?;
+        let mut process = self.nodes.remove(&node).context_none("the node does not run")?;
         process.signal(Signal::TERM)?;
         process.wait(within)
     }
@@ -238,17 +200,8 @@ impl Cluster {
     /// # Errors
     ///
     /// If it does not end within 20 s.
-    pub fn client_command(
-        &self,
-        name: &str,
-        node: u64,
-        args: &[&str],
-    ) -> Result<(ExitStatus, String, String)> {
-        let mut all = vec![
-            name.to_string(),
-            "--http-addr".into(),
-            self.addr(node, Use::Http).to_string(),
-        ];
+    pub fn client_command(&self, name: &str, node: u64, args: &[&str]) -> Result<(ExitStatus, String, String)> {
+        let mut all = vec![name.to_string(), "--http-addr".into(), self.addr(node, Use::Http).to_string()];
         all.extend(args.iter().map(|a| a.to_string()));
         run(&format!("{name}-{}", args.join("")), &self.scratch, &all)
     }

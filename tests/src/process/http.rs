@@ -18,18 +18,10 @@ pub fn get(addr: SocketAddr, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&addr, TIMEOUT).context(&what)?;
     stream.set_read_timeout(Some(TIMEOUT)).context(&what)?;
     stream.set_write_timeout(Some(TIMEOUT)).context(&what)?;
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n"
-    )
-    .context(&what)?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n").context(&what)?;
     let mut answer = Vec::new();
-    stream
-        .take(MAX_ANSWER_BYTES)
-        .read_to_end(&mut answer)
-        .context(&what)?;
-    parse(&String::from_utf8_lossy(&answer))
-        .ok_or_else(|| Failure::new(format!("{what}: no HTTP answer")))
+    stream.take(MAX_ANSWER_BYTES).read_to_end(&mut answer).context(&what)?;
+    parse(&String::from_utf8_lossy(&answer)).ok_or_else(|| Failure::new(format!("{what}: no HTTP answer")))
 }
 
 /// The body of `GET path` as JSON, whatever the status.
@@ -44,16 +36,9 @@ pub fn get_json(addr: SocketAddr, path: &str) -> Result<serde_json::Value> {
 
 fn parse(answer: &str) -> Option<(u16, String)> {
     let (head, body) = answer.split_once("\r\n\r\n")?;
-    let status = head
-        .strip_prefix("HTTP/1.")?
-        .split(' ')
-        .nth(1)?
-        .parse()
-        .ok()?;
+    let status = head.strip_prefix("HTTP/1.")?.split(' ').nth(1)?.parse().ok()?;
     // The admin API's answers have a length; chunks would need joining.
-    let chunked = head
-        .to_ascii_lowercase()
-        .contains("transfer-encoding: chunked");
+    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
     (!chunked).then(|| (status, body.to_string()))
 }
 

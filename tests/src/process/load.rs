@@ -23,11 +23,8 @@ const CHECK_BATCH: usize = 500;
 
 /// For each shard a hash tag whose slot the shard owns, before any change of the shard count.
 pub fn tag_per_shard(shards: u32) -> Vec<String> {
-    let find = |arc: crema_core::SlotRange| {
-        (0u32..)
-            .map(|i| i.to_string())
-            .find(|tag| arc.contains(slot_of(tag.as_bytes())))
-    };
+    let find =
+        |arc: crema_core::SlotRange| (0u32..).map(|i| i.to_string()).find(|tag| arc.contains(slot_of(tag.as_bytes())));
     arcs(shards)
         .into_iter()
         .map(|arc| find(arc).expect("every arc holds slots, and numbers reach every slot"))
@@ -78,23 +75,14 @@ impl Load {
         let stop = Arc::new(AtomicBool::new(false));
         let batches = Arc::new(AtomicU64::new(0));
         let tags = Arc::new(tag_per_shard(shards));
-        let mut load = Load {
-            stop,
-            batches,
-            threads: Vec::new(),
-        };
+        let mut load = Load { stop, batches, threads: Vec::new() };
         for &(gateway, addr) in gateways {
-            let client =
-                Client::connect(addr, REPLY_TIMEOUT).context(format!("writer at {addr}"))?;
+            let client = Client::connect(addr, REPLY_TIMEOUT).context(format!("writer at {addr}"))?;
             let (stop, batches, tags) = (load.stop.clone(), load.batches.clone(), tags.clone());
             let writer = Writer::new(name, gateway, client, tags);
             let run = move || writer.run(period, most_batches, &stop, &batches);
-            load.threads.push(
-                std::thread::Builder::new()
-                    .name(format!("writer-{gateway}"))
-                    .spawn(run)
-                    .context("writer")?,
-            );
+            load.threads
+                .push(std::thread::Builder::new().name(format!("writer-{gateway}")).spawn(run).context("writer")?);
         }
         Ok(load)
     }
@@ -125,10 +113,7 @@ impl Load {
     pub fn finish(mut self) -> Result<Vec<WriterReport>> {
         self.stop.store(true, Ordering::Relaxed);
         let threads = std::mem::take(&mut self.threads);
-        threads
-            .into_iter()
-            .map(|t| t.join().map_err(|_| Failure::new("a writer panicked")))
-            .collect()
+        threads.into_iter().map(|t| t.join().map_err(|_| Failure::new("a writer panicked"))).collect()
     }
 }
 
@@ -158,22 +143,10 @@ impl Writer {
             failures: Vec::new(),
             longest_gap: Duration::ZERO,
         };
-        Writer {
-            client,
-            name: name.into(),
-            last: vec![None; tags.len()],
-            tags,
-            report,
-        }
+        Writer { client, name: name.into(), last: vec![None; tags.len()], tags, report }
     }
 
-    fn run(
-        mut self,
-        period: Duration,
-        most_batches: u64,
-        stop: &AtomicBool,
-        batches: &AtomicU64,
-    ) -> WriterReport {
+    fn run(mut self, period: Duration, most_batches: u64, stop: &AtomicBool, batches: &AtomicU64) -> WriterReport {
         let mut due = Instant::now();
         for number in 0..most_batches {
             if stop.load(Ordering::Relaxed) {
@@ -181,10 +154,7 @@ impl Writer {
             }
             if let Err(e) = self.batch(number) {
                 // What was sent and not answered may have been executed or not: its keys are not acknowledged.
-                self.fail(format!(
-                    "batch {number}: the connection to gateway {} failed: {e}",
-                    self.report.gateway
-                ));
+                self.fail(format!("batch {number}: the connection to gateway {} failed: {e}", self.report.gateway));
                 break;
             }
             batches.fetch_add(1, Ordering::Relaxed);
@@ -198,11 +168,7 @@ impl Writer {
     fn batch(&mut self, number: u64) -> std::io::Result<()> {
         let gateway = self.report.gateway;
         let name = &self.name;
-        let keys: Vec<String> = self
-            .tags
-            .iter()
-            .map(|tag| format!("{{{tag}}}:{name}:{gateway}:{number}"))
-            .collect();
+        let keys: Vec<String> = self.tags.iter().map(|tag| format!("{{{tag}}}:{name}:{gateway}:{number}")).collect();
         let mut bytes = Vec::new();
         for key in &keys {
             encode(&[b"SET", key.as_bytes(), key.as_bytes()], &mut bytes);
@@ -222,13 +188,8 @@ impl Writer {
             }
         }
         match self.client.read()? {
-            Value::Int(n) if u64::try_from(n) == Ok(self.report.increments + 1) => {
-                self.report.increments += 1
-            }
-            other => self.fail(format!(
-                "INCR number {} at gateway {gateway}: {other:?}",
-                self.report.increments + 1
-            )),
+            Value::Int(n) if u64::try_from(n) == Ok(self.report.increments + 1) => self.report.increments += 1,
+            other => self.fail(format!("INCR number {} at gateway {gateway}: {other:?}", self.report.increments + 1)),
         }
         Ok(())
     }
@@ -252,38 +213,26 @@ pub fn check_acknowledged(addr: SocketAddr, reports: &[WriterReport]) -> Result<
     for report in reports {
         for keys in report.acknowledged.chunks(CHECK_BATCH) {
             let mut bytes = Vec::new();
-            keys.iter()
-                .for_each(|key| encode(&[b"GET", key.as_bytes()], &mut bytes));
+            keys.iter().for_each(|key| encode(&[b"GET", key.as_bytes()], &mut bytes));
             client.send(&bytes).context("reading back")?;
             for key in keys {
-                let reply = client
-                    .read()
-                    .context(format!("reading {key} back at {addr}"))?;
+                let reply = client.read().context(format!("reading {key} back at {addr}"))?;
                 if reply != Value::bulk(key) {
                     lost += 1;
                     first.get_or_insert_with(|| format!("GET {key} at {addr}: {reply:?}"));
                 }
             }
         }
-        let reply = client
-            .call(&format!("GET {}", report.counter))
-            .context("reading a counter back")?;
+        let reply = client.call(&format!("GET {}", report.counter)).context("reading a counter back")?;
         // Without a failed request, nothing is unknown and the counter is exact.
         if report.failed == 0 && reply != Value::bulk(report.increments.to_string()) {
             lost += 1;
-            first.get_or_insert_with(|| {
-                format!(
-                    "{} is {reply:?} after {} INCRs",
-                    report.counter, report.increments
-                )
-            });
+            first.get_or_insert_with(|| format!("{} is {reply:?} after {} INCRs", report.counter, report.increments));
         }
     }
     match first {
         None => Ok(()),
-        Some(first) => Err(Failure::new(format!(
-            "{lost} acknowledged writes are lost or wrong; the first: {first}"
-        ))),
+        Some(first) => Err(Failure::new(format!("{lost} acknowledged writes are lost or wrong; the first: {first}"))),
     }
 }
 
@@ -301,11 +250,7 @@ mod tests {
         let load = Load::start("t", &[(1, addr)], 4, Duration::ZERO, 10).unwrap();
         let ended = |load: &Load| load.threads.iter().all(JoinHandle::is_finished);
         let wait = || {
-            if ended(&load) {
-                Ok(())
-            } else {
-                Err(Failure::new("it writes"))
-            }
+            if ended(&load) { Ok(()) } else { Err(Failure::new("it writes")) }
         };
         super::super::eventually("the writer's end", ONCE, wait).unwrap();
         let reports = load.finish().unwrap();
@@ -317,11 +262,7 @@ mod tests {
     fn an_honest_server_passes() {
         let (report, check) = write_and_check(|_| None);
         check.unwrap();
-        assert_eq!(
-            (report.acknowledged.len(), report.increments, report.failed),
-            (40, 10, 0),
-            "{report:?}"
-        );
+        assert_eq!((report.acknowledged.len(), report.increments, report.failed), (40, 10, 0), "{report:?}");
         assert!(report.longest_gap > Duration::ZERO);
     }
 
@@ -329,25 +270,16 @@ mod tests {
     fn a_lost_write_is_found() {
         // Acknowledged and not executed.
         let lose = |line: &str| {
-            line.starts_with("SET")
-                .then_some(())
-                .filter(|()| line.ends_with(":7"))
-                .map(|()| Some("+OK\r\n".into()))
+            line.starts_with("SET").then_some(()).filter(|()| line.ends_with(":7")).map(|()| Some("+OK\r\n".into()))
         };
         let (report, check) = write_and_check(lose);
         assert_eq!(report.failed, 0);
-        assert!(
-            check
-                .unwrap_err()
-                .to_string()
-                .starts_with("4 acknowledged writes are lost")
-        );
+        assert!(check.unwrap_err().to_string().starts_with("4 acknowledged writes are lost"));
     }
 
     #[test]
     fn an_increment_applied_twice_is_found() {
-        let (report, _) =
-            write_and_check(|line| line.starts_with("INCR").then(|| Some(":2\r\n".into())));
+        let (report, _) = write_and_check(|line| line.starts_with("INCR").then(|| Some(":2\r\n".into())));
         assert_eq!(
             (report.failed, report.increments),
             (10, 0),
@@ -357,27 +289,14 @@ mod tests {
 
     #[test]
     fn errors_and_closed_connections_are_failures() {
-        let (report, check) = write_and_check(|line| {
-            line.ends_with(":3")
-                .then(|| Some("-CLUSTERDOWN no\r\n".into()))
-        });
-        assert_eq!(
-            (report.failed, report.acknowledged.len()),
-            (4, 36),
-            "{report:?}"
-        );
+        let (report, check) = write_and_check(|line| line.ends_with(":3").then(|| Some("-CLUSTERDOWN no\r\n".into())));
+        assert_eq!((report.failed, report.acknowledged.len()), (4, 36), "{report:?}");
         // The four were refused, so nobody expects them.
         check.unwrap();
         let mut closed = false;
-        let close = move |line: &str| {
-            (line.ends_with(":5") && !std::mem::replace(&mut closed, true)).then_some(None)
-        };
+        let close = move |line: &str| (line.ends_with(":5") && !std::mem::replace(&mut closed, true)).then_some(None);
         let (report, check) = write_and_check(close);
-        assert_eq!(
-            (report.failed, report.acknowledged.len()),
-            (1, 20),
-            "{report:?}"
-        );
+        assert_eq!((report.failed, report.acknowledged.len()), (1, 20), "{report:?}");
         check.unwrap();
     }
 

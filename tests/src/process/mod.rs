@@ -74,20 +74,13 @@ impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
 const POLL: Duration = Duration::from_millis(20);
 
 /// Asks `probe` until it succeeds, or fails with its last error once `within` is over. It is asked at least once.
-pub fn eventually<T>(
-    what: &str,
-    within: Duration,
-    mut probe: impl FnMut() -> Result<T>,
-) -> Result<T> {
+pub fn eventually<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + within;
     loop {
         match probe() {
             Ok(value) => return Ok(value),
             Err(e) if Instant::now() >= deadline => {
-                return Err(Failure(format!(
-                    "{what}: not within {} s; at last: {e}",
-                    within.as_secs_f64()
-                )));
+                return Err(Failure(format!("{what}: not within {} s; at last: {e}", within.as_secs_f64())));
             }
             Err(_) => std::thread::sleep(POLL),
         }
@@ -103,20 +96,10 @@ mod tests {
         let mut calls = 0;
         let third = eventually("counting", Duration::from_secs(60), || {
             calls += 1;
-            if calls == 3 {
-                Ok(calls)
-            } else {
-                Err(Failure::new("not yet"))
-            }
+            if calls == 3 { Ok(calls) } else { Err(Failure::new("not yet")) }
         });
         assert_eq!(third.unwrap(), 3);
-        let never: Result<()> =
-            eventually("nothing", Duration::ZERO, || Err(Failure::new("no reason")));
-        assert!(
-            never
-                .unwrap_err()
-                .to_string()
-                .contains("at last: no reason")
-        );
+        let never: Result<()> = eventually("nothing", Duration::ZERO, || Err(Failure::new("no reason")));
+        assert!(never.unwrap_err().to_string().contains("at last: no reason"));
     }
 }

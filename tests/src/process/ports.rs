@@ -84,9 +84,7 @@ pub fn reserve() -> Result<Block> {
             return Ok(Block { lock, first });
         }
     }
-    Err(Failure::new(format!(
-        "no free block of {BLOCK} ports on loopback above {FIRST}"
-    )))
+    Err(Failure::new(format!("no free block of {BLOCK} ports on loopback above {FIRST}")))
 }
 
 #[cfg(test)]
@@ -101,23 +99,11 @@ mod tests {
         for block in &blocks {
             assert!(block.is_locked());
             for node in 1..=u64::from(MAX_NODES) {
-                for purpose in [
-                    Use::Redis,
-                    Use::RedisCluster,
-                    Use::Gossip,
-                    Use::Raft,
-                    Use::Http,
-                ] {
-                    assert!(
-                        seen.insert(block.port(node, purpose)),
-                        "{purpose:?} of node {node} repeats"
-                    );
+                for purpose in [Use::Redis, Use::RedisCluster, Use::Gossip, Use::Raft, Use::Http] {
+                    assert!(seen.insert(block.port(node, purpose)), "{purpose:?} of node {node} repeats");
                 }
             }
         }
-        assert_eq!(
-            blocks[0].port(2, Use::Raft),
-            blocks[0].port(1, Use::Raft) + 1
-        );
+        assert_eq!(blocks[0].port(2, Use::Raft), blocks[0].port(1, Use::Raft) + 1);
     }
 }

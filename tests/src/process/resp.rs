@@ -65,9 +65,7 @@ impl Client {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;
-        Ok(Client {
-            stream: BufReader::new(stream),
-        })
+        Ok(Client { stream: BufReader::new(stream) })
     }
 
     /// Sends one command, given as words without spaces in them, and reads its reply.
@@ -76,10 +74,7 @@ impl Client {
     ///
     /// Of the connection; an error reply is a [`Value::Error`].
     pub fn call(&mut self, command: &str) -> io::Result<Value> {
-        let args: Vec<&[u8]> = command
-            .split_ascii_whitespace()
-            .map(str::as_bytes)
-            .collect();
+        let args: Vec<&[u8]> = command.split_ascii_whitespace().map(str::as_bytes).collect();
         let mut bytes = Vec::new();
         encode(&args, &mut bytes);
         self.send(&bytes)?;
@@ -128,10 +123,7 @@ fn decode(from: &mut impl BufRead, depth: usize) -> io::Result<Value> {
         return Err(bad("an empty reply line"));
     };
     let text = String::from_utf8_lossy(text).into_owned();
-    let number = || {
-        text.parse::<i64>()
-            .map_err(|_| bad("not a number where RESP wants one"))
-    };
+    let number = || text.parse::<i64>().map_err(|_| bad("not a number where RESP wants one"));
     let length = |most: usize| match number()? {
         -1 => Ok(None),
         n => match usize::try_from(n) {
@@ -158,10 +150,7 @@ fn decode(from: &mut impl BufRead, depth: usize) -> io::Result<Value> {
             let Some(length) = length(MAX_ELEMENTS)? else {
                 return Ok(Value::Nil);
             };
-            (0..length)
-                .map(|_| decode(from, depth + 1))
-                .collect::<io::Result<_>>()
-                .map(Value::Array)
+            (0..length).map(|_| decode(from, depth + 1)).collect::<io::Result<_>>().map(Value::Array)
         }
         _ => Err(bad("not a RESP2 reply")),
     }
@@ -189,10 +178,8 @@ pub(crate) mod fake {
                 let mut writer = stream.try_clone().expect("a second handle");
                 let mut reader = BufReader::new(stream);
                 while let Ok(Value::Array(words)) = decode(&mut reader, 0) {
-                    let words: Vec<Vec<u8>> = words
-                        .into_iter()
-                        .map(|w| if let Value::Bulk(b) = w { b } else { vec![] })
-                        .collect();
+                    let words: Vec<Vec<u8>> =
+                        words.into_iter().map(|w| if let Value::Bulk(b) = w { b } else { vec![] }).collect();
                     let line = String::from_utf8_lossy(&words.join(&b' ')).into_owned();
                     let reply = match tamper(&line) {
                         Some(None) => break,
@@ -215,11 +202,8 @@ pub(crate) mod fake {
                 "+OK\r\n".into()
             }
             b"INCR" => {
-                let old = store.get(&words[1]).map_or(0, |v| {
-                    String::from_utf8_lossy(v)
-                        .parse::<u64>()
-                        .expect("a counter")
-                });
+                let old =
+                    store.get(&words[1]).map_or(0, |v| String::from_utf8_lossy(v).parse::<u64>().expect("a counter"));
                 store.insert(words[1].clone(), (old + 1).to_string().into_bytes());
                 format!(":{}\r\n", old + 1)
             }
@@ -247,28 +231,13 @@ mod tests {
         assert_eq!(next(), Value::Nil);
         assert_eq!(next(), Value::Array(vec![Value::Int(1), Value::bulk("")]));
         assert_eq!(next(), Value::Nil);
-        assert_eq!(
-            decode(&mut from, 0).unwrap_err().kind(),
-            io::ErrorKind::UnexpectedEof
-        );
+        assert_eq!(decode(&mut from, 0).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]
     fn wrong_replies_are_errors() {
-        for bad in [
-            "+OK\n",
-            "$2\r\nabc\r\n",
-            "$x\r\n",
-            "*99999999999\r\n",
-            "?\r\n",
-            "\r\n",
-            "$-2\r\n",
-        ] {
-            assert_eq!(
-                decode(&mut bad.as_bytes(), 0).unwrap_err().kind(),
-                io::ErrorKind::InvalidData,
-                "{bad:?}"
-            );
+        for bad in ["+OK\n", "$2\r\nabc\r\n", "$x\r\n", "*99999999999\r\n", "?\r\n", "\r\n", "$-2\r\n"] {
+            assert_eq!(decode(&mut bad.as_bytes(), 0).unwrap_err().kind(), io::ErrorKind::InvalidData, "{bad:?}");
         }
         let deep = "*1\r\n".repeat(100);
         assert!(decode(&mut deep.as_bytes(), 0).is_err());

@@ -22,14 +22,8 @@ pub struct Turn {
 ///
 /// If the lock file cannot be opened, or the turn does not come.
 pub fn turn() -> Result<Turn> {
-    let path = std::env::current_exe()
-        .context("the path of this program")?
-        .with_file_name("crema-process.lock");
-    let file = File::options()
-        .create(true)
-        .append(true)
-        .open(&path)
-        .context(format!("opening {}", path.display()))?;
+    let path = std::env::current_exe().context("the path of this program")?.with_file_name("crema-process.lock");
+    let file = File::options().create(true).append(true).open(&path).context(format!("opening {}", path.display()))?;
     eventually("the turn of this test", Duration::from_secs(600), || {
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|e| Failure::new(format!("{}: {e}", path.display())))

@@ -198,19 +198,54 @@ impl Spec {
     }
 }
 
-const fn string(cmd: Cmd, name: &'static str, arity: i16, flags: u16, since: &'static str, summary: &'static str) -> Spec {
+const fn string(
+    cmd: Cmd,
+    name: &'static str,
+    arity: i16,
+    flags: u16,
+    since: &'static str,
+    summary: &'static str,
+) -> Spec {
     new(cmd, name, arity, flags, since, summary).group("string").keyed(1, 1, 1)
 }
-const fn generic(cmd: Cmd, name: &'static str, arity: i16, flags: u16, since: &'static str, summary: &'static str) -> Spec {
+const fn generic(
+    cmd: Cmd,
+    name: &'static str,
+    arity: i16,
+    flags: u16,
+    since: &'static str,
+    summary: &'static str,
+) -> Spec {
     new(cmd, name, arity, flags, since, summary).group("generic").keyed(1, 1, 1)
 }
-const fn connection(cmd: Cmd, name: &'static str, arity: i16, flags: u16, since: &'static str, summary: &'static str) -> Spec {
+const fn connection(
+    cmd: Cmd,
+    name: &'static str,
+    arity: i16,
+    flags: u16,
+    since: &'static str,
+    summary: &'static str,
+) -> Spec {
     new(cmd, name, arity, flags, since, summary).group("connection")
 }
-const fn cluster(cmd: Cmd, name: &'static str, arity: i16, flags: u16, since: &'static str, summary: &'static str) -> Spec {
+const fn cluster(
+    cmd: Cmd,
+    name: &'static str,
+    arity: i16,
+    flags: u16,
+    since: &'static str,
+    summary: &'static str,
+) -> Spec {
     new(cmd, name, arity, flags, since, summary).group("cluster")
 }
-const fn transactions(cmd: Cmd, name: &'static str, arity: i16, flags: u16, since: &'static str, summary: &'static str) -> Spec {
+const fn transactions(
+    cmd: Cmd,
+    name: &'static str,
+    arity: i16,
+    flags: u16,
+    since: &'static str,
+    summary: &'static str,
+) -> Spec {
     new(cmd, name, arity, flags, since, summary).group("transactions")
 }
 
@@ -227,8 +262,22 @@ pub static COMMANDS: &[Spec] = &[
         connection(Cmd::ClientHelp, "client|help", 2, CALM, "5.0.0", "Lists the subcommands"),
         connection(Cmd::ClientId, "client|id", 2, NOSCRIPT | CALM, "5.0.0", "The connection's id"),
         connection(Cmd::ClientInfo, "client|info", 2, NOSCRIPT | CALM, "6.2.0", "What is known of the connection"),
-        connection(Cmd::ClientList, "client|list", -2, ADMIN | NOSCRIPT | CALM, "2.4.0", "The connections of this node"),
-        connection(Cmd::ClientNoEvict, "client|no-evict", 3, ADMIN | NOSCRIPT | CALM, "7.0.0", "Accepted without effect"),
+        connection(
+            Cmd::ClientList,
+            "client|list",
+            -2,
+            ADMIN | NOSCRIPT | CALM,
+            "2.4.0",
+            "The connections of this node",
+        ),
+        connection(
+            Cmd::ClientNoEvict,
+            "client|no-evict",
+            3,
+            ADMIN | NOSCRIPT | CALM,
+            "7.0.0",
+            "Accepted without effect",
+        ),
         connection(Cmd::ClientNoTouch, "client|no-touch", 3, NOSCRIPT | CALM, "7.2.0", "Accepted without effect"),
         connection(Cmd::ClientSetinfo, "client|setinfo", 4, NOSCRIPT | CALM, "7.2.0", "Tells the client's library"),
         connection(Cmd::ClientSetname, "client|setname", 3, NOSCRIPT | CALM, "2.6.9", "Names the connection"),
@@ -289,7 +338,8 @@ pub static COMMANDS: &[Spec] = &[
     cluster(Cmd::Readwrite, "readwrite", 1, CALM | FAST, "3.0.0", "Accepted without effect"),
     connection(Cmd::Reset, "reset", 1, GREETING | UNQUEUED, "6.2.0", "Back to the state of a new connection"),
     new(Cmd::Role, "role", 1, NOSCRIPT | CALM | FAST, "2.8.12", "The node's role, which is always master"),
-    generic(Cmd::Scan, "scan", -2, READONLY | NO_MULTI, "2.8.0", "Iterate over the keys of the selected database").keyed(0, 0, 0),
+    generic(Cmd::Scan, "scan", -2, READONLY | NO_MULTI, "2.8.0", "Iterate over the keys of the selected database")
+        .keyed(0, 0, 0),
     connection(Cmd::Select, "select", 2, CALM | FAST, "1.0.0", "Select a database"),
     string(Cmd::Set, "set", -3, WRITE | DENYOOM, "1.0.0", "Set a value"),
     string(Cmd::Setex, "setex", 4, WRITE | DENYOOM, "2.0.0", "Set a value that expires after seconds"),
@@ -300,7 +350,8 @@ pub static COMMANDS: &[Spec] = &[
     generic(Cmd::Ttl, "ttl", 2, READONLY | FAST, "1.0.0", "Seconds until a key expires"),
     generic(Cmd::Type, "type", 2, READONLY | FAST, "1.0.0", "The type of a value"),
     generic(Cmd::Unlink, "unlink", -2, WRITE | FAST, "4.0.0", "Delete keys").keyed(1, -1, 1),
-    generic(Cmd::Wait, "wait", 3, NOSCRIPT, "3.0.0", "How many further replicas have all acknowledged writes").keyed(0, 0, 0),
+    generic(Cmd::Wait, "wait", 3, NOSCRIPT, "3.0.0", "How many further replicas have all acknowledged writes")
+        .keyed(0, 0, 0),
 ];
 
 /// Buckets of the hash table, several times the number of commands: few collisions.

@@ -224,6 +224,7 @@ impl Connection {
                     break;
                 }
                 match wr.try_write(&self.out) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Ok(n) => self.written(n),
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                     Err(e) => return Err(e),
@@ -323,7 +324,9 @@ impl Connection {
     }
 
     fn is_full(&self) -> bool {
-        self.output_full() || self.queue.len() >= self.window || (self.bytes >= MAX_IN_FLIGHT_BYTES && !self.queue.is_empty())
+        self.output_full()
+            || self.queue.len() >= self.window
+            || (self.bytes >= MAX_IN_FLIGHT_BYTES && !self.queue.is_empty())
     }
 
     /// Whether commands may be planned under `view`: not as long as something planned under another placement is

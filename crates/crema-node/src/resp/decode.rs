@@ -235,7 +235,9 @@ impl Decoder {
                         Some(b'$') => {}
                         Some(other) => return Err(ProtocolError::NotBulk(*other)),
                     }
-                    let Some(end) = self.search(buf, b'\r', 1, ProtocolError::BulkCountTooBig)? else { return Ok(false) };
+                    let Some(end) = self.search(buf, b'\r', 1, ProtocolError::BulkCountTooBig)? else {
+                        return Ok(false);
+                    };
                     let len = parse_i64(&buf[self.pos + 1..end]).filter(|_| buf[end + 1] == b'\n');
                     let len = len.and_then(|n| usize::try_from(n).ok()).filter(|n| *n <= MAX_BULK_BYTES);
                     let len = len.ok_or(ProtocolError::BadBulk)?;
@@ -306,7 +308,13 @@ impl Decoder {
     }
 
     /// Where the next `wanted` is, with `behind` more bytes present after it. Goes on where the last search ended.
-    fn search(&mut self, buf: &[u8], wanted: u8, behind: usize, too_big: ProtocolError) -> Result<Option<usize>, ProtocolError> {
+    fn search(
+        &mut self,
+        buf: &[u8],
+        wanted: u8,
+        behind: usize,
+        too_big: ProtocolError,
+    ) -> Result<Option<usize>, ProtocolError> {
         let from = self.pos + self.searched;
         let unseen = buf.get(from..).unwrap_or_default();
         let end = unseen.iter().position(|b| *b == wanted).map(|i| from + i);
@@ -454,7 +462,8 @@ mod tests {
 
     #[test]
     fn every_cut_of_a_pipelined_stream_gives_the_same_commands() {
-        let wanted = words(&[&["GET", "k"], &["PING", "a bA"], &["SET", "", "a\r\nb\n"], &["ECHO", "it's", "x"], &["QUIT"]]);
+        let wanted =
+            words(&[&["GET", "k"], &["PING", "a bA"], &["SET", "", "a\r\nb\n"], &["ECHO", "it's", "x"], &["QUIT"]]);
         assert_eq!(decode(STREAM, &[], false), (wanted.clone(), None));
         for first in 0..=STREAM.len() {
             for second in first..=STREAM.len() {
@@ -559,7 +568,7 @@ mod tests {
     fn noise_never_panics_and_keeps_memory_bounded() {
         let alphabet = b"*$0123456789-\r\n\"'\\x GETa\x00\xff";
         let mut seed = 0x9e37_79b9_7f4a_7c15;
-        println!("seed {seed:#x}");
+        eprintln!("seed {seed:#x}");
         for round in 0..3000 {
             let trusted = round % 2 == 0;
             let mut stream: Vec<u8> = if round % 3 == 0 { STREAM.to_vec() } else { Vec::new() };
@@ -602,7 +611,9 @@ mod tests {
         for n in [0, 1, -1, 10, i64::MAX, i64::MIN] {
             assert_eq!(parse_i64(n.to_string().as_bytes()), Some(n));
         }
-        for text in ["", "-", "+1", " 1", "1 ", "01", "-0", "-01", "1.0", "0x1", "9223372036854775808", "-9223372036854775809"] {
+        for text in
+            ["", "-", "+1", " 1", "1 ", "01", "-0", "-01", "1.0", "0x1", "9223372036854775808", "-9223372036854775809"]
+        {
             assert_eq!(parse_i64(text.as_bytes()), None, "{text}");
         }
     }

@@ -232,7 +232,10 @@ mod tests {
     fn both_protocols() {
         assert_eq!(both(&Reply::Nil, Fmt::Plain), ["$-1\r\n", "_\r\n"]);
         assert_eq!(both(&Reply::Ok, Fmt::Plain), ["+OK\r\n", "+OK\r\n"]);
-        assert_eq!(both(&Reply::Bulk(Bytes::from_static(b"a\r\n")), Fmt::Plain), ["$3\r\na\r\n\r\n", "$3\r\na\r\n\r\n"]);
+        assert_eq!(
+            both(&Reply::Bulk(Bytes::from_static(b"a\r\n")), Fmt::Plain),
+            ["$3\r\na\r\n\r\n", "$3\r\na\r\n\r\n"]
+        );
         assert_eq!(both(&Reply::Type(ValueType::None), Fmt::Plain)[0], "+none\r\n");
         assert_eq!(both(&Reply::Type(ValueType::String), Fmt::Plain)[0], "+string\r\n");
         let two = Reply::Array(vec![Reply::Int(-1), Reply::Nil]);

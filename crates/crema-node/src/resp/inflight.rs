@@ -234,12 +234,21 @@ impl Many {
     }
 
     /// The shard said that the slots are not its own: sends the operations where they belong by the present view.
-    fn place_again(&mut self, index: usize, part: &Part, positions: &Positions, view: &RoutingView, resend: &mut Vec<u32>) {
+    fn place_again(
+        &mut self,
+        index: usize,
+        part: &Part,
+        positions: &Positions,
+        view: &RoutingView,
+        resend: &mut Vec<u32>,
+    ) {
         let ops: Vec<Op<'_>> = OpsRef::parse(&part.ops).map(|ops| ops.iter().collect()).unwrap_or_default();
         let placed = by_shard(&ops, view);
         let failure = match &placed {
             None => Some(Failure::Refused(Refusal::WrongShard)),
-            Some(groups) if groups.len() > 1 && matches!(self.finish, Finish::Transaction(_)) => Some(Failure::CrossSlot),
+            Some(groups) if groups.len() > 1 && matches!(self.finish, Finish::Transaction(_)) => {
+                Some(Failure::CrossSlot)
+            }
             Some(_) => None,
         };
         self.parts[index].2 = true;
@@ -350,7 +359,10 @@ const UNKNOWN: &str = "UNKNOWN outcome unknown: the command may or may not have 
 fn write_refusal(out: &mut BytesMut, refusal: Refusal) {
     match refusal {
         Refusal::NoLeader(shard) => {
-            encode::error(out, format!("CLUSTERDOWN shard {shard} has no leader; the command was not executed").as_bytes());
+            encode::error(
+                out,
+                format!("CLUSTERDOWN shard {shard} has no leader; the command was not executed").as_bytes(),
+            );
         }
         Refusal::Busy(shard) => {
             let text = format!("TRYAGAIN shard {shard} did not take the command in time; it was not executed");

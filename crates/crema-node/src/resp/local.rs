@@ -371,9 +371,8 @@ fn config_get(ctx: &Context<'_>, state: &ClientState, args: Args<'_>, out: &mut 
 fn info(ctx: &Context<'_>, args: Args<'_>) -> String {
     let everything = ["all", "default", "everything"];
     let is = |arg: &[u8], name: &str| arg.eq_ignore_ascii_case(name.as_bytes());
-    let wanted = |section: &str| {
-        args.len() == 1 || args.from(1).any(|a| is(a, section) || everything.iter().any(|e| is(a, e)))
-    };
+    let wanted =
+        |section: &str| args.len() == 1 || args.from(1).any(|a| is(a, section) || everything.iter().any(|e| is(a, e)));
     let (front, view) = (ctx.front, ctx.view);
     let stats = &front.stats;
     let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
@@ -423,7 +422,8 @@ fn info(ctx: &Context<'_>, args: Args<'_>) -> String {
     );
     section(
         "Persistence",
-        "loading:0\r\nasync_loading:0\r\nrdb_bgsave_in_progress:0\r\naof_enabled:0\r\naof_rewrite_in_progress:0\r\n".into(),
+        "loading:0\r\nasync_loading:0\r\nrdb_bgsave_in_progress:0\r\naof_enabled:0\r\naof_rewrite_in_progress:0\r\n"
+            .into(),
     );
     section(
         "Stats",
@@ -613,7 +613,6 @@ fn help(out: &mut BytesMut, container: &str) {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -715,7 +714,10 @@ mod tests {
         let line = p.local("client info");
         assert!(line.ends_with("lib-name=redis-py lib-ver=1.2\n\r\n"), "{line}");
         assert!(line.contains("id=1 ") && line.contains("addr=192.0.2.1:5000 laddr=192.0.2.9:6379 "));
-        assert_eq!(p.local("client maint_notifications on"), "-ERR unknown subcommand 'maint_notifications'. Try CLIENT HELP.\r\n");
+        assert_eq!(
+            p.local("client maint_notifications on"),
+            "-ERR unknown subcommand 'maint_notifications'. Try CLIENT HELP.\r\n"
+        );
     }
 
     #[test]

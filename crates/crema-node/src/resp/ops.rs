@@ -226,7 +226,8 @@ fn set<'a>(spec: &Spec, args: Args<'a>, key: KeyRef<'a>, now: WallTime) -> Resul
         } else if is(arg, "keepttl") && timed.is_none() {
             expire = Some(SetExpire::Keep);
         } else if let Some(timing) = Timing::of_option(arg)
-            && timed.is_none()
+            // The same option again replaces the first one, as in Redis; two different ones contradict each other.
+            && timed.is_none_or(|(earlier, _)| earlier == timing)
             && expire.is_none()
             && i + 1 < args.len()
         {
@@ -255,7 +256,13 @@ fn getex<'a>(spec: &Spec, args: Args<'a>, key: KeyRef<'a>, now: WallTime) -> Res
     Ok(Built::One(Op::GetEx { key, expire }, Fmt::Plain))
 }
 
-fn expire<'a>(spec: &Spec, args: Args<'a>, key: KeyRef<'a>, timing: Timing, now: WallTime) -> Result<Built<'a>, Refused> {
+fn expire<'a>(
+    spec: &Spec,
+    args: Args<'a>,
+    key: KeyRef<'a>,
+    timing: Timing,
+    now: WallTime,
+) -> Result<Built<'a>, Refused> {
     let (mut nx, mut xx, mut gt, mut lt) = (false, false, false, false);
     for option in args.from(3) {
         let flag = [("nx", &mut nx), ("xx", &mut xx), ("gt", &mut gt), ("lt", &mut lt)];
@@ -326,6 +333,7 @@ mod tests {
         assert_eq!(set_parts("set k v NX get"), (IfAbsent, SetExpire::Clear, true));
         assert_eq!(set_parts("set k v xx KeepTtl"), (IfPresent, SetExpire::Keep, false));
         assert_eq!(set_parts("set k v ex 10 xx"), (IfPresent, SetExpire::After(10_000), false));
+        assert_eq!(set_parts("set k v ex 1 ex 2 nx nx"), (IfAbsent, SetExpire::After(2000), false));
         assert_eq!(set_parts("set k v px 10"), (Always, SetExpire::After(10), false));
         assert_eq!(set_parts("set k v exat 10"), (Always, SetExpire::At(WallTime(10_000)), false));
         assert_eq!(set_parts("set k v get pxat 10"), (Always, SetExpire::At(WallTime(10)), true));
@@ -346,7 +354,6 @@ mod tests {
             ("set k v keepttl ex 1", "syntax error"),
             ("set k v ex 1 keepttl", "syntax error"),
             ("set k v ex 1 px 1", "syntax error"),
-            ("set k v ex 1 ex 1", "syntax error"),
             ("set k v persist", "syntax error"),
             ("set k v ex 0", "invalid expire time in 'set' command"),
             ("set k v ex -1", "invalid expire time in 'set' command"),

@@ -367,9 +367,9 @@ fn exec(ctx: &Context<'_>, state: &mut ClientState, out: &mut BytesMut) -> Plan 
 
 fn too_large(e: CodecError) -> String {
     match e {
-        CodecError::TooLarge => format!(
-            "more than {MAX_OPS_PER_REQUEST} keys or {MAX_REQUEST_BYTES} bytes for one shard in one command"
-        ),
+        CodecError::TooLarge => {
+            format!("more than {MAX_OPS_PER_REQUEST} keys or {MAX_REQUEST_BYTES} bytes for one shard in one command")
+        }
         e => format!("the command cannot be encoded: {e}"),
     }
 }
@@ -471,9 +471,10 @@ fn everywhere(
     };
     let covered = ctx.view.shards.iter().enumerate().filter(|(_, r)| covers(ctx, r));
     let shards: Vec<ShardId> = covered.map(|(i, _)| ShardId(i as u32)).collect();
-    let parts = shards.iter().enumerate().map(|(i, shard)| {
-        (Part::new(*shard, op.is_write(), ops.clone()), Positions::Some(vec![i as u32]))
-    });
+    let parts = shards
+        .iter()
+        .enumerate()
+        .map(|(i, shard)| (Part::new(*shard, op.is_write(), ops.clone()), Positions::Some(vec![i as u32])));
     let many = Many::new(parts.collect(), shards.len(), Finish::Combine(combine));
     Plan::Send(InFlight::many(spec.name, state.proto, ctx.deadline, many))
 }
@@ -662,7 +663,14 @@ mod tests {
         assert_eq!(p.state.db, 1, "and beyond it");
         let bulk = |s: &'static str| Reply::Bulk(Bytes::from_static(s.as_bytes()));
         let answers = vec![
-            Reply::Ok, bulk("1"), Reply::Nil, Reply::Ok, Reply::Ok, Reply::Int(1), Reply::Int(1), Reply::Int(1500),
+            Reply::Ok,
+            bulk("1"),
+            Reply::Nil,
+            Reply::Ok,
+            Reply::Ok,
+            Reply::Int(1),
+            Reply::Int(1),
+            Reply::Int(1500),
         ];
         c.complete(0, ClientResult::Reply(Reply::Array(answers)), &p.view, &mut Vec::new());
         let mut out = BytesMut::new();
@@ -698,7 +706,10 @@ mod tests {
         assert_eq!(all(&["exec"]), "-ERR EXEC without MULTI\r\n");
         assert_eq!(all(&["discard"]), "-ERR DISCARD without MULTI\r\n");
         assert_eq!(all(&["multi", "multi", "exec"]), "+OK\r\n-ERR MULTI calls can not be nested\r\n*0\r\n");
-        assert_eq!(all(&["multi", "set a 1", "discard", "exec"]), "+OK\r\n+QUEUED\r\n+OK\r\n-ERR EXEC without MULTI\r\n");
+        assert_eq!(
+            all(&["multi", "set a 1", "discard", "exec"]),
+            "+OK\r\n+QUEUED\r\n+OK\r\n-ERR EXEC without MULTI\r\n"
+        );
         assert_eq!(
             all(&["multi", "FOO", "set a 1", "exec", "exec"]),
             "+OK\r\n-ERR unknown command 'FOO', with args beginning with: \r\n+QUEUED\r\n\

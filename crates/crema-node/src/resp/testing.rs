@@ -11,8 +11,8 @@ use crate::resp::server::{ClientInfo, FrontConfig, ListenerKind};
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use crema_core::{
-    ClusterUuid, Epoch, Incarnation, LogIndex, LogTime, MonoTime, NodeId, Now, Op, OpsRef, Outcome, ReadResult, Reply,
-    ReplicaId, Seq, SessionId, SessionTag, ShardId, ShardInit, SlotRange, StateMachine, Term, WallTime,
+    ClusterUuid, Epoch, Incarnation, LogIndex, LogTime, MonoTime, NodeId, Now, Op, OpsRef, Outcome, ReadResult,
+    ReplicaId, Reply, Seq, SessionId, SessionTag, ShardId, ShardInit, SlotRange, StateMachine, Term, WallTime,
 };
 use crema_core::{EntryBuilder, encode_advance, encode_open_session};
 use crema_shard::{ClientRequest, ClientResult, ConnId, NodeAddrs, NodeRoute, RoutingView, ShardRoute};

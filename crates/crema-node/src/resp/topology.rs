@@ -228,12 +228,22 @@ mod tests {
         let node = |n: u64| format!("*4\r\n$8\r\n10.0.0.{n}\r\n:{}\r\n$40\r\n{}\r\n*0\r\n", 7378 + n, id(n));
         let wanted = format!(
             "*3\r\n*5\r\n:0\r\n:5461\r\n{}{}{}*5\r\n:5462\r\n:10922\r\n{}{}{}*5\r\n:10923\r\n:16383\r\n{}{}{}",
-            node(1), node(2), node(3), node(2), node(1), node(3), node(3), node(1), node(2)
+            node(1),
+            node(2),
+            node(3),
+            node(2),
+            node(1),
+            node(3),
+            node(3),
+            node(1),
+            node(2)
         );
         assert_eq!(text, wanted);
         assert_eq!(id(1).len(), 40);
         let shards = written(|out| shards(out, Proto::Resp3, &view, local()));
-        assert!(shards.starts_with("*3\r\n%2\r\n$5\r\nslots\r\n*2\r\n:0\r\n:5461\r\n$5\r\nnodes\r\n*3\r\n%7\r\n$2\r\nid\r\n$40\r\n"));
+        assert!(shards.starts_with(
+            "*3\r\n%2\r\n$5\r\nslots\r\n*2\r\n:0\r\n:5461\r\n$5\r\nnodes\r\n*3\r\n%7\r\n$2\r\nid\r\n$40\r\n"
+        ));
         assert_eq!(shards.matches("$6\r\nmaster").count(), 3);
         assert_eq!(shards.matches("$7\r\nreplica").count(), 6);
     }
@@ -246,10 +256,16 @@ mod tests {
         let text = nodes(&view, local());
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);
-        assert!(lines[0].ends_with("10.0.0.1:7379@9001 myself,master - 0 0 7 connected 0-5461 5462-10922"), "{}", lines[0]);
+        assert!(
+            lines[0].ends_with("10.0.0.1:7379@9001 myself,master - 0 0 7 connected 0-5461 5462-10922"),
+            "{}",
+            lines[0]
+        );
         assert!(lines[1].ends_with("10.0.0.2:7380@9002 master,fail - 0 0 7 disconnected"), "{}", lines[1]);
         assert!(lines[2].ends_with("10.0.0.3:7381@9003 master - 0 0 7 connected 10923-16383"), "{}", lines[2]);
-        assert!(info(&view).starts_with("cluster_state:fail\r\ncluster_slots_assigned:16384\r\ncluster_slots_ok:10923\r\n"));
+        assert!(
+            info(&view).starts_with("cluster_state:fail\r\ncluster_slots_assigned:16384\r\ncluster_slots_ok:10923\r\n")
+        );
         let slots = written(|out| slots(out, Proto::Resp2, &view, local()));
         assert!(slots.contains("*4\r\n:5462\r\n:10922\r\n*4\r\n$8\r\n10.0.0.1"), "node 1 holds it, node 2 is down");
     }
