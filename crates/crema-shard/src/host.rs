@@ -479,8 +479,9 @@ impl Host {
                 self.take_placement(&bytes, now);
             }
             Control::Register { addrs } => self.register(from, incarnation, addrs, now),
-            Control::RegisterRefused { by } => {
-                if self.last_id_note.is_none_or(|t| now.mono.since(t) >= NOTE_EVERY) {
+            Control::RegisterRefused { refused, by } => {
+                let mine = refused == self.config.incarnation;
+                if mine && self.last_id_note.is_none_or(|t| now.mono.since(t) >= NOTE_EVERY) {
                     self.last_id_note = Some(now.mono);
                     self.out.notes.push(Note::IdInUse { by });
                 }
@@ -573,7 +574,7 @@ impl Host {
                 self.heard.get(&node).is_some_and(|lives| lives.iter().any(|(i, at)| *i == old && recent(*at)));
             let connected = self.peers.get(&node).is_some_and(|p| p.incarnation == old && p.live_since.is_some());
             if old != incarnation && (answers || connected) {
-                self.control(node, &Control::RegisterRefused { by: old });
+                self.control(node, &Control::RegisterRefused { refused: incarnation, by: old });
                 return;
             }
         }

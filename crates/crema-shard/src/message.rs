@@ -296,8 +296,11 @@ pub enum Control {
         /// My addresses.
         addrs: NodeAddrs,
     },
-    /// The id is in use by a life that still answers.
+    /// The id is in use by a life that still answers. Streams go by node id, so the message may reach that life instead of
+    /// the refused one.
     RegisterRefused {
+        /// The life that may not register.
+        refused: Incarnation,
         /// That life.
         by: Incarnation,
     },

@@ -190,7 +190,7 @@ impl<'a> Run<'a> {
         self.reach(Duration::from_secs(5), "the cluster is founded and ready", ready)?;
 
         self.load.active = true;
-        let length = self.rng.range(6, 14) * S;
+        let length = self.rng.range(8, 18) * S;
         let first = self.rng.range(10, 500) * MS;
         self.world.remind(first, NEMESIS);
         self.go_on(self.world.now() + length, |_| false)?;
@@ -286,7 +286,7 @@ impl<'a> Run<'a> {
         if self.calm {
             return;
         }
-        let pause = self.rng.range(100, 1_500) * MS;
+        let pause = self.rng.range(50, 1_500) * MS;
         self.world.remind(pause, NEMESIS);
         let enabled: Vec<Fault> = Fault::ALL.into_iter().filter(|f| self.faults.has(*f)).collect();
         if enabled.is_empty() {
@@ -294,7 +294,10 @@ impl<'a> Run<'a> {
         }
         let alive = self.world.alive();
         let length = if self.rng.permille(700) { self.rng.range(20, 1_500) } else { self.rng.range(1_000, 5_000) } * MS;
-        let node = *self.rng.pick(&alive);
+        // Leaders are worth more trouble than others.
+        let shard = *self.rng.pick(&self.world.shards());
+        let leader = self.world.leader(shard).filter(|_| self.rng.permille(500));
+        let node = leader.unwrap_or(*self.rng.pick(&alive));
         let c = &mut self.world.conditions;
         let fault = *self.rng.pick(&enabled);
         let undo = match fault {
@@ -323,11 +326,13 @@ impl<'a> Run<'a> {
             Fault::SlowDisk => {
                 let longest = self.rng.range(1, 300) * MS;
                 c.persist = Some((0, longest));
+                c.persist_at = self.rng.permille(500).then_some(node);
                 Undo::SlowDisk
             }
             Fault::Partition => {
                 let ids = self.world.ids();
-                let side: Vec<NodeId> = ids.iter().copied().filter(|_| self.rng.permille(400)).collect();
+                let company = if self.rng.permille(500) { 0 } else { 400 };
+                let side: Vec<NodeId> = ids.iter().copied().filter(|n| *n == node || self.rng.permille(company)).collect();
                 let mut cuts = Vec::new();
                 for a in &side {
                     for b in ids.iter().filter(|b| !side.contains(b)) {

@@ -30,6 +30,9 @@ struct Client {
     conn: ConnId,
     depth: u64,
     think: (u64, u64),
+    /// Part of its commands that are reads, in 1,000. Some clients only read: one whose writes hang asks nothing more,
+    /// and would not see a stale leader's answers.
+    reads: u64,
 }
 
 /// All clients and their history.
@@ -67,6 +70,7 @@ impl Workload {
                 conn: world.connect(),
                 depth: rng.range(1, MOST_DEPTH),
                 think: (MS, rng.range(busy / 2, busy * 2) * MS),
+                reads: *rng.pick(&[100, 400, 600, 1_000]),
             })
             .collect();
         for i in 0..clients.len() as u64 {
@@ -133,11 +137,11 @@ impl Workload {
             }
             self.abandon(|k| k.0 == conn);
         }
-        let (gateway, conn, depth) = (self.clients[i as usize].gateway, self.clients[i as usize].conn, self.clients[i as usize].depth);
+        let Client { gateway, conn, depth, reads, .. } = self.clients[i as usize];
         let waiting = self.open.range((conn, Token(0))..=(conn, Token(u64::MAX))).count() as u64;
         let burst = self.rng.range(0, depth.saturating_sub(waiting));
         for _ in 0..burst {
-            let (key, command) = self.next_command(conn);
+            let (key, command) = self.next_command(conn, reads);
             let patience = Duration::from_millis(self.rng.range(1_000, 5_000));
             self.send(world, gateway, conn, &key, command, patience);
         }
@@ -148,9 +152,10 @@ impl Workload {
         format!("v{},", self.next_value).into_bytes()
     }
 
-    fn next_command(&mut self, conn: ConnId) -> (String, Command) {
-        let reads = self.rng.permille(400);
-        if self.rng.permille(300) {
+    fn next_command(&mut self, conn: ConnId, reads: u64) -> (String, Command) {
+        let only_reads = reads == 1_000;
+        let reads = self.rng.permille(reads);
+        if !only_reads && self.rng.permille(300) {
             let key = format!("own{}-{}", conn.0, self.rng.below(3));
             let number = key.ends_with("-0");
             let command = match self.rng.below(3) {

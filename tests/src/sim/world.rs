@@ -88,6 +88,8 @@ pub struct Conditions {
     pub full: u64,
     /// How long a batch takes to become durable; at once if none.
     pub persist: Option<(u64, u64)>,
+    /// The only node with a slow disk; all if none.
+    pub persist_at: Option<NodeId>,
     /// How long a claim of leadership travels by gossip; it does not if none.
     pub gossip: Option<(u64, u64)>,
 }
@@ -103,6 +105,7 @@ impl Default for Conditions {
             duplicated: 0,
             full: 0,
             persist: None,
+            persist_at: None,
             gossip: Some((20 * MS, 400 * MS)),
         }
     }
@@ -600,7 +603,8 @@ impl World {
     fn perform(&mut self, id: NodeId, host: &mut Host, now: Now, effects: &mut Effects, dropped: &mut BTreeSet<(NodeId, Channel)>) {
         for batch in effects.persist.drain(..) {
             let n = self.nodes.get_mut(&id).expect("nodes stay");
-            let slow = self.conditions.persist.map(|(from, to)| self.now + self.rng.range(from, to));
+            let here = self.conditions.persist_at.is_none_or(|n| n == id);
+            let slow = self.conditions.persist.filter(|_| here).map(|(from, to)| self.now + self.rng.range(from, to));
             // A batch waits for those before it.
             let durable = slow.unwrap_or(self.now).max(n.last_persist);
             if durable == self.now {

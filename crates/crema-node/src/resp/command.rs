@@ -354,6 +354,30 @@ pub static COMMANDS: &[Spec] = &[
         .keyed(0, 0, 0),
 ];
 
+/// What COMMAND tells cluster clients about sending a command to several nodes and combining the answers. Clients act on
+/// it: without it redis-py asks one node for DBSIZE and takes its answer for the cluster's.
+pub fn tips(cmd: Cmd) -> &'static [&'static str] {
+    const VARYING: &str = "nondeterministic_output";
+    const ALL_SHARDS: &str = "request_policy:all_shards";
+    const BY_KEY: &str = "request_policy:multi_shard";
+    const SUM: &str = "response_policy:agg_sum";
+    const ALL_DONE: &str = "response_policy:all_succeeded";
+    match cmd {
+        Cmd::Ping | Cmd::Flushall | Cmd::Flushdb => &[ALL_SHARDS, ALL_DONE],
+        Cmd::Dbsize => &[ALL_SHARDS, SUM],
+        Cmd::Wait => &[ALL_SHARDS, "response_policy:agg_min"],
+        Cmd::Info => &[VARYING, ALL_SHARDS, "response_policy:special"],
+        Cmd::Scan => &[VARYING, "request_policy:special"],
+        Cmd::Mget => &[BY_KEY],
+        Cmd::Mset => &[BY_KEY, ALL_DONE],
+        Cmd::Del | Cmd::Unlink | Cmd::Exists | Cmd::Touch => &[BY_KEY, SUM],
+        Cmd::Time | Cmd::Ttl | Cmd::Pttl | Cmd::ClientInfo | Cmd::ClientList => &[VARYING],
+        Cmd::ClusterInfo | Cmd::ClusterNodes | Cmd::ClusterShards | Cmd::ClusterSlots => &[VARYING],
+        Cmd::Command | Cmd::CommandInfo | Cmd::CommandDocs | Cmd::CommandList => &["nondeterministic_output_order"],
+        _ => &[],
+    }
+}
+
 /// Buckets of the hash table, several times the number of commands: few collisions.
 const BUCKETS: usize = 256;
 /// An empty bucket.

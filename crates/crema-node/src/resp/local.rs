@@ -478,7 +478,8 @@ fn categories(spec: &Spec) -> Vec<&'static str> {
             list.push(name);
         }
     };
-    add(spec.group == "generic" && spec.first > 0, "@keyspace");
+    let whole = matches!(spec.cmd, Cmd::Dbsize | Cmd::Scan | Cmd::Flushall | Cmd::Flushdb);
+    add(whole || spec.group == "generic" && spec.first > 0, "@keyspace");
     add(spec.has(READONLY), "@read");
     add(spec.has(WRITE), "@write");
     add(spec.group == "string", "@string");
@@ -502,7 +503,9 @@ fn details(out: &mut BytesMut, proto: Proto, spec: &Spec) {
     encode::int(out, i64::from(spec.last));
     encode::int(out, i64::from(spec.step));
     simple_set(out, proto, &categories(spec));
-    encode::set(out, proto, 0);
+    let tips = command::tips(spec.cmd);
+    encode::set(out, proto, tips.len());
+    tips.iter().for_each(|tip| encode::bulk(out, tip.as_bytes()));
     match spec.first {
         0 => encode::set(out, proto, 0),
         _ => {
@@ -764,6 +767,9 @@ mod tests {
             $9\r\nfind_keys\r\n*4\r\n$4\r\ntype\r\n$5\r\nrange\r\n$4\r\nspec\r\n*6\r\n$7\r\nlastkey\r\n:0\r\n\
             $7\r\nkeystep\r\n:1\r\n$5\r\nlimit\r\n:0\r\n*0\r\n$-1\r\n";
         assert_eq!(get, wanted);
+        let dbsize = p.local("command info dbsize");
+        let tips = "*2\r\n$25\r\nrequest_policy:all_shards\r\n$23\r\nresponse_policy:agg_sum\r\n";
+        assert!(dbsize.contains(tips), "{dbsize}");
         let mset = p.local("command info mset");
         assert!(mset.contains("$7\r\nlastkey\r\n:-1\r\n$7\r\nkeystep\r\n:2\r\n"));
         assert_eq!(p.local("command count"), format!(":{}\r\n", COMMANDS.len()));

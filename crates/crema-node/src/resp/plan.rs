@@ -444,10 +444,11 @@ fn many(
     Plan::Send(InFlight::many(spec.name, state.proto, ctx.deadline, many))
 }
 
-/// Shards that commands without keys cover: all, or on the cluster listener those led here. Cluster clients send such a
-/// command to each node, and would otherwise count every key once a node.
+/// Shards that commands without keys cover: all, or on the cluster listener those that this node is named as the owner
+/// of. Cluster clients send such a command to each owner, so together they reach every shard once, one without a leader
+/// included.
 fn covers(ctx: &Context<'_>, route: &ShardRoute) -> bool {
-    ctx.kind == ListenerKind::Proxy || route.leader == Some(ctx.view.this)
+    ctx.kind == ListenerKind::Proxy || topology::owner(ctx.view, route) == Some(ctx.view.this)
 }
 
 /// A command to all shards at once.
@@ -606,6 +607,8 @@ mod tests {
         assert_eq!(p.local("get a"), "-MOVED 15495 10.0.0.3:7381\r\n");
         assert_eq!((p.local("asking"), p.local("readwrite")), ("+OK\r\n".into(), "+OK\r\n".into()));
         assert_eq!(p.sent("dbsize"), [(0, false, 1)], "only what is led here");
+        p.view.shards[2].leader = None;
+        assert_eq!(p.sent("flushall"), [(0, true, 1), (2, true, 1)], "and what nobody leads, lest nobody covers it");
     }
 
     #[test]
@@ -836,7 +839,7 @@ mod tests {
         p.view.shards[1].leader = Some(NodeId(1));
         assert_eq!(step(&mut p, "scan 0"), (1, slot(5462), 0, 10, None));
         assert_eq!(step(&mut p, "scan 5"), (0, 5, slot(5462), 10, None));
-        p.view.shards[1].leader = None;
+        p.view.shards[1].leader = Some(NodeId(3));
         assert_eq!(p.local("scan 0"), end);
     }
 

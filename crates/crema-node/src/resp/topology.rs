@@ -3,6 +3,11 @@
 //! Every address named here is one of the listeners that answer `MOVED`: cluster clients end up there, whichever
 //! listener they came by. Every slot is given to somebody who serves it: its leader, or in an election a replica that
 //! will hold the command until there is one.
+//!
+//! **A node is a primary or a replica, never both.** That is how Redis Cluster works, and clients rely on it: redis-py
+//! gives each address the role it was first seen in, and sends DBSIZE, SCAN and FLUSHALL to primaries only. Here most
+//! nodes lead some shards and follow others. So whoever leads anything is named as a primary only, and the replicas named
+//! are the nodes that lead nothing. Nothing is lost by that: reads are answered by leaders.
 
 use crate::resp::encode::{self, Proto};
 use bytes::BytesMut;
@@ -51,8 +56,9 @@ pub fn node_id(view: &RoutingView, node: NodeId) -> String {
     format!("{:024x}{:016x}", uuid >> 32, node.0)
 }
 
-/// Who is named as the owner of a shard's slots.
-fn owner(view: &RoutingView, route: &ShardRoute) -> Option<NodeId> {
+/// Who is named as the owner of a shard's slots, and so covers it in commands without keys: its leader, or without one
+/// the first live replica. Only nodes with a cluster listener own anything.
+pub fn owner(view: &RoutingView, route: &ShardRoute) -> Option<NodeId> {
     let listens = |n: &NodeId| view.nodes.get(n).is_some_and(|r| r.addrs.redis_cluster.is_some());
     let live = |n: &NodeId| view.nodes.get(n).is_some_and(|r| r.live);
     let replicas = || route.replicas.iter().map(|(node, ..)| *node);
@@ -64,26 +70,35 @@ fn owner(view: &RoutingView, route: &ShardRoute) -> Option<NodeId> {
         .or_else(|| replicas().find(listens))
 }
 
-/// The live nodes that hold a replica of the shard besides its owner.
-fn followers(view: &RoutingView, route: &ShardRoute, owner: NodeId) -> Vec<NodeId> {
-    let live = |n: &NodeId| view.nodes.get(n).is_some_and(|r| r.live);
-    let held = route.replicas.iter().filter(|(node, _, present)| *present && *node != owner);
-    held.map(|(node, ..)| *node).filter(live).collect()
+/// The owners of all shards, each with what it owns.
+fn owners(view: &RoutingView) -> BTreeMap<NodeId, Vec<&ShardRoute>> {
+    let mut owned: BTreeMap<NodeId, Vec<&ShardRoute>> = BTreeMap::new();
+    for shard in &view.shards {
+        if let Some(owner) = owner(view, shard) {
+            owned.entry(owner).or_default().push(shard);
+        }
+    }
+    owned
 }
 
-/// Shards with their owner's and followers' endpoints; a shard that nobody listens for is left out.
-fn named(view: &RoutingView, local: SocketAddr) -> impl Iterator<Item = (&ShardRoute, Vec<(NodeId, Endpoint)>)> {
-    view.shards.iter().filter_map(move |route| {
+/// Shards with the endpoints of their owner and then of their replicas; a shard that nobody listens for is left out.
+fn named(view: &RoutingView, local: SocketAddr) -> Vec<(&ShardRoute, Vec<(NodeId, Endpoint)>)> {
+    let owners = owners(view);
+    let live = |n: &NodeId| view.nodes.get(n).is_some_and(|r| r.live);
+    let shards = view.shards.iter().filter_map(|route| {
         let owner = owner(view, route)?;
-        let nodes = [owner].into_iter().chain(followers(view, route, owner));
-        let nodes: Vec<_> = nodes.filter_map(|n| Some((n, endpoint(view, n, local)?))).collect();
-        (nodes.first().is_some_and(|(n, _)| *n == owner)).then_some((route, nodes))
-    })
+        let first = (owner, endpoint(view, owner, local)?);
+        let held = route.replicas.iter().filter(|(_, _, present)| *present).map(|(node, ..)| *node);
+        let replicas = held.filter(|n| live(n) && !owners.contains_key(n));
+        let replicas = replicas.filter_map(|n| Some((n, endpoint(view, n, local)?)));
+        Some((route, [first].into_iter().chain(replicas).collect()))
+    });
+    shards.collect()
 }
 
 /// CLUSTER SLOTS.
 pub fn slots(out: &mut BytesMut, proto: Proto, view: &RoutingView, local: SocketAddr) {
-    let arcs: Vec<_> = named(view, local).collect();
+    let arcs = named(view, local);
     encode::array(out, arcs.len());
     for (route, nodes) in arcs {
         encode::array(out, 2 + nodes.len());
@@ -101,7 +116,7 @@ pub fn slots(out: &mut BytesMut, proto: Proto, view: &RoutingView, local: Socket
 
 /// CLUSTER SHARDS.
 pub fn shards(out: &mut BytesMut, proto: Proto, view: &RoutingView, local: SocketAddr) {
-    let arcs: Vec<_> = named(view, local).collect();
+    let arcs = named(view, local);
     encode::array(out, arcs.len());
     for (route, nodes) in arcs {
         encode::map(out, proto, 2);
@@ -130,28 +145,32 @@ pub fn shards(out: &mut BytesMut, proto: Proto, view: &RoutingView, local: Socke
     }
 }
 
-/// CLUSTER NODES. A node that leads no shard is a master without slots: with many shards a node, nobody is the replica
-/// of one other node.
+/// CLUSTER NODES. A node that leads nothing is the replica of an owner whose shard it holds; one that holds nothing is a
+/// primary without slots.
 pub fn nodes(view: &RoutingView, local: SocketAddr) -> String {
     let mut text = String::new();
-    let mut owned: BTreeMap<NodeId, Vec<&ShardRoute>> = BTreeMap::new();
+    let owned = owners(view);
+    let mut follows: BTreeMap<NodeId, NodeId> = BTreeMap::new();
     for shard in &view.shards {
-        if let Some(owner) = owner(view, shard) {
-            owned.entry(owner).or_default().push(shard);
+        let Some(owner) = owner(view, shard) else { continue };
+        for (node, ..) in shard.replicas.iter().filter(|(node, _, present)| *present && !owned.contains_key(node)) {
+            follows.entry(*node).or_insert(owner);
         }
     }
     for (node, route) in &view.nodes {
         let Some(Endpoint { host, port }) = endpoint(view, *node, local) else { continue };
         let bus = split(&route.addrs.raft).map_or(0, |(_, port)| port);
-        let flags = match (*node == view.this, route.live) {
-            (true, _) => "myself,master",
-            (false, true) => "master",
-            (false, false) => "master,fail",
+        let leader = follows.get(node).map(|n| node_id(view, *n));
+        let role = if leader.is_some() { "slave" } else { "master" };
+        let (before, after) = match (*node == view.this, route.live) {
+            (true, _) => ("myself,", ""),
+            (false, true) => ("", ""),
+            (false, false) => ("", ",fail"),
         };
         let link = if route.live { "connected" } else { "disconnected" };
-        let id = node_id(view, *node);
+        let (id, leader, epoch) = (node_id(view, *node), leader.as_deref().unwrap_or("-"), view.epoch);
         // Writing to a string cannot fail.
-        let _ = write!(text, "{id} {host}:{port}@{bus} {flags} - 0 0 {} {link}", view.epoch);
+        let _ = write!(text, "{id} {host}:{port}@{bus} {before}{role}{after} {leader} 0 0 {epoch} {link}");
         for shard in owned.get(node).into_iter().flatten() {
             match (shard.range.start, shard.range.end - 1) {
                 (first, last) if first == last => write!(text, " {first}"),
@@ -191,7 +210,7 @@ pub fn quorum_others(view: &RoutingView) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resp::testing::{three_shards, written};
+    use crate::resp::testing::{three_shards, view_of, written};
     use crema_core::Epoch;
 
     fn local() -> SocketAddr {
@@ -227,25 +246,36 @@ mod tests {
         let id = |n| node_id(&view, NodeId(n));
         let node = |n: u64| format!("*4\r\n$8\r\n10.0.0.{n}\r\n:{}\r\n$40\r\n{}\r\n*0\r\n", 7378 + n, id(n));
         let wanted = format!(
-            "*3\r\n*5\r\n:0\r\n:5461\r\n{}{}{}*5\r\n:5462\r\n:10922\r\n{}{}{}*5\r\n:10923\r\n:16383\r\n{}{}{}",
+            "*3\r\n*3\r\n:0\r\n:5461\r\n{}*3\r\n:5462\r\n:10922\r\n{}*3\r\n:10923\r\n:16383\r\n{}",
             node(1),
             node(2),
-            node(3),
-            node(2),
-            node(1),
-            node(3),
-            node(3),
-            node(1),
-            node(2)
+            node(3)
         );
         assert_eq!(text, wanted);
         assert_eq!(id(1).len(), 40);
-        let shards = written(|out| shards(out, Proto::Resp3, &view, local()));
-        assert!(shards.starts_with(
-            "*3\r\n%2\r\n$5\r\nslots\r\n*2\r\n:0\r\n:5461\r\n$5\r\nnodes\r\n*3\r\n%7\r\n$2\r\nid\r\n$40\r\n"
-        ));
-        assert_eq!(shards.matches("$6\r\nmaster").count(), 3);
-        assert_eq!(shards.matches("$7\r\nreplica").count(), 6);
+        // Two nodes lead nothing: they are the replicas.
+        let one = view_of(&[(0, 16384)]);
+        let text = written(|out| slots(out, Proto::Resp2, &one, local()));
+        assert_eq!(text, format!("*1\r\n*5\r\n:0\r\n:16383\r\n{}{}{}", node(1), node(2), node(3)));
+        let text = written(|out| shards(out, Proto::Resp3, &one, local()));
+        let start = "*1\r\n%2\r\n$5\r\nslots\r\n*2\r\n:0\r\n:16383\r\n$5\r\nnodes\r\n*3\r\n%7\r\n$2\r\nid\r\n$40\r\n";
+        assert!(text.starts_with(start), "{text}");
+        assert_eq!((text.matches("$6\r\nmaster").count(), text.matches("$7\r\nreplica").count()), (1, 2));
+        let lines = nodes(&one, local());
+        let lines: Vec<&str> = lines.lines().collect();
+        assert!(lines[0].ends_with("myself,master - 0 0 7 connected 0-16383"));
+        assert!(lines[1].ends_with(&format!(" slave {} 0 0 7 connected", id(1))), "{}", lines[1]);
+    }
+
+    #[test]
+    fn nobody_is_a_primary_and_a_replica() {
+        for view in [three_shards(), view_of(&[(0, 8192), (8192, 16384)]), view_of(&[(0, 16384)])] {
+            let arcs = named(&view, local());
+            let primaries: BTreeSet<NodeId> = arcs.iter().map(|(_, nodes)| nodes[0].0).collect();
+            let replicas: BTreeSet<NodeId> = arcs.iter().flat_map(|(_, nodes)| &nodes[1..]).map(|(n, _)| *n).collect();
+            assert!(primaries.is_disjoint(&replicas));
+            assert_eq!(primaries.len() + replicas.len(), 3, "and everybody is named");
+        }
     }
 
     #[test]
@@ -261,13 +291,14 @@ mod tests {
             "{}",
             lines[0]
         );
-        assert!(lines[1].ends_with("10.0.0.2:7380@9002 master,fail - 0 0 7 disconnected"), "{}", lines[1]);
+        let down = format!("10.0.0.2:7380@9002 slave,fail {} 0 0 7 disconnected", node_id(&view, NodeId(1)));
+        assert!(lines[1].ends_with(&down), "{}", lines[1]);
         assert!(lines[2].ends_with("10.0.0.3:7381@9003 master - 0 0 7 connected 10923-16383"), "{}", lines[2]);
         assert!(
             info(&view).starts_with("cluster_state:fail\r\ncluster_slots_assigned:16384\r\ncluster_slots_ok:10923\r\n")
         );
         let slots = written(|out| slots(out, Proto::Resp2, &view, local()));
-        assert!(slots.contains("*4\r\n:5462\r\n:10922\r\n*4\r\n$8\r\n10.0.0.1"), "node 1 holds it, node 2 is down");
+        assert!(slots.contains("*3\r\n:5462\r\n:10922\r\n*4\r\n$8\r\n10.0.0.1"), "node 1 holds it, node 2 is down");
     }
 
     #[test]
