@@ -158,16 +158,9 @@ impl GossipConfig {
         if !self.bind.ip().is_loopback() && !self.insecure {
             return Err(ConfigError::Insecure(self.bind));
         }
-        let advertise = |reason| {
-            Err(ConfigError::Advertise {
-                addr: self.advertise,
-                reason,
-            })
-        };
+        let advertise = |reason| Err(ConfigError::Advertise { addr: self.advertise, reason });
         if self.advertise.ip().is_unspecified() {
-            return advertise(
-                "names no single host; set the address at which others reach this node",
-            );
+            return advertise("names no single host; set the address at which others reach this node");
         }
         if self.advertise.is_ipv4() != self.bind.is_ipv4() {
             return advertise("is not of the same address family as the bind address");
@@ -183,26 +176,14 @@ impl GossipConfig {
         let ms = Duration::from_millis;
         // A death is noticed after the detector's patience and the ticks; a node must not be forgotten before, not even by
         // those who hear of it second-hand during the first half of the grace.
-        let silence = self
-            .max_interval
-            .saturating_mul(2)
-            .saturating_add(self.interval.saturating_mul(self.dead_ticks));
+        let silence = self.max_interval.saturating_mul(2).saturating_add(self.interval.saturating_mul(self.dead_ticks));
         let rules = [
-            (
-                (ms(10)..=ms(10_000)).contains(&self.interval),
-                "interval",
-                "from 10 ms to 10 s",
-            ),
+            ((ms(10)..=ms(10_000)).contains(&self.interval), "interval", "from 10 ms to 10 s"),
             // The comparison also refuses NaN.
             (self.phi >= 4.0 && self.phi <= 100.0, "phi", "from 4 to 100"),
+            ((10..=10_000).contains(&self.window), "window", "from 10 to 10,000"),
             (
-                (10..=10_000).contains(&self.window),
-                "window",
-                "from 10 to 10,000",
-            ),
-            (
-                self.initial_interval >= ms(1)
-                    && self.initial_interval <= self.interval.saturating_mul(10),
+                self.initial_interval >= ms(1) && self.initial_interval <= self.interval.saturating_mul(10),
                 "initial_interval",
                 "at least 1 ms and at most ten times interval",
             ),
@@ -211,15 +192,9 @@ impl GossipConfig {
                 "max_interval",
                 "above interval and at most 60 s",
             ),
+            ((1..=1_000).contains(&self.dead_ticks), "dead_ticks", "from 1 to 1,000"),
             (
-                (1..=1_000).contains(&self.dead_ticks),
-                "dead_ticks",
-                "from 1 to 1,000",
-            ),
-            (
-                self.grace >= ms(60_000)
-                    && self.grace >= silence.saturating_mul(2)
-                    && self.grace <= ms(7 * 86_400_000),
+                self.grace >= ms(60_000) && self.grace >= silence.saturating_mul(2) && self.grace <= ms(7 * 86_400_000),
                 "grace",
                 "from 1 min to 7 days, and at least twice (2 * max_interval + dead_ticks * interval)",
             ),
@@ -250,12 +225,7 @@ impl GossipConfig {
         }
         let mut split = Seeds::default();
         for seed in &self.seeds {
-            let refuse = |reason| {
-                Err(ConfigError::Seed {
-                    seed: shorten(seed),
-                    reason,
-                })
-            };
+            let refuse = |reason| Err(ConfigError::Seed { seed: shorten(seed), reason });
             if seed.starts_with("srv:") {
                 return refuse("srv: names must be resolved by the caller");
             }
@@ -279,13 +249,7 @@ mod tests {
     use super::*;
 
     fn config() -> GossipConfig {
-        GossipConfig::new(
-            NodeId(1),
-            Incarnation(1),
-            "127.0.0.1:9001",
-            "crema",
-            "127.0.0.1:8001".parse().unwrap(),
-        )
+        GossipConfig::new(NodeId(1), Incarnation(1), "127.0.0.1:9001", "crema", "127.0.0.1:8001".parse().unwrap())
     }
 
     fn refused(change: impl FnOnce(&mut GossipConfig)) -> String {
@@ -304,62 +268,32 @@ mod tests {
         let addr = |s: &str| s.parse::<SocketAddr>().unwrap();
         for (message, part) in [
             (refused(|c| c.node_id = NodeId(0)), "node id"),
-            (
-                refused(|c| c.raft_addr = "0.0.0.0:9001".into()),
-                "raft address",
-            ),
+            (refused(|c| c.raft_addr = "0.0.0.0:9001".into()), "raft address"),
             (refused(|c| c.cluster = String::new()), "cluster name"),
             (refused(|c| c.cluster = "köln".into()), "cluster name"),
-            (
-                refused(|c| c.bind = addr("10.0.0.1:8001")),
-                "10.0.0.1:8001 is not a loopback",
-            ),
-            (
-                refused(|c| c.advertise = addr("0.0.0.0:8001")),
-                "advertise address 0.0.0.0:8001",
-            ),
+            (refused(|c| c.bind = addr("10.0.0.1:8001")), "10.0.0.1:8001 is not a loopback"),
+            (refused(|c| c.advertise = addr("0.0.0.0:8001")), "advertise address 0.0.0.0:8001"),
             (refused(|c| c.advertise = addr("[::1]:8001")), "family"),
             (refused(|c| c.advertise = addr("127.0.0.1:0")), "port 0"),
-            (
-                refused(|c| c.seeds = vec!["nowhere".into()]),
-                "seed \"nowhere\"",
-            ),
+            (refused(|c| c.seeds = vec!["nowhere".into()]), "seed \"nowhere\""),
             (refused(|c| c.seeds = vec!["[::1]:8001".into()]), "family"),
-            (
-                refused(|c| c.seeds = vec!["srv:_crema._udp.x".into()]),
-                "srv",
-            ),
+            (refused(|c| c.seeds = vec!["srv:_crema._udp.x".into()]), "srv"),
             (refused(|c| c.seeds = vec!["a:1".into(); 65]), "64 seeds"),
             (refused(|c| c.interval = Duration::ZERO), "interval"),
             (refused(|c| c.interval = Duration::MAX), "interval"),
-            (
-                refused(|c| c.interval = Duration::from_secs(5)),
-                "max_interval",
-            ),
+            (refused(|c| c.interval = Duration::from_secs(5)), "max_interval"),
             (refused(|c| c.phi = f64::NAN), "phi"),
             (refused(|c| c.phi = f64::INFINITY), "phi"),
             (refused(|c| c.window = 0), "window"),
-            (
-                refused(|c| c.initial_interval = Duration::from_secs(3)),
-                "initial_interval",
-            ),
-            (
-                refused(|c| c.initial_interval = Duration::ZERO),
-                "initial_interval",
-            ),
-            (
-                refused(|c| c.max_interval = Duration::from_millis(250)),
-                "max_interval",
-            ),
+            (refused(|c| c.initial_interval = Duration::from_secs(3)), "initial_interval"),
+            (refused(|c| c.initial_interval = Duration::ZERO), "initial_interval"),
+            (refused(|c| c.max_interval = Duration::from_millis(250)), "max_interval"),
             (refused(|c| c.max_interval = Duration::MAX), "max_interval"),
             (refused(|c| c.dead_ticks = 0), "dead_ticks"),
             (refused(|c| c.dead_ticks = u32::MAX), "dead_ticks"),
             (refused(|c| c.grace = Duration::from_secs(1)), "grace"),
             (refused(|c| c.grace = Duration::MAX), "grace"),
-            (
-                refused(|c| (c.dead_ticks, c.grace) = (1_000, Duration::from_secs(300))),
-                "grace",
-            ),
+            (refused(|c| (c.dead_ticks, c.grace) = (1_000, Duration::from_secs(300))), "grace"),
         ] {
             assert!(message.contains(part), "{message:?} should name {part:?}");
         }

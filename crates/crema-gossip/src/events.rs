@@ -58,14 +58,12 @@ impl Queue {
         let nodes: BTreeSet<NodeId> = self.read.keys().chain(self.tail.keys()).copied().collect();
         for node in nodes {
             let event = match (self.read.get(&node), self.tail.get(&node)) {
-                (None | Some(Told::Failed), Some(Told::Up(addr))) => MemberEvent::Join {
-                    node,
-                    raft_addr: addr.clone(),
-                },
-                (Some(Told::Up(old)), Some(Told::Up(new))) if old != new => MemberEvent::Update {
-                    node,
-                    raft_addr: new.clone(),
-                },
+                (None | Some(Told::Failed), Some(Told::Up(addr))) => {
+                    MemberEvent::Join { node, raft_addr: addr.clone() }
+                }
+                (Some(Told::Up(old)), Some(Told::Up(new))) if old != new => {
+                    MemberEvent::Update { node, raft_addr: new.clone() }
+                }
                 (Some(Told::Up(_)), Some(Told::Failed)) => MemberEvent::Failed { node },
                 (Some(_), None) => MemberEvent::Leave { node },
                 (None, Some(Told::Failed)) => {
@@ -167,10 +165,7 @@ impl EventHub {
         {
             let mut queue = channel.lock();
             for (node, raft_addr) in &state.present {
-                queue.push(MemberEvent::Join {
-                    node: *node,
-                    raft_addr: raft_addr.clone(),
-                });
+                queue.push(MemberEvent::Join { node: *node, raft_addr: raft_addr.clone() });
             }
             queue.closed = state.closed;
         }
@@ -209,11 +204,7 @@ impl EventHub {
     pub(crate) fn close(&self) {
         let mut state = self.state.lock().expect("no panic while held");
         state.closed = true;
-        for channel in state
-            .readers
-            .drain(..)
-            .filter_map(|reader| reader.upgrade())
-        {
+        for channel in state.readers.drain(..).filter_map(|reader| reader.upgrade()) {
             channel.lock().closed = true;
             channel.notify.notify_one();
         }
@@ -296,9 +287,7 @@ pub(crate) struct UpdateHub {
 
 impl UpdateHub {
     pub(crate) fn new() -> Self {
-        UpdateHub {
-            readers: Mutex::new(Some(Vec::new())),
-        }
+        UpdateHub { readers: Mutex::new(Some(Vec::new())) }
     }
 
     pub(crate) fn subscribe(&self) -> UpdateReceiver {
@@ -338,16 +327,10 @@ mod tests {
     use crate::testing::Rng;
 
     fn join(node: u64, addr: &str) -> MemberEvent {
-        MemberEvent::Join {
-            node: NodeId(node),
-            raft_addr: addr.into(),
-        }
+        MemberEvent::Join { node: NodeId(node), raft_addr: addr.into() }
     }
     fn update(node: u64, addr: &str) -> MemberEvent {
-        MemberEvent::Update {
-            node: NodeId(node),
-            raft_addr: addr.into(),
-        }
+        MemberEvent::Update { node: NodeId(node), raft_addr: addr.into() }
     }
     fn leave(node: u64) -> MemberEvent {
         MemberEvent::Leave { node: NodeId(node) }
@@ -363,14 +346,7 @@ mod tests {
     fn a_new_reader_first_hears_of_present_members() {
         let hub = EventHub::default();
         let mut early = hub.subscribe();
-        let story = [
-            join(1, "a"),
-            join(2, "b"),
-            update(1, "c"),
-            join(3, "d"),
-            failed(2),
-            leave(3),
-        ];
+        let story = [join(1, "a"), join(2, "b"), update(1, "c"), join(3, "d"), failed(2), leave(3)];
         hub.publish(&story);
         let mut late = hub.subscribe();
         hub.publish(&[join(2, "b")]);
@@ -382,14 +358,7 @@ mod tests {
     fn a_lagging_reader_gets_the_shortest_way_to_the_same_end() {
         let hub = EventHub::default();
         let mut reader = hub.subscribe();
-        hub.publish(&[
-            join(1, "a"),
-            join(2, "a"),
-            join(3, "a"),
-            join(4, "a"),
-            failed(4),
-            join(9, "a"),
-        ]);
+        hub.publish(&[join(1, "a"), join(2, "a"), join(3, "a"), join(4, "a"), failed(4), join(9, "a")]);
         drain(&mut reader);
         // Overflows the queue with changes that cancel each other out.
         hub.publish(&[
@@ -413,17 +382,8 @@ mod tests {
             ends.entry(event.node()).or_default().push(event);
         }
         ends.remove(&NodeId(9));
-        let expected = [
-            update(1, "b"),
-            failed(2),
-            leave(3),
-            join(4, "b"),
-            join(5, "a"),
-        ];
-        assert_eq!(
-            ends.into_values().collect::<Vec<_>>(),
-            expected.map(|e| vec![e])
-        );
+        let expected = [update(1, "b"), failed(2), leave(3), join(4, "b"), join(5, "a")];
+        assert_eq!(ends.into_values().collect::<Vec<_>>(), expected.map(|e| vec![e]));
         // Node 6 came and failed unseen; its Leave would end nothing.
         hub.publish(&[leave(6)]);
         assert_eq!(drain(&mut reader), []);
@@ -439,9 +399,7 @@ mod tests {
         for _ in 0..30_000 {
             let node = 1 + rng.below(50);
             let event = match (truth.get(&NodeId(node)), rng.below(3)) {
-                (None | Some(Told::Failed), 0 | 1) => {
-                    join(node, if rng.below(2) == 0 { "a" } else { "b" })
-                }
+                (None | Some(Told::Failed), 0 | 1) => join(node, if rng.below(2) == 0 { "a" } else { "b" }),
                 (Some(Told::Up(addr)), 0) => update(node, if addr == "a" { "b" } else { "a" }),
                 (Some(Told::Up(_)), 1) => failed(node),
                 (Some(_), 2) => leave(node),
@@ -456,17 +414,13 @@ mod tests {
                         (MemberEvent::Update { raft_addr, .. }, Some(Told::Up(old))) => {
                             assert_ne!(raft_addr, old)
                         }
-                        (MemberEvent::Failed { .. }, Some(Told::Up(_)))
-                        | (MemberEvent::Leave { .. }, Some(_)) => {}
+                        (MemberEvent::Failed { .. }, Some(Told::Up(_))) | (MemberEvent::Leave { .. }, Some(_)) => {}
                         (event, told) => panic!("{event:?} after {told:?}"),
                     }
                     note(&mut heard, &event);
                 }
                 let up = |map: &ToldMap| {
-                    map.iter()
-                        .filter(|(_, t)| **t != Told::Failed)
-                        .map(|(n, t)| (*n, t.clone()))
-                        .collect::<ToldMap>()
+                    map.iter().filter(|(_, t)| **t != Told::Failed).map(|(n, t)| (*n, t.clone())).collect::<ToldMap>()
                 };
                 assert_eq!(up(&heard), up(&truth));
             }

@@ -72,14 +72,10 @@ pub enum KeyError {
         reason: &'static str,
     },
     /// The name of a metadata entry.
-    #[error(
-        "metadata key {0}: 1 to {MAX_METADATA_KEY_BYTES} printable ASCII characters without space are allowed"
-    )]
+    #[error("metadata key {0}: 1 to {MAX_METADATA_KEY_BYTES} printable ASCII characters without space are allowed")]
     MetadataKey(String),
     /// The value of a metadata entry.
-    #[error(
-        "metadata value of {0}: at most {MAX_VALUE_BYTES} printable ASCII characters are allowed"
-    )]
+    #[error("metadata value of {0}: at most {MAX_VALUE_BYTES} printable ASCII characters are allowed")]
     MetadataValue(String),
     /// Too many metadata entries.
     #[error("more than {MAX_METADATA_ENTRIES} metadata entries")]
@@ -122,27 +118,17 @@ pub fn encode_node(meta: &NodeMeta) -> Result<Vec<(String, String)>, KeyError> {
     if meta.node_id.0 == 0 {
         return Err(KeyError::NodeIdZero);
     }
-    let mut pairs = vec![
-        ("n/id".to_owned(), meta.node_id.to_string()),
-        ("n/inc".to_owned(), meta.incarnation.to_string()),
-    ];
+    let mut pairs =
+        vec![("n/id".to_owned(), meta.node_id.to_string()), ("n/inc".to_owned(), meta.incarnation.to_string())];
     let addrs = [
         ("n/raft", "raft address", Some(&meta.raft_addr)),
         ("n/redis", "redis address", meta.redis_addr.as_ref()),
-        (
-            "n/rc",
-            "redis cluster address",
-            meta.redis_cluster_addr.as_ref(),
-        ),
+        ("n/rc", "redis cluster address", meta.redis_cluster_addr.as_ref()),
         ("n/http", "http address", meta.http_addr.as_ref()),
     ];
     for (key, field, addr) in addrs {
         let Some(addr) = addr else { continue };
-        check_addr(addr).map_err(|reason| KeyError::Address {
-            field,
-            value: shorten(addr),
-            reason,
-        })?;
+        check_addr(addr).map_err(|reason| KeyError::Address { field, value: shorten(addr), reason })?;
         pairs.push((key.to_owned(), addr.clone()));
     }
     if meta.metadata.len() > MAX_METADATA_ENTRIES {
@@ -172,12 +158,7 @@ pub fn encode_metadata(name: &str, value: &str) -> Result<(String, String), KeyE
 /// nobody leads.
 pub fn encode_claim(claim: LeaderClaim) -> Option<(String, String)> {
     let valid = is_shard(claim.shard) && claim.term.0 > 0;
-    valid.then(|| {
-        (
-            format!("{LEADER_PREFIX}{}", claim.shard),
-            format!("{}:{}", claim.epoch, claim.term),
-        )
-    })
+    valid.then(|| (format!("{LEADER_PREFIX}{}", claim.shard), format!("{}:{}", claim.epoch, claim.term)))
 }
 
 /// Reads the keys of a foreign node. `name` is its chitchat name, which must equal its id. Pairs that are not about the
@@ -204,8 +185,7 @@ pub fn parse_node<'a>(
                 let Some(name) = key.strip_prefix(METADATA_PREFIX) else {
                     continue;
                 };
-                if is_metadata_key(name) && is_value(value) && metadata.len() < MAX_METADATA_ENTRIES
-                {
+                if is_metadata_key(name) && is_value(value) && metadata.len() < MAX_METADATA_ENTRIES {
                     metadata.insert(name.to_owned(), value.to_owned());
                 } else {
                     ignored += 1;
@@ -236,8 +216,7 @@ pub fn parse_node<'a>(
         }
         Some(addr.to_owned())
     };
-    let (redis_addr, redis_cluster_addr, http_addr) =
-        (optional(redis), optional(redis_cluster), optional(http));
+    let (redis_addr, redis_cluster_addr, http_addr) = (optional(redis), optional(redis_cluster), optional(http));
     // A state that this build does not know belongs to a node that is there.
     if state != STATE_UP && state != STATE_LEFT {
         ignored += 1;
@@ -295,10 +274,7 @@ pub fn check_addr(addr: &str) -> Result<(), &'static str> {
         Some(1..=65_535) => {}
         _ => return Err("the port must be a number from 1 to 65535"),
     }
-    let named = !host.is_empty()
-        && host
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    let named = !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
     if !named {
         return Err("the host must be a DNS name, an IPv4 address or an IPv6 address in brackets");
     }
@@ -318,10 +294,7 @@ fn parse_number(text: &str) -> Option<u64> {
 }
 
 fn parse_incarnation(text: &str) -> Option<Incarnation> {
-    let hex = text.len() == 32
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_digit() || matches!(b, b'a'..=b'f'));
+    let hex = text.len() == 32 && text.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'a'..=b'f'));
     hex.then(|| text.parse().ok()).flatten()
 }
 
@@ -359,19 +332,12 @@ mod tests {
             redis_cluster_addr: Some("[fe80::1]:7379".into()),
             http_addr: Some("node_7:8080".into()),
             gossip_addr: gossip_addr(),
-            metadata: BTreeMap::from([
-                ("zone".into(), "eu west 1".into()),
-                ("rack".into(), String::new()),
-            ]),
+            metadata: BTreeMap::from([("zone".into(), "eu west 1".into()), ("rack".into(), String::new())]),
         }
     }
 
     fn parse(pairs: &[(String, String)]) -> ParsedNode {
-        parse_node(
-            "7",
-            gossip_addr(),
-            pairs.iter().map(|(k, v)| (k.as_str(), v.as_str())),
-        )
+        parse_node("7", gossip_addr(), pairs.iter().map(|(k, v)| (k.as_str(), v.as_str())))
     }
 
     #[test]
@@ -385,11 +351,7 @@ mod tests {
         };
         for meta in [full(), bare] {
             let mut pairs = encode_node(&meta).unwrap();
-            let expected = |left| ParsedNode::Complete {
-                meta: Box::new(meta.clone()),
-                left,
-                ignored: 0,
-            };
+            let expected = |left| ParsedNode::Complete { meta: Box::new(meta.clone()), left, ignored: 0 };
             assert_eq!(parse(&pairs), expected(false));
             pairs.last_mut().unwrap().1 = STATE_LEFT.into();
             assert_eq!(parse(&pairs), expected(true));
@@ -430,48 +392,15 @@ mod tests {
             let mut meta = full();
             meta.raft_addr = bad.into();
             let error = encode_node(&meta).unwrap_err();
-            assert!(
-                matches!(
-                    error,
-                    KeyError::Address {
-                        field: "raft address",
-                        ..
-                    }
-                ),
-                "{bad:?}: {error}"
-            );
+            assert!(matches!(error, KeyError::Address { field: "raft address", .. }), "{bad:?}: {error}");
         }
-        assert!(matches!(
-            refused(|m| m.http_addr = Some("x".into())),
-            KeyError::Address {
-                field: "http address",
-                ..
-            }
-        ));
-        assert!(matches!(
-            refused(|m| m.raft_addr = format!("{}:1", "a".repeat(300))),
-            KeyError::Address { .. }
-        ));
-        assert!(matches!(
-            refused(|m| drop(m.metadata.insert("zöne".into(), "a".into()))),
-            KeyError::MetadataKey(_)
-        ));
-        assert!(matches!(
-            refused(|m| drop(m.metadata.insert("é".into(), "a".into()))),
-            KeyError::MetadataKey(_)
-        ));
-        assert!(matches!(
-            refused(|m| drop(m.metadata.insert(String::new(), "a".into()))),
-            KeyError::MetadataKey(_)
-        ));
-        assert!(matches!(
-            refused(|m| drop(m.metadata.insert("a".into(), "é".into()))),
-            KeyError::MetadataValue(_)
-        ));
-        assert!(matches!(
-            refused(|m| drop(m.metadata.insert("a".into(), "\n".into()))),
-            KeyError::MetadataValue(_)
-        ));
+        assert!(matches!(refused(|m| m.http_addr = Some("x".into())), KeyError::Address { field: "http address", .. }));
+        assert!(matches!(refused(|m| m.raft_addr = format!("{}:1", "a".repeat(300))), KeyError::Address { .. }));
+        assert!(matches!(refused(|m| drop(m.metadata.insert("zöne".into(), "a".into()))), KeyError::MetadataKey(_)));
+        assert!(matches!(refused(|m| drop(m.metadata.insert("é".into(), "a".into()))), KeyError::MetadataKey(_)));
+        assert!(matches!(refused(|m| drop(m.metadata.insert(String::new(), "a".into()))), KeyError::MetadataKey(_)));
+        assert!(matches!(refused(|m| drop(m.metadata.insert("a".into(), "é".into()))), KeyError::MetadataValue(_)));
+        assert!(matches!(refused(|m| drop(m.metadata.insert("a".into(), "\n".into()))), KeyError::MetadataValue(_)));
         assert!(matches!(
             refused(|m| drop(m.metadata.insert("a".into(), "x".repeat(1025)))),
             KeyError::MetadataValue(_)
@@ -501,68 +430,29 @@ mod tests {
             ("n/inc", "12"),
             ("n/inc", "+0000000000000000123456789abcdef"),
         ] {
-            assert!(
-                matches!(with(key, value), ParsedNode::Malformed(_)),
-                "{key}={value}"
-            );
+            assert!(matches!(with(key, value), ParsedNode::Malformed(_)), "{key}={value}");
         }
-        for (key, value) in [
-            ("n/redis", "x"),
-            ("m/é", "x"),
-            ("m/a", "\u{7f}"),
-            ("st", "purple"),
-            ("m/", "x"),
-        ] {
-            let ParsedNode::Complete { ignored, left, .. } = with(key, value) else {
-                panic!("{key}={value}")
-            };
+        for (key, value) in [("n/redis", "x"), ("m/é", "x"), ("m/a", "\u{7f}"), ("st", "purple"), ("m/", "x")] {
+            let ParsedNode::Complete { ignored, left, .. } = with(key, value) else { panic!("{key}={value}") };
             assert_eq!((ignored, left), (1, false), "{key}={value}");
         }
         // A later version may say more.
-        assert!(matches!(
-            with("n/new", "?"),
-            ParsedNode::Complete { ignored: 0, .. }
-        ));
-        let crowd: Vec<_> = (0..100)
-            .map(|i| (format!("m/x{i}"), "y".to_owned()))
-            .collect();
+        assert!(matches!(with("n/new", "?"), ParsedNode::Complete { ignored: 0, .. }));
+        let crowd: Vec<_> = (0..100).map(|i| (format!("m/x{i}"), "y".to_owned())).collect();
         let pairs = [encode_node(&full()).unwrap(), crowd].concat();
-        let ParsedNode::Complete { meta, ignored, .. } = parse(&pairs) else {
-            panic!()
-        };
+        let ParsedNode::Complete { meta, ignored, .. } = parse(&pairs) else { panic!() };
         assert_eq!((meta.metadata.len(), ignored), (MAX_METADATA_ENTRIES, 70));
     }
 
     #[test]
     fn claims_round_trip_and_only_in_canonical_form() {
         for shard in [0, 1, 16_383, ShardId::META.0] {
-            let claim = LeaderClaim {
-                shard: ShardId(shard),
-                term: Term(u64::MAX),
-                epoch: Epoch(0),
-            };
+            let claim = LeaderClaim { shard: ShardId(shard), term: Term(u64::MAX), epoch: Epoch(0) };
             let (key, value) = encode_claim(claim).unwrap();
-            assert_eq!(
-                parse_claim(key.strip_prefix("l/").unwrap(), &value),
-                Some(claim)
-            );
+            assert_eq!(parse_claim(key.strip_prefix("l/").unwrap(), &value), Some(claim));
         }
-        assert_eq!(
-            encode_claim(LeaderClaim {
-                shard: ShardId(16_384),
-                term: Term(1),
-                epoch: Epoch(1)
-            }),
-            None
-        );
-        assert_eq!(
-            encode_claim(LeaderClaim {
-                shard: ShardId(1),
-                term: Term(0),
-                epoch: Epoch(1)
-            }),
-            None
-        );
+        assert_eq!(encode_claim(LeaderClaim { shard: ShardId(16_384), term: Term(1), epoch: Epoch(1) }), None);
+        assert_eq!(encode_claim(LeaderClaim { shard: ShardId(1), term: Term(0), epoch: Epoch(1) }), None);
         for (shard, value) in [
             ("16384", "1:1"),
             ("01", "1:1"),
@@ -587,23 +477,10 @@ mod tests {
         let mut rng = Rng::from_clock();
         let alphabet: Vec<char> = "0123456789:.[]/abcnidmst é\u{1F600}\0-+".chars().collect();
         for _ in 0..20_000 {
-            let mut text = || {
-                (0..rng.below(12))
-                    .map(|_| alphabet[rng.below(alphabet.len() as u64) as usize])
-                    .collect::<String>()
-            };
-            let pairs = [
-                ("st", text()),
-                ("n/id", text()),
-                ("n/raft", text()),
-                ("n/inc", text()),
-                ("m/a", text()),
-            ];
-            let _ = parse_node(
-                &text(),
-                gossip_addr(),
-                pairs.iter().map(|(k, v)| (*k, v.as_str())),
-            );
+            let mut text =
+                || (0..rng.below(12)).map(|_| alphabet[rng.below(alphabet.len() as u64) as usize]).collect::<String>();
+            let pairs = [("st", text()), ("n/id", text()), ("n/raft", text()), ("n/inc", text()), ("m/a", text())];
+            let _ = parse_node(&text(), gossip_addr(), pairs.iter().map(|(k, v)| (*k, v.as_str())));
             let _ = parse_claim(&text(), &text());
             let _ = shorten(&text());
         }

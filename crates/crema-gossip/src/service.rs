@@ -16,17 +16,16 @@
 use crate::config::{ConfigError, GossipConfig, Seeds};
 use crate::events::{EventHub, EventReceiver, GossipUpdate, UpdateHub, UpdateReceiver};
 use crate::keys::{
-    KeyError, LEADER_PREFIX, LeaderClaim, MAX_METADATA_ENTRIES, METADATA_PREFIX, NODE_PREFIX,
-    NodeMeta, ParsedNode, STATE_KEY, STATE_LEFT, encode_claim, encode_metadata, encode_node,
-    parse_claim, parse_node,
+    KeyError, LEADER_PREFIX, LeaderClaim, MAX_METADATA_ENTRIES, METADATA_PREFIX, NODE_PREFIX, NodeMeta, ParsedNode,
+    STATE_KEY, STATE_LEFT, encode_claim, encode_metadata, encode_node, parse_claim, parse_node,
 };
 use crate::rng::SplitMix;
 use crate::tracker::{ClaimOutcome, ShardLeaderTracker};
 use crate::transport::{OpenedTransport, Traffic};
 use crate::view::{Member, MemberState, Observed, View, ViewConfig};
 use chitchat::{
-    Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, Heartbeat,
-    ListenerHandle, NodeState, ProtocolVersion, spawn_chitchat,
+    Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, Heartbeat, ListenerHandle, NodeState,
+    ProtocolVersion, spawn_chitchat,
 };
 use crema_core::{Epoch, MonoTime, NodeId, ShardId, Term};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -149,10 +148,7 @@ pub struct Gossip {
 
 impl std::fmt::Debug for Gossip {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Gossip")
-            .field("node", &self.shared.this)
-            .field("addr", &self.advertise)
-            .finish_non_exhaustive()
+        f.debug_struct("Gossip").field("node", &self.shared.this).field("addr", &self.advertise).finish_non_exhaustive()
     }
 }
 
@@ -166,26 +162,17 @@ impl Gossip {
         let traffic = Arc::new(Traffic::default());
         let (transport, bound) = OpenedTransport::open(config.bind, traffic.clone())
             .await
-            .map_err(|error| GossipError::Bind {
-                addr: config.bind,
-                reason: error.root_cause().to_string(),
-            })?;
+            .map_err(|error| GossipError::Bind { addr: config.bind, reason: error.root_cause().to_string() })?;
         let mut advertise = config.advertise;
         if advertise.port() == 0 {
             advertise.set_port(bound.port());
         }
-        let wall_ns = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(1, |d| d.as_nanos() as u64);
+        let wall_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
         let generation = config.generation.unwrap_or(wall_ns).max(1);
         let pairs = encode_node(&config.meta(advertise))?;
-        let handle = spawn_chitchat(
-            chitchat_config(&config, &seeds, generation, bound, advertise),
-            pairs,
-            &transport,
-        )
-        .await
-        .map_err(|error| GossipError::Start(format!("{error:#}")))?;
+        let handle = spawn_chitchat(chitchat_config(&config, &seeds, generation, bound, advertise), pairs, &transport)
+            .await
+            .map_err(|error| GossipError::Start(format!("{error:#}")))?;
 
         let heard = Arc::new(Notify::new());
         let chitchat = handle.chitchat();
@@ -223,11 +210,7 @@ impl Gossip {
         tokio::spawn(watcher.run(config.interval));
         tokio::spawn(seed_loop(shared.clone(), seeds, config.interval));
         tracing::info!(node = %config.node_id, %bound, %advertise, generation, cluster = %config.cluster, "gossip started");
-        Ok(Gossip {
-            shared,
-            advertise,
-            _listeners: listeners,
-        })
+        Ok(Gossip { shared, advertise, _listeners: listeners })
     }
 
     /// Where others reach this node's gossip; the real port if port 0 was asked for.
@@ -252,11 +235,7 @@ impl Gossip {
 
     /// All members by ascending id: this node, and all that were ever alive and are not forgotten yet.
     pub fn members(&self) -> Vec<Member> {
-        self.shared
-            .members
-            .lock()
-            .expect("no panic while held")
-            .clone()
+        self.shared.members.lock().expect("no panic while held").clone()
     }
 
     /// Who leads which shard, as far as is known here.
@@ -270,11 +249,7 @@ impl Gossip {
     pub fn publish_leaders(&self, led: &[(ShardId, Term, Epoch)]) {
         let mut claims = Vec::with_capacity(led.len());
         for &(shard, term, epoch) in led {
-            match self
-                .shared
-                .tracker
-                .claim(shard, self.shared.this, term, epoch)
-            {
+            match self.shared.tracker.claim(shard, self.shared.this, term, epoch) {
                 ClaimOutcome::Changed | ClaimOutcome::Known => claims.push((shard, (term, epoch))),
                 // Somebody else leads by now.
                 ClaimOutcome::Stale => {}
@@ -303,22 +278,13 @@ impl Gossip {
             return Err(GossipError::Stopped);
         }
         let (key, value) = encode_metadata(name, value)?;
-        let mut names = self
-            .shared
-            .metadata_names
-            .lock()
-            .expect("no panic while held");
+        let mut names = self.shared.metadata_names.lock().expect("no panic while held");
         if !names.contains(name) && names.len() >= MAX_METADATA_ENTRIES {
             return Err(KeyError::TooManyMetadata.into());
         }
         names.insert(name.to_owned());
         drop(names);
-        self.shared
-            .pending
-            .lock()
-            .expect("no panic while held")
-            .metadata
-            .insert(key, value);
+        self.shared.pending.lock().expect("no panic while held").metadata.insert(key, value);
         self.shared.publish.notify_one();
         Ok(())
     }
@@ -326,15 +292,8 @@ impl Gossip {
     /// Replaces the seed addresses that the caller resolved by itself, for instance from SRV records; at most 64 are kept. They
     /// are contacted like the configured ones.
     pub fn offer_seeds(&self, addrs: &[SocketAddr]) {
-        let fitting = addrs
-            .iter()
-            .copied()
-            .filter(|addr| addr.is_ipv4() == self.advertise.is_ipv4());
-        *self
-            .shared
-            .offered_seeds
-            .lock()
-            .expect("no panic while held") = fitting.take(MAX_SEED_ADDRS).collect();
+        let fitting = addrs.iter().copied().filter(|addr| addr.is_ipv4() == self.advertise.is_ipv4());
+        *self.shared.offered_seeds.lock().expect("no panic while held") = fitting.take(MAX_SEED_ADDRS).collect();
     }
 
     /// Whether gossip runs. Once false it stays false: start anew.
@@ -373,11 +332,7 @@ impl Gossip {
     /// Says goodbye to every peer, so that they see this node as left and not as failed, and stops. Takes at most half a second
     /// and the time to stop. Best effort: a peer that hears nothing learns of it from others.
     pub async fn leave(&self) {
-        if self.health()
-            && timeout(LEAVE_LIMIT, self.shared.say_goodbye())
-                .await
-                .is_err()
-        {
+        if self.health() && timeout(LEAVE_LIMIT, self.shared.say_goodbye()).await.is_err() {
             tracing::warn!("gossip: not all peers may have heard the goodbye");
         }
         self.shutdown().await;
@@ -386,10 +341,7 @@ impl Gossip {
     /// Stops without a goodbye: peers will see this node fail. The socket is closed when this returns.
     pub async fn shutdown(&self) {
         self.stop_tasks();
-        if timeout(STOP_LIMIT, self.shared.handle.termination_watcher())
-            .await
-            .is_err()
-        {
+        if timeout(STOP_LIMIT, self.shared.handle.termination_watcher()).await.is_err() {
             self.shared.handle.abort();
         }
         self.shared.end();
@@ -442,9 +394,7 @@ impl Shared {
         let away: HashSet<SocketAddr> = {
             let members = self.members.lock().expect("no panic while held");
             let addrs = |present| {
-                let some = members
-                    .iter()
-                    .filter(move |m| m.state.is_present() == present);
+                let some = members.iter().filter(move |m| m.state.is_present() == present);
                 some.map(|m| m.meta.gossip_addr).collect::<HashSet<_>>()
             };
             // A living node may have taken over the address of a dead one.
@@ -455,15 +405,8 @@ impl Shared {
             let mut chitchat = chitchat.lock().await;
             chitchat.self_node_state().set(STATE_KEY, STATE_LEFT);
             let own = chitchat.self_chitchat_id();
-            let others = chitchat
-                .node_states()
-                .keys()
-                .filter(|id| *id != own)
-                .take(MAX_LIVES);
-            others
-                .map(|id| id.gossip_advertise_addr)
-                .filter(|addr| !away.contains(addr))
-                .collect()
+            let others = chitchat.node_states().keys().filter(|id| *id != own).take(MAX_LIVES);
+            others.map(|id| id.gossip_advertise_addr).filter(|addr| !away.contains(addr)).collect()
         };
         if peers.is_empty() {
             return;
@@ -481,8 +424,7 @@ impl Shared {
 
     /// Sets what is pending and tells some peers at once. Nothing is told if nothing is new.
     async fn flush(&self, rng: &mut SplitMix) {
-        let Pending { claims, metadata } =
-            std::mem::take(&mut *self.pending.lock().expect("no panic while held"));
+        let Pending { claims, metadata } = std::mem::take(&mut *self.pending.lock().expect("no panic while held"));
         let chitchat = self.handle.chitchat();
         let mut chitchat = chitchat.lock().await;
         let own = chitchat.self_node_state();
@@ -491,9 +433,7 @@ impl Shared {
             let Some((key, value)) = encode_claim(LeaderClaim { shard, term, epoch }) else {
                 continue;
             };
-            let told = own
-                .get(&key)
-                .and_then(|value| parse_claim(&key[LEADER_PREFIX.len()..], value));
+            let told = own.get(&key).and_then(|value| parse_claim(&key[LEADER_PREFIX.len()..], value));
             if told.is_none_or(|told| (told.term, told.epoch) < (term, epoch)) {
                 own.set(key, value);
             }
@@ -505,11 +445,8 @@ impl Shared {
             return;
         }
         let own = chitchat.self_chitchat_id();
-        let mut peers: Vec<SocketAddr> = chitchat
-            .live_nodes()
-            .filter(|id| *id != own)
-            .map(|id| id.gossip_advertise_addr)
-            .collect();
+        let mut peers: Vec<SocketAddr> =
+            chitchat.live_nodes().filter(|id| *id != own).map(|id| id.gossip_advertise_addr).collect();
         drop(chitchat);
         rng.keep_random(&mut peers, PUBLISH_PEERS);
         for peer in peers {
@@ -520,8 +457,7 @@ impl Shared {
     }
 
     fn end(&self) {
-        self.healthy
-            .send_if_modified(|healthy| std::mem::replace(healthy, false));
+        self.healthy.send_if_modified(|healthy| std::mem::replace(healthy, false));
         self.events.close();
         self.updates.close();
     }
@@ -578,14 +514,7 @@ impl Watcher {
             dead_ticks: config.dead_ticks,
         });
         let rng = SplitMix::new(shared.generation ^ config.node_id.0);
-        Watcher {
-            shared,
-            view,
-            lives: HashMap::new(),
-            started: Instant::now(),
-            ticks: 0,
-            rng,
-        }
+        Watcher { shared, view, lives: HashMap::new(), started: Instant::now(), ticks: 0, rng }
     }
 
     async fn run(mut self, period: Duration) {
@@ -640,9 +569,7 @@ impl Watcher {
         if tick {
             self.ticks += 1;
             if self.ticks.is_multiple_of(FULL_SCAN_TICKS) {
-                self.lives
-                    .values_mut()
-                    .for_each(|life| life.claims_upto = 0);
+                self.lives.values_mut().for_each(|life| life.claims_upto = 0);
             }
         }
         let (snapshot, heard) = {
@@ -652,11 +579,7 @@ impl Watcher {
         };
         // Taken after the lock: a scan that had to wait is late, and the view must know.
         let now = MonoTime(self.started.elapsed().as_nanos() as u64);
-        let step = if tick {
-            self.view.tick(now, &snapshot)
-        } else {
-            self.view.observe(&snapshot)
-        };
+        let step = if tick { self.view.tick(now, &snapshot) } else { self.view.observe(&snapshot) };
 
         let shared = self.shared.clone();
         for conflict in &step.conflicts {
@@ -666,12 +589,8 @@ impl Watcher {
                 "two processes run under one node id; stop one of them"
             );
         }
-        shared
-            .superseded_by
-            .store(self.view.superseded_by().unwrap_or(0), Ordering::Relaxed);
-        shared
-            .refused_members
-            .store(self.view.refused(), Ordering::Relaxed);
+        shared.superseded_by.store(self.view.superseded_by().unwrap_or(0), Ordering::Relaxed);
+        shared.refused_members.store(self.view.refused(), Ordering::Relaxed);
         // State first, then the news about it: whoever hears the news finds it true.
         if !step.changed.is_empty() || !step.gone.is_empty() || tick {
             *shared.members.lock().expect("no panic while held") = self.view.members();
@@ -680,9 +599,7 @@ impl Watcher {
             shared.tracker.node_gone(*node);
             // Should the same life come back, its claims count again.
             let lives = self.lives.values_mut();
-            lives
-                .filter(|life| life.is_of(*node))
-                .for_each(|life| life.claims_upto = 0);
+            lives.filter(|life| life.is_of(*node)).for_each(|life| life.claims_upto = 0);
             shared.updates.publish(&GossipUpdate::Gone(*node));
         }
         for member in step.changed {
@@ -717,12 +634,7 @@ impl Watcher {
                 let (claims, bad) = read_claims(state, life.claims_upto, life.claims_counted);
                 malformed += bad;
                 life.claims_counted = life.claims_counted.max(state.max_version());
-                heard.push(HeardClaims {
-                    id: id.clone(),
-                    node: meta.node_id,
-                    claims,
-                    upto: state.max_version(),
-                });
+                heard.push(HeardClaims { id: id.clone(), node: meta.node_id, claims, upto: state.max_version() });
             }
             snapshot.push(Observed {
                 meta: meta.clone(),
@@ -732,9 +644,7 @@ impl Watcher {
                 beats: life.beats,
             });
         }
-        self.shared
-            .malformed_values
-            .fetch_add(malformed, Ordering::Relaxed);
+        self.shared.malformed_values.fetch_add(malformed, Ordering::Relaxed);
         (snapshot, heard)
     }
 
@@ -742,21 +652,14 @@ impl Watcher {
         let counts = self
             .view
             .standing(heard.node)
-            .is_some_and(|(generation, state)| {
-                generation == heard.id.generation_id && state == MemberState::Alive
-            });
+            .is_some_and(|(generation, state)| generation == heard.id.generation_id && state == MemberState::Alive);
         if !counts {
             return;
         }
         for LeaderClaim { shard, term, epoch } in heard.claims {
             match self.shared.tracker.claim(shard, heard.node, term, epoch) {
                 ClaimOutcome::Changed => {
-                    self.shared.updates.publish(&GossipUpdate::Leader {
-                        shard,
-                        leader: heard.node,
-                        term,
-                        epoch,
-                    });
+                    self.shared.updates.publish(&GossipUpdate::Leader { shard, leader: heard.node, term, epoch });
                 }
                 ClaimOutcome::Conflict => {
                     tracing::warn!(%shard, %term, claimant = %heard.node, "a second leader claims this term");
@@ -772,9 +675,7 @@ impl Watcher {
 
 impl Life {
     fn is_of(&self, node: NodeId) -> bool {
-        self.node
-            .as_ref()
-            .is_some_and(|(meta, _)| meta.node_id == node)
+        self.node.as_ref().is_some_and(|(meta, _)| meta.node_id == node)
     }
 
     /// Reads what has changed; returns how many values were ignored.
@@ -793,9 +694,7 @@ impl Life {
             self.claims_upto = 0;
         }
         self.version = version;
-        let about = [NODE_PREFIX, METADATA_PREFIX]
-            .into_iter()
-            .flat_map(|prefix| state.iter_prefix(prefix));
+        let about = [NODE_PREFIX, METADATA_PREFIX].into_iter().flat_map(|prefix| state.iter_prefix(prefix));
         let about = about.map(|(key, value)| (key, value.value.as_str()));
         let pairs = about.chain(state.get(STATE_KEY).map(|value| (STATE_KEY, value)));
         match parse_node(&id.node_id, id.gossip_advertise_addr, pairs) {
@@ -805,11 +704,7 @@ impl Life {
                 tracing::debug!(node = ?id, what, "gossip about a node does not parse");
                 1
             }
-            ParsedNode::Complete {
-                meta,
-                left,
-                ignored,
-            } => {
+            ParsedNode::Complete { meta, left, ignored } => {
                 self.node = Some((*meta, left));
                 ignored.into()
             }
@@ -821,10 +716,7 @@ impl Life {
 fn read_claims(state: &NodeState, upto: u64, counted_upto: u64) -> (Vec<LeaderClaim>, u64) {
     let mut malformed = 0;
     let mut claims = Vec::new();
-    for (key, value) in state
-        .iter_prefix(LEADER_PREFIX)
-        .filter(|(_, value)| value.version > upto)
-    {
+    for (key, value) in state.iter_prefix(LEADER_PREFIX).filter(|(_, value)| value.version > upto) {
         match parse_claim(&key[LEADER_PREFIX.len()..], &value.value) {
             Some(claim) => claims.push(claim),
             None => malformed += u64::from(value.version > counted_upto),
@@ -855,34 +747,19 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration) {
                 () = until(&mut stop, true) => return,
                 () = resolve(&seeds.hosts, ipv4, &mut known) => {}
             }
-            let wait = if known.len() < seeds.hosts.len() {
-                RESOLVE_RETRY
-            } else {
-                RESOLVE_PERIOD
-            };
+            let wait = if known.len() < seeds.hosts.len() { RESOLVE_RETRY } else { RESOLVE_PERIOD };
             resolve_at = Instant::now() + wait;
         }
         let alone = {
             let members = shared.members.lock().expect("no panic while held");
-            !members
-                .iter()
-                .any(|m| m.meta.node_id != shared.this && m.state == MemberState::Alive)
+            !members.iter().any(|m| m.meta.node_id != shared.this && m.state == MemberState::Alive)
         };
         if !alone && Instant::now() < contact_at {
             continue;
         }
-        let offered = shared
-            .offered_seeds
-            .lock()
-            .expect("no panic while held")
-            .clone();
-        let mut targets: Vec<SocketAddr> = known
-            .values()
-            .flatten()
-            .copied()
-            .chain(offered)
-            .filter(|a| *a != own)
-            .collect();
+        let offered = shared.offered_seeds.lock().expect("no panic while held").clone();
+        let mut targets: Vec<SocketAddr> =
+            known.values().flatten().copied().chain(offered).filter(|a| *a != own).collect();
         targets.sort_unstable();
         targets.dedup();
         if targets.is_empty() {
@@ -899,16 +776,10 @@ async fn resolve(hosts: &[String], ipv4: bool, known: &mut HashMap<String, Vec<S
     for host in hosts {
         match timeout(RESOLVE_LIMIT, tokio::net::lookup_host(host.as_str())).await {
             Ok(Ok(found)) => {
-                let fitting: Vec<SocketAddr> = found
-                    .filter(|addr| addr.is_ipv4() == ipv4)
-                    .take(MAX_SEED_ADDRS)
-                    .collect();
+                let fitting: Vec<SocketAddr> =
+                    found.filter(|addr| addr.is_ipv4() == ipv4).take(MAX_SEED_ADDRS).collect();
                 if fitting.is_empty() {
-                    tracing::warn!(
-                        host,
-                        ipv4,
-                        "gossip seed has no address of the socket's family"
-                    );
+                    tracing::warn!(host, ipv4, "gossip seed has no address of the socket's family");
                 } else {
                     known.insert(host.clone(), fitting);
                 }
@@ -916,10 +787,7 @@ async fn resolve(hosts: &[String], ipv4: bool, known: &mut HashMap<String, Vec<S
             Ok(Err(error)) => {
                 tracing::debug!(host, %error, "gossip seed not found; kept as it was")
             }
-            Err(_) => tracing::debug!(
-                host,
-                "looking up a gossip seed takes too long; kept as it was"
-            ),
+            Err(_) => tracing::debug!(host, "looking up a gossip seed takes too long; kept as it was"),
         }
     }
 }
@@ -945,13 +813,7 @@ mod tests {
     fn config(node: u64, seeds: &[SocketAddr]) -> GossipConfig {
         let bind = "127.0.0.1:0".parse().unwrap();
         let raft_addr = format!("127.0.0.1:{}", 9000 + node);
-        let mut config = GossipConfig::new(
-            NodeId(node),
-            Incarnation(node.into()),
-            raft_addr,
-            "test",
-            bind,
-        );
+        let mut config = GossipConfig::new(NodeId(node), Incarnation(node.into()), raft_addr, "test", bind);
         config.seeds = seeds.iter().map(ToString::to_string).collect();
         config.interval = Duration::from_millis(50);
         config.initial_interval = Duration::from_millis(50);
@@ -971,34 +833,20 @@ mod tests {
     }
 
     async fn next(events: &mut EventReceiver) -> MemberEvent {
-        timeout(PATIENCE, events.recv())
-            .await
-            .expect("an event")
-            .expect("gossip runs")
+        timeout(PATIENCE, events.recv()).await.expect("an event").expect("gossip runs")
     }
 
     fn state(gossip: &Gossip, node: u64) -> Option<MemberState> {
-        gossip
-            .members()
-            .iter()
-            .find(|m| m.meta.node_id == NodeId(node))
-            .map(|m| m.state)
+        gossip.members().iter().find(|m| m.meta.node_id == NodeId(node)).map(|m| m.state)
     }
 
     fn join(node: u64) -> MemberEvent {
-        MemberEvent::Join {
-            node: NodeId(node),
-            raft_addr: format!("127.0.0.1:{}", 9000 + node),
-        }
+        MemberEvent::Join { node: NodeId(node), raft_addr: format!("127.0.0.1:{}", 9000 + node) }
     }
 
     async fn all_see(all: &[&Gossip], nodes: &[u64]) {
         eventually("all see each other alive", || {
-            all.iter().all(|g| {
-                nodes
-                    .iter()
-                    .all(|n| state(g, *n) == Some(MemberState::Alive))
-            })
+            all.iter().all(|g| nodes.iter().all(|n| state(g, *n) == Some(MemberState::Alive)))
         })
         .await;
     }
@@ -1009,10 +857,7 @@ mod tests {
         let mut events = a.events();
         let mut updates = a.leader_updates();
         assert_eq!(next(&mut events).await, join(1));
-        assert_eq!(
-            timeout(PATIENCE, updates.recv()).await.unwrap(),
-            Some(GossipUpdate::Resync)
-        );
+        assert_eq!(timeout(PATIENCE, updates.recv()).await.unwrap(), Some(GossipUpdate::Resync));
         let b = start(2, &[a.addr()]).await;
         let c = start(3, &[a.addr()]).await;
         all_see(&[&a, &b, &c], &[1, 2, 3]).await;
@@ -1028,26 +873,13 @@ mod tests {
         for g in [&a, &b, &c] {
             eventually("claims arrive", || g.tracker().entries().len() == 3).await;
             let expected = BTreeMap::from([(s, NodeId(2)), (t, NodeId(3))]);
-            eventually("the right ones win", || {
-                g.tracker().all_leaders() == expected
-            })
-            .await;
+            eventually("the right ones win", || g.tracker().all_leaders() == expected).await;
             assert_eq!(g.tracker().get_leader(ShardId::META), Some(NodeId(2)));
             assert_eq!(g.tracker().entry(s).unwrap().term, Term(3));
             assert_eq!(g.tracker().conflicts(), 0);
         }
-        let claim = GossipUpdate::Leader {
-            shard: t,
-            leader: NodeId(3),
-            term: Term(2),
-            epoch: Epoch(1),
-        };
-        while timeout(PATIENCE, updates.recv())
-            .await
-            .expect("the claim is passed on")
-            .unwrap()
-            != claim
-        {}
+        let claim = GossipUpdate::Leader { shard: t, leader: NodeId(3), term: Term(2), epoch: Epoch(1) };
+        while timeout(PATIENCE, updates.recv()).await.expect("the claim is passed on").unwrap() != claim {}
 
         // A goodbye is a Leave, and only that.
         c.leave().await;
@@ -1057,27 +889,15 @@ mod tests {
             eventually("its route is gone", || g.tracker().get_leader(t).is_none()).await;
             assert_eq!(g.tracker().entry(t).unwrap().term, Term(2));
         }
-        assert_eq!(
-            next(&mut events).await,
-            MemberEvent::Leave { node: NodeId(3) }
-        );
-        while timeout(PATIENCE, updates.recv())
-            .await
-            .expect("the node is gone")
-            .unwrap()
+        assert_eq!(next(&mut events).await, MemberEvent::Leave { node: NodeId(3) });
+        while timeout(PATIENCE, updates.recv()).await.expect("the node is gone").unwrap()
             != GossipUpdate::Gone(NodeId(3))
         {}
 
         // A crash is a failure. Its route goes, its term stays.
         drop(b);
-        assert_eq!(
-            next(&mut events).await,
-            MemberEvent::Failed { node: NodeId(2) }
-        );
-        eventually("the list says so too", || {
-            state(&a, 2) == Some(MemberState::Dead)
-        })
-        .await;
+        assert_eq!(next(&mut events).await, MemberEvent::Failed { node: NodeId(2) });
+        eventually("the list says so too", || state(&a, 2) == Some(MemberState::Dead)).await;
         eventually("routes are gone", || a.tracker().all_leaders().is_empty()).await;
         assert_eq!(a.tracker().entry(s).unwrap().term, Term(3));
         assert_eq!(state(&a, 3), Some(MemberState::Left));
@@ -1086,10 +906,7 @@ mod tests {
         let b = start(2, &[a.addr()]).await;
         b.publish_leaders(&[(s, Term(4), Epoch(1))]);
         assert_eq!(next(&mut events).await, join(2));
-        eventually("it leads again", || {
-            a.tracker().get_leader(s) == Some(NodeId(2))
-        })
-        .await;
+        eventually("it leads again", || a.tracker().get_leader(s) == Some(NodeId(2))).await;
 
         a.shutdown().await;
         assert_eq!(events.recv().await, None);
@@ -1102,34 +919,18 @@ mod tests {
         all_see(&[&a, &b], &[1, 2]).await;
         let s = ShardId(7);
         b.publish_leaders(&[(s, Term(3), Epoch(1))]);
-        eventually("the claim arrives", || {
-            a.tracker().get_leader(s) == Some(NodeId(2))
-        })
-        .await;
+        eventually("the claim arrives", || a.tracker().get_leader(s) == Some(NodeId(2))).await;
         let mut events = a.events();
-        assert_eq!(
-            [next(&mut events).await, next(&mut events).await],
-            [join(1), join(2)]
-        );
+        assert_eq!([next(&mut events).await, next(&mut events).await], [join(1), join(2)]);
         drop(b);
         let mut moved = config(2, &[a.addr()]);
         moved.raft_addr = "127.0.0.1:7777".into();
         moved.incarnation = Incarnation(99);
         let _b = Gossip::start(moved).await.unwrap();
-        let update = MemberEvent::Update {
-            node: NodeId(2),
-            raft_addr: "127.0.0.1:7777".into(),
-        };
+        let update = MemberEvent::Update { node: NodeId(2), raft_addr: "127.0.0.1:7777".into() };
         assert_eq!(next(&mut events).await, update);
-        eventually("the old claim is void", || {
-            a.tracker().get_leader(s).is_none()
-        })
-        .await;
-        let member = a
-            .members()
-            .into_iter()
-            .find(|m| m.meta.node_id == NodeId(2))
-            .unwrap();
+        eventually("the old claim is void", || a.tracker().get_leader(s).is_none()).await;
+        let member = a.members().into_iter().find(|m| m.meta.node_id == NodeId(2)).unwrap();
         assert_eq!(member.meta.incarnation, Incarnation(99));
         assert_eq!(events.try_recv(), None);
     }
@@ -1141,10 +942,7 @@ mod tests {
         let higher = start(2, &[a.addr()]).await;
         assert!(lower.generation() < higher.generation());
         eventually("the observer counts it", || a.stats().conflicts == 1).await;
-        eventually("the lower one knows", || {
-            lower.superseded_by() == Some(higher.generation())
-        })
-        .await;
+        eventually("the lower one knows", || lower.superseded_by() == Some(higher.generation())).await;
         assert_eq!(higher.superseded_by(), None);
         assert_eq!(a.members().len(), 2);
     }
@@ -1162,25 +960,16 @@ mod tests {
         all_see(&[&a, &b, &c], &[1, 2, 3]).await;
         a.set_metadata("zone", "b").unwrap();
         a.set_metadata("rack", "r 1").unwrap();
-        let expected = BTreeMap::from([
-            ("zone".to_owned(), "b".to_owned()),
-            ("rack".to_owned(), "r 1".to_owned()),
-        ]);
+        let expected = BTreeMap::from([("zone".to_owned(), "b".to_owned()), ("rack".to_owned(), "r 1".to_owned())]);
         for g in [&a, &b, &c] {
-            eventually("metadata arrives", || {
-                g.members()[0].meta.metadata == expected
-            })
-            .await;
+            eventually("metadata arrives", || g.members()[0].meta.metadata == expected).await;
         }
         assert!(a.set_metadata("zone", &"x".repeat(1025)).is_err());
         assert!(a.set_metadata("é", "x").is_err());
         for i in 0..MAX_METADATA_ENTRIES - 2 {
             a.set_metadata(&format!("k{i}"), "").unwrap();
         }
-        assert!(matches!(
-            a.set_metadata("more", "x"),
-            Err(GossipError::Key(KeyError::TooManyMetadata))
-        ));
+        assert!(matches!(a.set_metadata("more", "x"), Err(GossipError::Key(KeyError::TooManyMetadata))));
         a.set_metadata("k0", "y").unwrap();
         assert!(a.health());
     }
@@ -1203,10 +992,7 @@ mod tests {
     async fn a_bad_configuration_is_refused() {
         let mut bad = config(1, &[]);
         bad.phi = 1.0;
-        assert!(matches!(
-            Gossip::start(bad).await,
-            Err(GossipError::Config(ConfigError::Range { field: "phi", .. }))
-        ));
+        assert!(matches!(Gossip::start(bad).await, Err(GossipError::Config(ConfigError::Range { field: "phi", .. }))));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -1216,22 +1002,14 @@ mod tests {
         let (mut events, mut updates) = (a.events(), a.leader_updates());
         assert!(a.health());
         a.shared.handle.abort();
-        timeout(PATIENCE, health.wait_for(|healthy| !healthy))
-            .await
-            .unwrap()
-            .unwrap();
+        timeout(PATIENCE, health.wait_for(|healthy| !healthy)).await.unwrap().unwrap();
         assert!(!a.health());
         assert_eq!(events.recv().await, Some(join(1)));
         assert_eq!(events.recv().await, None);
         assert_eq!(updates.recv().await, Some(GossipUpdate::Resync));
         assert_eq!(updates.recv().await, None);
-        assert!(matches!(
-            a.set_metadata("a", "b"),
-            Err(GossipError::Stopped)
-        ));
-        timeout(PATIENCE, a.leave())
-            .await
-            .expect("leaving ends although nothing runs");
+        assert!(matches!(a.set_metadata("a", "b"), Err(GossipError::Stopped)));
+        timeout(PATIENCE, a.leave()).await.expect("leaving ends although nothing runs");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -1245,20 +1023,14 @@ mod tests {
         // It has tried by now, more often than these two needed to meet.
         let tried = other.stats().sent_datagrams + 20;
         eventually("it tries", || other.stats().sent_datagrams > tried).await;
-        assert_eq!(
-            (other.members().len(), a.members().len(), b.members().len()),
-            (1, 2, 2)
-        );
+        assert_eq!((other.members().len(), a.members().len(), b.members().len()), (1, 2, 2));
     }
 
     /// A chitchat node that is not one of ours: what it says is ignored and counted, and nobody is the worse for it.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_peer_that_talks_nonsense_is_ignored_and_counted() {
         let a = start(1, &[]).await;
-        let seeds = Seeds {
-            addrs: vec![a.addr()],
-            hosts: vec![],
-        };
+        let seeds = Seeds { addrs: vec![a.addr()], hosts: vec![] };
         let probe = UdpSocket::bind("127.0.0.1:0").unwrap();
         let addr = probe.local_addr().unwrap();
         drop(probe);
@@ -1266,13 +1038,8 @@ mod tests {
         stranger.chitchat_id.node_id = "nobody".into();
         let mut pairs = encode_node(&config(9, &[]).meta(addr)).unwrap();
         pairs.push(("l/1".into(), "1:1".into()));
-        let stranger = spawn_chitchat(stranger, pairs, &UdpTransport)
-            .await
-            .unwrap();
-        eventually("the stranger is counted", || {
-            a.stats().malformed_values >= 1
-        })
-        .await;
+        let stranger = spawn_chitchat(stranger, pairs, &UdpTransport).await.unwrap();
+        eventually("the stranger is counted", || a.stats().malformed_values >= 1).await;
         let b = start(2, &[a.addr()]).await;
         {
             let chitchat = b.shared.handle.chitchat();
@@ -1289,14 +1056,8 @@ mod tests {
                 chitchat.self_node_state().set(key, value);
             }
         }
-        eventually("the good claim is taken", || {
-            a.tracker().get_leader(ShardId(4)) == Some(NodeId(2))
-        })
-        .await;
-        eventually("the bad ones are counted", || {
-            a.stats().malformed_values >= 6
-        })
-        .await;
+        eventually("the good claim is taken", || a.tracker().get_leader(ShardId(4)) == Some(NodeId(2))).await;
+        eventually("the bad ones are counted", || a.stats().malformed_values >= 6).await;
         assert_eq!(a.tracker().all_leaders().len(), 1);
         assert_eq!(a.members().len(), 2);
         stranger.shutdown().await.unwrap();
@@ -1338,10 +1099,7 @@ mod tests {
         b.offer_seeds(&[a.addr()]);
         all_see(&[&a, &b], &[1, 2]).await;
         b.publish_leaders(&[(ShardId(1), Term(1), Epoch(1))]);
-        eventually("news still arrives", || {
-            a.tracker().get_leader(ShardId(1)) == Some(NodeId(2))
-        })
-        .await;
+        eventually("news still arrives", || a.tracker().get_leader(ShardId(1)) == Some(NodeId(2))).await;
         assert!(a.health() && b.health());
         assert_eq!(a.members().len(), 2);
     }

@@ -9,14 +9,9 @@ pub(crate) struct Rng(SplitMix);
 
 impl Rng {
     pub(crate) fn from_clock() -> Rng {
-        let given = std::env::var("CREMA_SEED")
-            .ok()
-            .and_then(|s| s.parse().ok());
-        let seed = given.unwrap_or_else(|| {
-            SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(1, |d| d.as_nanos() as u64)
-        });
+        let given = std::env::var("CREMA_SEED").ok().and_then(|s| s.parse().ok());
+        let seed =
+            given.unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64));
         // Captured by the harness and shown on failure.
         eprintln!("repeat with CREMA_SEED={seed}");
         Rng(SplitMix::new(seed))

@@ -68,14 +68,7 @@ impl ShardLeaderTracker {
         if !is_shard(shard) || term.0 == 0 || leader.0 == 0 {
             return ClaimOutcome::Invalid;
         }
-        let claimed = Slot {
-            entry: LeaderEntry {
-                leader: Some(leader),
-                term,
-                epoch,
-            },
-            of_term: leader,
-        };
+        let claimed = Slot { entry: LeaderEntry { leader: Some(leader), term, epoch }, of_term: leader };
         let mut known = match self.shards.entry(shard) {
             Entry::Vacant(vacant) => {
                 vacant.insert(claimed);
@@ -95,18 +88,10 @@ impl ShardLeaderTracker {
             self.conflicts.fetch_add(1, Ordering::Relaxed);
             return ClaimOutcome::Conflict;
         }
-        let next = LeaderEntry {
-            leader: Some(leader),
-            term,
-            epoch: epoch.max(slot.entry.epoch),
-        };
+        let next = LeaderEntry { leader: Some(leader), term, epoch: epoch.max(slot.entry.epoch) };
         let changed = next != slot.entry;
         slot.entry = next;
-        if changed {
-            ClaimOutcome::Changed
-        } else {
-            ClaimOutcome::Known
-        }
+        if changed { ClaimOutcome::Changed } else { ClaimOutcome::Known }
     }
 
     /// The node is dead, has left or begins a new life: routes to it are cleared, their terms kept. Returns the shards that
@@ -130,8 +115,7 @@ impl ShardLeaderTracker {
     /// The known leaders of data shards.
     pub fn all_leaders(&self) -> BTreeMap<ShardId, NodeId> {
         let data = self.shards.iter().filter(|s| !s.key().is_meta());
-        data.filter_map(|s| Some((*s.key(), s.entry.leader?)))
-            .collect()
+        data.filter_map(|s| Some((*s.key(), s.entry.leader?))).collect()
     }
 
     /// What is known about the shard.
@@ -169,14 +153,7 @@ mod tests {
         assert_eq!(claim(&t, 2, 4, 99), ClaimOutcome::Stale);
         assert_eq!(t.get_leader(S), Some(NodeId(1)));
         assert_eq!(claim(&t, 2, 6, 1), ClaimOutcome::Changed);
-        assert_eq!(
-            t.entry(S),
-            Some(LeaderEntry {
-                leader: Some(NodeId(2)),
-                term: Term(6),
-                epoch: Epoch(1)
-            })
-        );
+        assert_eq!(t.entry(S), Some(LeaderEntry { leader: Some(NodeId(2)), term: Term(6), epoch: Epoch(1) }));
         // The same leader learns of a newer placement; an older one changes nothing.
         assert_eq!(claim(&t, 2, 6, 3), ClaimOutcome::Changed);
         assert_eq!(claim(&t, 2, 6, 2), ClaimOutcome::Known);
@@ -202,14 +179,7 @@ mod tests {
         t.claim(ShardId(4), NodeId(2), Term(1), Epoch(1));
         assert_eq!(t.node_gone(NodeId(1)), [S]);
         assert_eq!(t.node_gone(NodeId(1)), []);
-        assert_eq!(
-            t.entry(S),
-            Some(LeaderEntry {
-                leader: None,
-                term: Term(5),
-                epoch: Epoch(1)
-            })
-        );
+        assert_eq!(t.entry(S), Some(LeaderEntry { leader: None, term: Term(5), epoch: Epoch(1) }));
         assert_eq!(claim(&t, 3, 4, 1), ClaimOutcome::Stale);
         assert_eq!(t.all_leaders(), BTreeMap::from([(ShardId(4), NodeId(2))]));
         // It was not dead after all, and says so in the same term.
@@ -220,25 +190,13 @@ mod tests {
     #[test]
     fn the_meta_group_is_tracked_but_not_listed_and_nonsense_is_refused() {
         let t = ShardLeaderTracker::new();
-        assert_eq!(
-            t.claim(ShardId::META, NodeId(1), Term(1), Epoch(0)),
-            ClaimOutcome::Changed
-        );
+        assert_eq!(t.claim(ShardId::META, NodeId(1), Term(1), Epoch(0)), ClaimOutcome::Changed);
         assert_eq!(t.get_leader(ShardId::META), Some(NodeId(1)));
         assert!(t.all_leaders().is_empty());
         assert_eq!(t.entries().len(), 1);
-        assert_eq!(
-            t.claim(ShardId(16_384), NodeId(1), Term(1), Epoch(0)),
-            ClaimOutcome::Invalid
-        );
-        assert_eq!(
-            t.claim(S, NodeId(1), Term(0), Epoch(0)),
-            ClaimOutcome::Invalid
-        );
-        assert_eq!(
-            t.claim(S, NodeId(0), Term(1), Epoch(0)),
-            ClaimOutcome::Invalid
-        );
+        assert_eq!(t.claim(ShardId(16_384), NodeId(1), Term(1), Epoch(0)), ClaimOutcome::Invalid);
+        assert_eq!(t.claim(S, NodeId(1), Term(0), Epoch(0)), ClaimOutcome::Invalid);
+        assert_eq!(t.claim(S, NodeId(0), Term(1), Epoch(0)), ClaimOutcome::Invalid);
     }
 
     /// True claims, one leader per term, delivered in random order with repetitions and gone nodes in between: terms never

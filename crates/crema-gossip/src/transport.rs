@@ -26,19 +26,11 @@ pub(crate) struct OpenedTransport {
 
 impl OpenedTransport {
     /// Opens the socket; returns it with the address that it is bound to.
-    pub(crate) async fn open(
-        bind: SocketAddr,
-        traffic: Arc<Traffic>,
-    ) -> anyhow::Result<(Self, SocketAddr)> {
+    pub(crate) async fn open(bind: SocketAddr, traffic: Arc<Traffic>) -> anyhow::Result<(Self, SocketAddr)> {
         let socket = UdpSocket::open(bind).await?;
         let addr = socket.local_addr()?;
         let counted = CountedSocket { socket, traffic };
-        Ok((
-            OpenedTransport {
-                socket: Mutex::new(Some(Box::new(counted))),
-            },
-            addr,
-        ))
+        Ok((OpenedTransport { socket: Mutex::new(Some(Box::new(counted))) }, addr))
     }
 }
 
@@ -61,28 +53,18 @@ impl Socket for CountedSocket {
         self.socket.local_addr()
     }
 
-    async fn send(
-        &mut self,
-        to: SocketAddr,
-        envelope: ChitchatEnvelope,
-    ) -> anyhow::Result<SendOutcome> {
+    async fn send(&mut self, to: SocketAddr, envelope: ChitchatEnvelope) -> anyhow::Result<SendOutcome> {
         let sent = self.socket.send(to, envelope).await?;
         self.traffic.sent_datagrams.fetch_add(1, Ordering::Relaxed);
-        self.traffic
-            .sent_bytes
-            .fetch_add(sent.num_bytes_sent as u64, Ordering::Relaxed);
+        self.traffic.sent_bytes.fetch_add(sent.num_bytes_sent as u64, Ordering::Relaxed);
         Ok(sent)
     }
 
     // Cancel-safe, as chitchat demands: the only await is the inner socket's, which is.
     async fn recv(&mut self) -> anyhow::Result<RecvOutcome> {
         let received = self.socket.recv().await?;
-        self.traffic
-            .received_datagrams
-            .fetch_add(1, Ordering::Relaxed);
-        self.traffic
-            .received_bytes
-            .fetch_add(received.num_bytes_received as u64, Ordering::Relaxed);
+        self.traffic.received_datagrams.fetch_add(1, Ordering::Relaxed);
+        self.traffic.received_bytes.fetch_add(received.num_bytes_received as u64, Ordering::Relaxed);
         Ok(received)
     }
 }

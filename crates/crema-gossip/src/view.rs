@@ -207,9 +207,7 @@ impl View {
 
     /// Takes a snapshot at one of the regular ticks, which alone bring suspects nearer to death.
     pub fn tick(&mut self, now: MonoTime, snapshot: &[Observed]) -> ViewStep {
-        let late = self
-            .last_tick
-            .is_some_and(|last| now.since(last) > self.config.interval * LATE_INTERVALS);
+        let late = self.last_tick.is_some_and(|last| now.since(last) > self.config.interval * LATE_INTERVALS);
         self.last_tick = Some(now);
         let counts = if late {
             self.clean_ticks_due = CLEAN_TICKS;
@@ -237,9 +235,7 @@ impl View {
 
     /// The life that counts and how it stands; `None` for a node that was never alive here.
     pub fn standing(&self, node: NodeId) -> Option<(u64, MemberState)> {
-        self.entries
-            .get(&node)
-            .map(|e| (e.generation, e.member.state))
+        self.entries.get(&node).map(|e| (e.generation, e.member.state))
     }
 
     /// Nodes that were ignored because [`MAX_MEMBERS`] are known, counted once a snapshot.
@@ -260,9 +256,7 @@ impl View {
         let nodes: BTreeSet<NodeId> = rows.keys().chain(self.entries.keys()).copied().collect();
         let mut step = ViewStep::default();
         for node in nodes {
-            let row = rows
-                .get(&node)
-                .and_then(|lives| self.life_that_counts(node, lives));
+            let row = rows.get(&node).and_then(|lives| self.life_that_counts(node, lives));
             self.take_one(node, row, counts, &mut step);
         }
         step
@@ -276,28 +270,13 @@ impl View {
             }
             // A newer life counts once it has shown a sign of its own; before, it may be the trace of a failed start.
             let shown = life.chitchat_alive || life.left;
-            known.map_or(shown, |known| {
-                life.generation == known || (life.generation > known && shown)
-            })
+            known.map_or(shown, |known| life.generation == known || (life.generation > known && shown))
         });
         // The same life under two addresses is one whose address was corrected too late; any fixed choice will do.
-        lives.max_by_key(|life| {
-            (
-                life.generation,
-                life.left,
-                life.chitchat_alive,
-                life.meta.gossip_addr,
-            )
-        })
+        lives.max_by_key(|life| (life.generation, life.left, life.chitchat_alive, life.meta.gossip_addr))
     }
 
-    fn take_one(
-        &mut self,
-        node: NodeId,
-        row: Option<&Observed>,
-        counts: bool,
-        step: &mut ViewStep,
-    ) {
+    fn take_one(&mut self, node: NodeId, row: Option<&Observed>, counts: bool, step: &mut ViewStep) {
         let myself = node == self.config.this;
         let Some(entry) = self.entries.get_mut(&node) else {
             let Some(row) = row else { return };
@@ -309,23 +288,10 @@ impl View {
                 self.refused += 1;
                 return;
             }
-            let member = Member {
-                meta: row.meta.clone(),
-                state: MemberState::Alive,
-            };
-            step.events.push(MemberEvent::Join {
-                node,
-                raft_addr: member.meta.raft_addr.clone(),
-            });
+            let member = Member { meta: row.meta.clone(), state: MemberState::Alive };
+            step.events.push(MemberEvent::Join { node, raft_addr: member.meta.raft_addr.clone() });
             step.changed.push(member.clone());
-            self.entries.insert(
-                node,
-                Entry {
-                    member,
-                    generation: row.generation,
-                    silent_ticks: 0,
-                },
-            );
+            self.entries.insert(node, Entry { member, generation: row.generation, silent_ticks: 0 });
             return;
         };
         if myself {
@@ -347,11 +313,7 @@ impl View {
             Alive => Suspect,
             Suspect => {
                 entry.silent_ticks += u32::from(counts);
-                if counts && entry.silent_ticks >= self.config.dead_ticks {
-                    Dead
-                } else {
-                    Suspect
-                }
+                if counts && entry.silent_ticks >= self.config.dead_ticks { Dead } else { Suspect }
             }
             Dead | Left => was,
         };
@@ -376,15 +338,9 @@ impl View {
         let event = match (was, next) {
             (Alive | Suspect | Dead, Left) => Some(MemberEvent::Leave { node }),
             (Suspect, Dead) => Some(MemberEvent::Failed { node }),
-            (Dead | Left, Alive) => Some(MemberEvent::Join {
-                node,
-                raft_addr: raft_addr.clone(),
-            }),
+            (Dead | Left, Alive) => Some(MemberEvent::Join { node, raft_addr: raft_addr.clone() }),
             (Alive | Suspect, Alive | Suspect) if *raft_addr != before.meta.raft_addr => {
-                Some(MemberEvent::Update {
-                    node,
-                    raft_addr: raft_addr.clone(),
-                })
+                Some(MemberEvent::Update { node, raft_addr: raft_addr.clone() })
             }
             _ => None,
         };
@@ -424,30 +380,14 @@ impl View {
                 // A later process took over this id: no need to watch for long, it is alive and it is not this one.
                 if self.superseded_by < Some(generation) {
                     self.superseded_by = Some(generation);
-                    found.push(Conflict {
-                        node,
-                        lower: own,
-                        higher: generation,
-                    });
+                    found.push(Conflict { node, lower: own, higher: generation });
                 }
                 continue;
             }
-            let fresh = Rival {
-                generation,
-                beats,
-                main_beats: main,
-                ticks: 0,
-                reported: false,
-            };
+            let fresh = Rival { generation, beats, main_beats: main, ticks: 0, reported: false };
             let rival = self.rivals.entry(node).or_insert(fresh);
             if rival.generation != generation {
-                *rival = Rival {
-                    generation,
-                    beats,
-                    main_beats: main,
-                    ticks: 0,
-                    reported: false,
-                };
+                *rival = Rival { generation, beats, main_beats: main, ticks: 0, reported: false };
             }
             if beats > rival.beats && main > rival.main_beats {
                 rival.ticks += 1;
@@ -456,11 +396,7 @@ impl View {
             if rival.ticks >= CONFLICT_TICKS && !rival.reported {
                 rival.reported = true;
                 let counted = self.entries[&node].generation;
-                found.push(Conflict {
-                    node,
-                    lower: generation.min(counted),
-                    higher: generation.max(counted),
-                });
+                found.push(Conflict { node, lower: generation.min(counted), higher: generation.max(counted) });
             }
         }
         found
@@ -483,16 +419,8 @@ mod tests {
 
     impl Bench {
         fn new() -> Self {
-            let config = ViewConfig {
-                this: NodeId(1),
-                generation: 100,
-                interval: INTERVAL,
-                dead_ticks: DEAD_TICKS,
-            };
-            Bench {
-                view: View::new(config),
-                now: MonoTime(0),
-            }
+            let config = ViewConfig { this: NodeId(1), generation: 100, interval: INTERVAL, dead_ticks: DEAD_TICKS };
+            Bench { view: View::new(config), now: MonoTime(0) }
         }
         fn tick(&mut self, rows: &[Observed]) -> ViewStep {
             self.tick_after(INTERVAL, rows)
@@ -505,20 +433,12 @@ mod tests {
             self.view.standing(NodeId(node)).map(|(_, state)| state)
         }
         fn fail(&mut self, row: &Observed) {
-            let silent = Observed {
-                chitchat_alive: false,
-                ..row.clone()
-            };
+            let silent = Observed { chitchat_alive: false, ..row.clone() };
             let mut events = Vec::new();
             for _ in 0..=DEAD_TICKS {
                 events.extend(self.tick(std::slice::from_ref(&silent)).events);
             }
-            assert_eq!(
-                events,
-                [MemberEvent::Failed {
-                    node: row.meta.node_id
-                }]
-            );
+            assert_eq!(events, [MemberEvent::Failed { node: row.meta.node_id }]);
         }
     }
 
@@ -553,10 +473,7 @@ mod tests {
         row
     }
     fn join(node: u64) -> MemberEvent {
-        MemberEvent::Join {
-            node: NodeId(node),
-            raft_addr: format!("host-{node}:9001"),
-        }
+        MemberEvent::Join { node: NodeId(node), raft_addr: format!("host-{node}:9001") }
     }
     fn leave(node: u64) -> MemberEvent {
         MemberEvent::Leave { node: NodeId(node) }
@@ -568,20 +485,13 @@ mod tests {
         assert_eq!(b.tick(&[row(2, 5)]).events, [join(2)]);
         assert_eq!(b.tick(&[row(2, 5)]), ViewStep::default());
         let step = b.tick(&[silent(row(2, 5))]);
-        assert_eq!(
-            (step.events.len(), step.gone.len(), step.changed.len()),
-            (0, 0, 1)
-        );
+        assert_eq!((step.events.len(), step.gone.len(), step.changed.len()), (0, 0, 1));
         assert_eq!(b.state(2), Some(MemberState::Suspect));
         assert_eq!(b.tick(&[row(2, 5)]).events, []);
         assert_eq!(b.state(2), Some(MemberState::Alive));
         b.tick(&[silent(row(2, 5))]);
         for tick in 1..DEAD_TICKS {
-            assert_eq!(
-                b.tick(&[silent(row(2, 5))]),
-                ViewStep::default(),
-                "tick {tick}"
-            );
+            assert_eq!(b.tick(&[silent(row(2, 5))]), ViewStep::default(), "tick {tick}");
             assert_eq!(b.view.observe(&[silent(row(2, 5))]), ViewStep::default());
         }
         let step = b.tick(&[silent(row(2, 5))]);
@@ -595,10 +505,7 @@ mod tests {
     fn who_was_never_alive_is_not_listed_and_never_fails() {
         let mut b = Bench::new();
         for _ in 0..50 {
-            assert_eq!(
-                b.tick(&[silent(row(2, 5)), left(row(3, 5)), silent(left(row(4, 5)))]),
-                ViewStep::default()
-            );
+            assert_eq!(b.tick(&[silent(row(2, 5)), left(row(3, 5)), silent(left(row(4, 5)))]), ViewStep::default());
         }
         assert!(b.view.members().is_empty());
         assert_eq!(b.tick(&[row(2, 5)]).events, [join(2)]);
@@ -632,19 +539,10 @@ mod tests {
         assert_eq!((step.events.len(), step.gone), (0, vec![NodeId(2)]));
         assert_eq!(b.view.standing(NodeId(2)), Some((6, MemberState::Alive)));
         // The old life is never heard again, whatever it says.
-        assert_eq!(
-            b.tick(&[left(moved(row(2, 5))), row(2, 6)]),
-            ViewStep::default()
-        );
+        assert_eq!(b.tick(&[left(moved(row(2, 5))), row(2, 6)]), ViewStep::default());
         b.tick(&[silent(row(2, 6))]);
         let step = b.tick(&[moved(row(2, 7))]);
-        assert_eq!(
-            step.events,
-            [MemberEvent::Update {
-                node: NodeId(2),
-                raft_addr: "elsewhere:1".into()
-            }]
-        );
+        assert_eq!(step.events, [MemberEvent::Update { node: NodeId(2), raft_addr: "elsewhere:1".into() }]);
         // After a death, the new life joins at its new place.
         b.fail(&moved(row(2, 7)));
         assert_eq!(b.tick(&[row(2, 8)]).events, [join(2)]);
@@ -660,10 +558,7 @@ mod tests {
         let mut zoned = row(2, 5);
         zoned.meta.metadata.insert("zone".into(), "a".into());
         let step = b.tick(&[zoned]);
-        assert_eq!(
-            (step.events.len(), step.gone.len(), step.changed.len()),
-            (0, 0, 1)
-        );
+        assert_eq!((step.events.len(), step.gone.len(), step.changed.len()), (0, 0, 1));
         assert_eq!(b.view.members()[0].meta.metadata["zone"], "a");
     }
 
@@ -676,19 +571,12 @@ mod tests {
         }
         // One more tick would be death. The observer stalls instead.
         for _ in 0..5 {
-            assert_eq!(
-                b.tick_after(INTERVAL * 3 + Duration::from_nanos(1), &[silent(row(2, 5))])
-                    .events,
-                []
-            );
+            assert_eq!(b.tick_after(INTERVAL * 3 + Duration::from_nanos(1), &[silent(row(2, 5))]).events, []);
         }
         for _ in 0..CLEAN_TICKS {
             assert_eq!(b.tick(&[silent(row(2, 5))]).events, []);
         }
-        assert_eq!(
-            b.tick(&[silent(row(2, 5))]).events,
-            [MemberEvent::Failed { node: NodeId(2) }]
-        );
+        assert_eq!(b.tick(&[silent(row(2, 5))]).events, [MemberEvent::Failed { node: NodeId(2) }]);
     }
 
     #[test]
@@ -722,12 +610,7 @@ mod tests {
     fn this_node_is_always_alive_to_itself() {
         let mut b = Bench::new();
         assert_eq!(b.tick(&[silent(row(1, 100))]).events, [join(1)]);
-        for other in [
-            vec![],
-            vec![left(row(1, 100))],
-            vec![left(row(1, 200))],
-            vec![row(1, 50)],
-        ] {
+        for other in [vec![], vec![left(row(1, 100))], vec![left(row(1, 200))], vec![row(1, 50)]] {
             assert_eq!(b.tick(&other).events, []);
             assert_eq!(b.view.standing(NodeId(1)), Some((100, MemberState::Alive)));
         }
@@ -736,10 +619,7 @@ mod tests {
     #[test]
     fn two_lives_that_both_advance_are_a_conflict_once() {
         let mut b = Bench::new();
-        let beating = |generation, beats| Observed {
-            beats,
-            ..row(2, generation)
-        };
+        let beating = |generation, beats| Observed { beats, ..row(2, generation) };
         let mut conflicts = Vec::new();
         // An ordinary restart: the old heartbeat arrives for some rounds.
         for i in 0..30 {
@@ -749,14 +629,7 @@ mod tests {
         for i in 0..30 {
             conflicts.extend(b.tick(&[beating(5, 10 + i), beating(6, 40 + i)]).conflicts);
         }
-        assert_eq!(
-            conflicts,
-            [Conflict {
-                node: NodeId(2),
-                lower: 5,
-                higher: 6
-            }]
-        );
+        assert_eq!(conflicts, [Conflict { node: NodeId(2), lower: 5, higher: 6 }]);
     }
 
     #[test]
@@ -764,11 +637,7 @@ mod tests {
         let mut b = Bench::new();
         assert_eq!(b.tick(&[row(1, 100), silent(row(1, 200))]).conflicts, []);
         assert_eq!(b.view.superseded_by(), None);
-        let conflict = Conflict {
-            node: NodeId(1),
-            lower: 100,
-            higher: 200,
-        };
+        let conflict = Conflict { node: NodeId(1), lower: 100, higher: 200 };
         assert_eq!(b.tick(&[row(1, 100), row(1, 200)]).conflicts, [conflict]);
         assert_eq!(b.tick(&[row(1, 100), row(1, 200)]).conflicts, []);
         assert_eq!(b.view.superseded_by(), Some(200));
@@ -835,12 +704,8 @@ mod tests {
                     }
                     _ => {}
                 }
-                let before: BTreeMap<_, _> = b
-                    .view
-                    .entries
-                    .iter()
-                    .map(|(n, e)| (*n, (e.generation, e.member.state)))
-                    .collect();
+                let before: BTreeMap<_, _> =
+                    b.view.entries.iter().map(|(n, e)| (*n, (e.generation, e.member.state))).collect();
                 let (counts, step) = match rng.below(20) {
                     0 => (false, b.view.observe(&lives)),
                     1 => {
@@ -855,17 +720,10 @@ mod tests {
                 };
                 let mut in_step = BTreeSet::new();
                 for event in &step.events {
-                    assert!(
-                        in_step.insert(event.node()),
-                        "two events of one node in a step: {:?}",
-                        step.events
-                    );
+                    assert!(in_step.insert(event.node()), "two events of one node in a step: {:?}", step.events);
                     let status = told.entry(event.node()).or_insert(Told::Nothing);
                     *status = match (event, *status) {
-                        (
-                            MemberEvent::Join { node, raft_addr },
-                            Told::Nothing | Told::Failed | Told::Left,
-                        ) => {
+                        (MemberEvent::Join { node, raft_addr }, Told::Nothing | Told::Failed | Told::Left) => {
                             seen[0] += 1;
                             addrs.insert(*node, raft_addr.clone());
                             Told::Up
@@ -882,10 +740,7 @@ mod tests {
                         }
                         (MemberEvent::Update { node, raft_addr }, Told::Up) => {
                             seen[3] += 1;
-                            assert_ne!(
-                                addrs.insert(*node, raft_addr.clone()).as_ref(),
-                                Some(raft_addr)
-                            );
+                            assert_ne!(addrs.insert(*node, raft_addr.clone()).as_ref(), Some(raft_addr));
                             Told::Up
                         }
                         (event, status) => panic!("{event:?} does not follow {status:?}"),
@@ -902,16 +757,11 @@ mod tests {
                         assert_eq!(addrs[node], entry.member.meta.raft_addr);
                     }
                     if let Some((generation, state)) = before.get(node) {
-                        assert!(
-                            entry.generation >= *generation,
-                            "went back to an earlier life"
-                        );
+                        assert!(entry.generation >= *generation, "went back to an earlier life");
                         let sticky = *state != MemberState::Left || entry.generation > *generation;
                         assert!(sticky || entry.member.state == MemberState::Left);
                     }
-                    let was_suspect = before
-                        .get(node)
-                        .is_some_and(|(_, s)| *s == MemberState::Suspect);
+                    let was_suspect = before.get(node).is_some_and(|(_, s)| *s == MemberState::Suspect);
                     if entry.member.state == MemberState::Suspect && was_suspect {
                         *suspect_for.entry(*node).or_default() += u32::from(counts);
                     } else {
@@ -927,9 +777,6 @@ mod tests {
                 }
             }
         }
-        assert!(
-            seen.iter().all(|n| *n > 10),
-            "the test must reach every kind of event: {seen:?}"
-        );
+        assert!(seen.iter().all(|n| *n > 10), "the test must reach every kind of event: {seen:?}");
     }
 }

@@ -55,8 +55,12 @@ impl Arguments {
 pub fn run(args: &Arguments, out: &mut impl Write) -> io::Result<bool> {
     let (mut failed, mut simulated, mut ops, mut trace) = (0u64, 0u64, 0u64, 0u64);
     for i in 0..args.seeds {
-        let plan =
-            Plan { seed: args.seed.wrapping_add(i), nodes: args.nodes, shards: args.shards, faults: args.faults.clone() };
+        let plan = Plan {
+            seed: args.seed.wrapping_add(i),
+            nodes: args.nodes,
+            shards: args.shards,
+            faults: args.faults.clone(),
+        };
         let report = run_seed(&plan);
         simulated += report.simulated;
         ops += report.ops;
@@ -94,7 +98,8 @@ mod tests {
     fn arguments_are_checked() {
         let a = parse("--seeds 7 --seed 9 --nodes 5 --shards 2 --faults drop,kill").unwrap();
         assert_eq!((a.seeds, a.seed, a.nodes, a.shards), (7, 9, Some(5), Some(2)));
-        for bad in ["--seeds", "--seeds x", "--seeds 0", "--nodes 2", "--shards 65", "--faults flood", "--frobnicate 1"] {
+        for bad in ["--seeds", "--seeds x", "--seeds 0", "--nodes 2", "--shards 65", "--faults flood", "--frobnicate 1"]
+        {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

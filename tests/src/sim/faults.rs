@@ -99,13 +99,7 @@ impl Faults {
             return Faults::default();
         }
         let part = rng.range(150, 700);
-        Faults(
-            self.0
-                .iter()
-                .copied()
-                .filter(|_| rng.permille(part))
-                .collect(),
-        )
+        Faults(self.0.iter().copied().filter(|_| rng.permille(part)).collect())
     }
 }
 
@@ -133,10 +127,7 @@ impl FromStr for Faults {
         for name in s.split(',') {
             let Some(fault) = Fault::ALL.into_iter().find(|f| f.name() == name) else {
                 let known: Vec<&str> = Fault::ALL.iter().map(|f| f.name()).collect();
-                return Err(format!(
-                    "unknown fault {name:?}; known are all, none, {}",
-                    known.join(", ")
-                ));
+                return Err(format!("unknown fault {name:?}; known are all, none, {}", known.join(", ")));
             };
             if !set.contains(&fault) {
                 set.push(fault);
@@ -163,9 +154,7 @@ mod tests {
 
     #[test]
     fn the_swarm_has_seeds_with_none_and_with_several() {
-        let sizes: Vec<usize> = (0..200)
-            .map(|s| Faults::all().swarm(&mut Rng::new(s)).0.len())
-            .collect();
+        let sizes: Vec<usize> = (0..200).map(|s| Faults::all().swarm(&mut Rng::new(s)).0.len()).collect();
         assert!(sizes.contains(&0));
         assert!(sizes.iter().any(|n| *n > 6));
     }

@@ -34,12 +34,7 @@ impl Command {
     /// What it does to a value, and what it answers.
     pub fn apply(&self, value: &Value) -> (Value, Reply) {
         match self {
-            Command::Get => (
-                value.clone(),
-                value
-                    .as_ref()
-                    .map_or(Reply::Nil, |v| Reply::Bulk(v.clone().into())),
-            ),
+            Command::Get => (value.clone(), value.as_ref().map_or(Reply::Nil, |v| Reply::Bulk(v.clone().into()))),
             Command::Set(v) => (Some(v.clone()), Reply::Ok),
             Command::SetNx(_) if value.is_some() => (value.clone(), Reply::Nil),
             Command::SetNx(v) => (Some(v.clone()), Reply::Ok),
@@ -70,13 +65,7 @@ impl Command {
     /// If key or value is over a limit; the workload's are short.
     pub fn encode(&self, key: &str) -> Bytes {
         let key = KeyRef::new(0, key.as_bytes()).expect("a short key");
-        let set = |value, cond| Op::Set {
-            key,
-            value,
-            cond,
-            expire: SetExpire::Clear,
-            get: false,
-        };
+        let set = |value, cond| Op::Set { key, value, cond, expire: SetExpire::Clear, get: false };
         let op = match self {
             Command::Get => Op::Get { key },
             Command::Set(v) => set(v, SetCond::Always),

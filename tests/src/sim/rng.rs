@@ -91,10 +91,7 @@ mod tests {
             seen[n as usize] += 1;
             assert!((3..=5).contains(&a.range(3, 5)) && (3..=5).contains(&b.range(3, 5)));
         }
-        assert!(
-            seen.iter().all(|n| (800..1200).contains(n)),
-            "about even: {seen:?}"
-        );
+        assert!(seen.iter().all(|n| (800..1200).contains(n)), "about even: {seen:?}");
         assert_eq!(Rng::new(1).below(0), 0);
         assert_ne!(Rng::new(1).next_u64(), Rng::new(2).next_u64());
     }

@@ -186,7 +186,8 @@ impl<'a> Run<'a> {
 
     fn all_phases(&mut self) -> Result<(), ()> {
         self.load.active = false;
-        let ready = |r: &Self| r.world.ids().iter().all(|n| r.world.host(*n).is_some_and(|h| h.view().not_ready.is_none()));
+        let ready =
+            |r: &Self| r.world.ids().iter().all(|n| r.world.host(*n).is_some_and(|h| h.view().not_ready.is_none()));
         self.reach(Duration::from_secs(5), "the cluster is founded and ready", ready)?;
 
         self.load.active = true;
@@ -332,7 +333,8 @@ impl<'a> Run<'a> {
             Fault::Partition => {
                 let ids = self.world.ids();
                 let company = if self.rng.permille(500) { 0 } else { 400 };
-                let side: Vec<NodeId> = ids.iter().copied().filter(|n| *n == node || self.rng.permille(company)).collect();
+                let side: Vec<NodeId> =
+                    ids.iter().copied().filter(|n| *n == node || self.rng.permille(company)).collect();
                 let mut cuts = Vec::new();
                 for a in &side {
                     for b in ids.iter().filter(|b| !side.contains(b)) {
@@ -575,6 +577,20 @@ mod tests {
 
     fn plan(seed: u64) -> Plan {
         Plan { seed, nodes: None, shards: None, faults: Faults::all() }
+    }
+
+    /// Seeds of the ordinary test run: about half a minute without optimisation. Long runs are for the command line.
+    const SEEDS: std::ops::Range<u64> = 0..60;
+
+    #[test]
+    fn a_fixed_budget_of_seeds_holds() {
+        let mut answered = 0;
+        for seed in SEEDS {
+            let report = run_seed(&plan(seed));
+            assert!(report.failures.is_empty(), "{}", report.describe());
+            answered += report.outcomes[0];
+        }
+        assert!(answered > 10_000, "the workload works: {answered} answers");
     }
 
     #[test]

@@ -20,9 +20,12 @@ struct Story {
 impl Story {
     /// Three nodes, one shard, ready.
     fn begin() -> Story {
-        let mut s = Story { world: World::new(Options { seed: 1, shards: 1, ..Options::default() }), answers: BTreeMap::new() };
-        let ready =
-            |w: &World| w.ids().iter().all(|n| w.host(*n).is_some_and(|h| h.view().not_ready.is_none())) && w.leader(SHARD).is_some();
+        let mut s =
+            Story { world: World::new(Options { seed: 1, shards: 1, ..Options::default() }), answers: BTreeMap::new() };
+        let ready = |w: &World| {
+            w.ids().iter().all(|n| w.host(*n).is_some_and(|h| h.view().not_ready.is_none()))
+                && w.leader(SHARD).is_some()
+        };
         assert!(s.world.run_until(Duration::from_secs(5), ready), "founded");
         s
     }

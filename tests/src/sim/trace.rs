@@ -58,7 +58,8 @@ impl Trace {
         self.mix(from.0 << 8 | to.0);
         self.mix_bytes(frame);
         // Beats would drive everything else out of what is kept.
-        let beat = frame.first() == Some(&KIND_CONTROL) && matches!(decode_control(&frame[1..]), Ok(Control::Beat { .. }));
+        let beat =
+            frame.first() == Some(&KIND_CONTROL) && matches!(decode_control(&frame[1..]), Ok(Control::Beat { .. }));
         if !beat {
             self.push(at, What::Frame { from, to, channel, frame: frame.clone() });
         }

@@ -146,13 +146,43 @@ enum Input {
 
 /// What a happening is about; the life guards against those of an earlier one.
 enum Event {
-    Wake { node: NodeId, life: u64 },
-    Arrive { from: NodeId, incarnation: Incarnation, to: NodeId, life: u64, number: u64, channel: Channel, frame: Bytes },
-    Persisted { node: NodeId, life: u64, number: u64 },
-    Dial { from: NodeId, to: NodeId, life: u64 },
-    Break { from: NodeId, to: NodeId, number: u64 },
-    Watch { from: NodeId, to: NodeId, number: u64 },
-    Hint { to: NodeId, hint: LeaderHint },
+    Wake {
+        node: NodeId,
+        life: u64,
+    },
+    Arrive {
+        from: NodeId,
+        incarnation: Incarnation,
+        to: NodeId,
+        life: u64,
+        number: u64,
+        channel: Channel,
+        frame: Bytes,
+    },
+    Persisted {
+        node: NodeId,
+        life: u64,
+        number: u64,
+    },
+    Dial {
+        from: NodeId,
+        to: NodeId,
+        life: u64,
+    },
+    Break {
+        from: NodeId,
+        to: NodeId,
+        number: u64,
+    },
+    Watch {
+        from: NodeId,
+        to: NodeId,
+        number: u64,
+    },
+    Hint {
+        to: NodeId,
+        hint: LeaderHint,
+    },
     Gossip,
     User(u64),
 }
@@ -446,7 +476,9 @@ impl World {
             Event::Break { from, to, number } => self.break_link(from, to, number),
             Event::Watch { from, to, number } => {
                 let old = |since: Option<&u64>| since.is_some_and(|s| self.now >= s + BREAK_AFTER);
-                let silent = old(self.cut.get(&(from, to))) || old(self.cut.get(&(to, from))) || old(self.nodes[&to].paused_since.as_ref());
+                let silent = old(self.cut.get(&(from, to)))
+                    || old(self.cut.get(&(to, from)))
+                    || old(self.nodes[&to].paused_since.as_ref());
                 if silent {
                     self.break_link(from, to, number);
                 }
@@ -600,7 +632,14 @@ impl World {
         }
     }
 
-    fn perform(&mut self, id: NodeId, host: &mut Host, now: Now, effects: &mut Effects, dropped: &mut BTreeSet<(NodeId, Channel)>) {
+    fn perform(
+        &mut self,
+        id: NodeId,
+        host: &mut Host,
+        now: Now,
+        effects: &mut Effects,
+        dropped: &mut BTreeSet<(NodeId, Channel)>,
+    ) {
         for batch in effects.persist.drain(..) {
             let n = self.nodes.get_mut(&id).expect("nodes stay");
             let here = self.conditions.persist_at.is_none_or(|n| n == id);
@@ -675,10 +714,13 @@ impl World {
 
     fn send(&mut self, from: NodeId, to: NodeId, number: u64, channel: Channel, frame: Bytes) {
         let fits = |b: &Block| {
-            b.from.is_none_or(|n| n == from) && b.to.is_none_or(|n| n == to) && b.kind.is_none_or(|k| frame.first() == Some(&k))
+            b.from.is_none_or(|n| n == from)
+                && b.to.is_none_or(|n| n == to)
+                && b.kind.is_none_or(|k| frame.first() == Some(&k))
         };
         let c = &self.conditions;
-        let vanishes = self.is_cut(from, to) || self.blocks.iter().any(fits) || (c.lost > 0 && self.rng.permille(c.lost));
+        let vanishes =
+            self.is_cut(from, to) || self.blocks.iter().any(fits) || (c.lost > 0 && self.rng.permille(c.lost));
         let link = self.links.entry((from, to)).or_default();
         if vanishes || !link.up || link.number != number {
             return;
@@ -703,7 +745,10 @@ impl World {
     }
 
     fn dial(&mut self, from: NodeId, to: NodeId, life: u64) {
-        if self.nodes[&from].life != life || self.nodes[&from].host.is_none() || self.links.get(&(from, to)).is_some_and(|l| l.up) {
+        if self.nodes[&from].life != life
+            || self.nodes[&from].host.is_none()
+            || self.links.get(&(from, to)).is_some_and(|l| l.up)
+        {
             return;
         }
         let answers = self.nodes[&to].host.is_some() && !self.paused(to) && !self.paused(from);
@@ -902,14 +947,25 @@ impl World {
 
     /// Sends a request for `key` to a gateway that is alive. Returns its mark, or `None` if that node does not know the
     /// placement yet.
-    pub fn submit(&mut self, node: NodeId, conn: ConnId, key: &str, write: bool, ops: Bytes, patience: Duration) -> Option<Token> {
+    pub fn submit(
+        &mut self,
+        node: NodeId,
+        conn: ConnId,
+        key: &str,
+        write: bool,
+        ops: Bytes,
+        patience: Duration,
+    ) -> Option<Token> {
         let n = &self.nodes[&node];
         let shard = n.host.as_ref()?.view().shard_of(slot_of(key.as_bytes()))?;
         let deadline = n.clock.now(self.now).mono.after(patience);
         self.next_token += 1;
         let token = Token(self.next_token);
         self.ledger.submitted(node, conn, token);
-        self.trace.note(self.now, format!("{conn:?} asks {node:?}: {token:?} {shard:?} {key} {}", if write { "write" } else { "read" }));
+        self.trace.note(
+            self.now,
+            format!("{conn:?} asks {node:?}: {token:?} {shard:?} {key} {}", if write { "write" } else { "read" }),
+        );
         self.input(node, Input::Submit(ClientRequest { conn, token, shard, write, ops, deadline }));
         Some(token)
     }

@@ -26,20 +26,13 @@ impl Ledger {
                 Ok(())
             }
             Some(n) => Err(format!("{conn:?} {token:?} of {n:?} completed at {node:?}")),
-            None => Err(format!(
-                "{conn:?} {token:?} completed at {node:?} though it is not open there"
-            )),
+            None => Err(format!("{conn:?} {token:?} completed at {node:?} though it is not open there")),
         }
     }
 
     /// The gateway's process died: what was open there will never be completed.
     pub fn node_died(&mut self, node: NodeId) -> Vec<(ConnId, Token)> {
-        let lost: Vec<(ConnId, Token)> = self
-            .open
-            .iter()
-            .filter(|(_, n)| **n == node)
-            .map(|(k, _)| *k)
-            .collect();
+        let lost: Vec<(ConnId, Token)> = self.open.iter().filter(|(_, n)| **n == node).map(|(k, _)| *k).collect();
         lost.iter().for_each(|k| _ = self.open.remove(k));
         lost
     }
@@ -51,11 +44,7 @@ impl Ledger {
 
     /// Requests of `node` that are not completed.
     pub fn open_at(&self, node: NodeId) -> Vec<(ConnId, Token)> {
-        self.open
-            .iter()
-            .filter(|(_, n)| **n == node)
-            .map(|(k, _)| *k)
-            .collect()
+        self.open.iter().filter(|(_, n)| **n == node).map(|(k, _)| *k).collect()
     }
 
     /// Requests completed so far.

@@ -70,10 +70,7 @@ impl Invariants {
         let bad = &mut self.scratch;
         let holder = *self.ids.entry(r.id().0).or_insert((node, incarnation, shard));
         if holder != (node, incarnation, shard) {
-            bad.push(format!(
-                "replica id {} of {shard:?} on {node:?} was held by {holder:?}",
-                r.id()
-            ));
+            bad.push(format!("replica id {} of {shard:?} on {node:?} was held by {holder:?}", r.id()));
         }
         if r.failed() {
             return;
@@ -82,9 +79,7 @@ impl Invariants {
         let progress = self.progress.entry((node, incarnation, shard)).or_default();
         let (applied, committed) = (r.applied().0, r.committed().0);
         if applied > committed {
-            bad.push(format!(
-                "{shard:?} on {node:?}: applied {applied} > committed {committed}"
-            ));
+            bad.push(format!("{shard:?} on {node:?}: applied {applied} > committed {committed}"));
         }
         if applied < progress.applied || committed < progress.committed {
             bad.push(format!(
@@ -97,10 +92,7 @@ impl Invariants {
         if l.leads {
             let leader = *group.leaders.entry(l.term.0).or_insert(node);
             if leader != node {
-                bad.push(format!(
-                    "{shard:?} has two leaders in term {}: {leader:?} and {node:?}",
-                    l.term
-                ));
+                bad.push(format!("{shard:?} has two leaders in term {}: {leader:?} and {node:?}", l.term));
             }
             progress.led_term = l.term.0;
         }
@@ -108,29 +100,21 @@ impl Invariants {
             let digest = r.digest();
             let (seen, by) = *group.digests.entry(applied).or_insert((digest, node));
             if seen != digest {
-                bad.push(format!(
-                    "{shard:?} at index {applied}: digest {seen:x} on {by:?}, {digest:x} on {node:?}"
-                ));
+                bad.push(format!("{shard:?} at index {applied}: digest {seen:x} on {by:?}, {digest:x} on {node:?}"));
             }
         }
         let moved = committed > progress.committed;
         if moved || elected || whole {
             let log = r.log();
-            let from = if elected || whole {
-                0
-            } else {
-                progress.committed
-            };
+            let from = if elected || whole { 0 } else { progress.committed };
             let seen = Seen { node, shard, term: l.term.0, committed, from, whole };
             check_log(group, seen, &log, bad);
             let last = log.last().map_or(0, |e| e.0);
             if elected
-                && let Some((missing, _)) = group.committed.range(last + 1..).find(|(_, c)| last > 0 && c.in_term < l.term.0)
+                && let Some((missing, _)) =
+                    group.committed.range(last + 1..).find(|(_, c)| last > 0 && c.in_term < l.term.0)
             {
-                bad.push(format!(
-                    "{shard:?}: {node:?} leads term {} without the committed entry {missing}",
-                    l.term
-                ));
+                bad.push(format!("{shard:?}: {node:?} leads term {} without the committed entry {missing}", l.term));
             }
         }
         progress.applied = applied;

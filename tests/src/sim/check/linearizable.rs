@@ -50,10 +50,9 @@ fn wide(x: u64) -> u128 {
 fn hash_value(v: &Value) -> u128 {
     let Some(v) = v else { return 1 };
     // FNV-1a over 128 bits.
-    v.iter()
-        .fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |h: u128, b| {
-            (h ^ u128::from(*b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013B)
-        })
+    v.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |h: u128, b| {
+        (h ^ u128::from(*b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013B)
+    })
 }
 
 /// Commands that are not executed yet, in order of their calls, as a linked list so that executing one is cheap.
@@ -112,13 +111,7 @@ pub fn check_within(history: &[&Record], max_steps: u64) -> Result<(), Violation
             Some(Ended::Unknown) | None if !r.command.is_write() => continue,
             Some(Ended::Unknown) | None => (None, u64::MAX),
         };
-        items.push(Item {
-            command: &r.command,
-            call: r.call,
-            ret,
-            reply,
-            mark: 0,
-        });
+        items.push(Item { command: &r.command, call: r.call, ret, reply, mark: 0 });
     }
     items.sort_by_key(|i| i.call);
     drop_unread_sets(&mut items);
@@ -134,12 +127,7 @@ pub fn check_within(history: &[&Record], max_steps: u64) -> Result<(), Violation
     let mut set: u128 = 0;
     let mut done = 0;
     let mut best = (0, None, Vec::new());
-    let mut stack = vec![Step {
-        candidates: candidates(&items, &open),
-        tried: 0,
-        value: None,
-        executed: None,
-    }];
+    let mut stack = vec![Step { candidates: candidates(&items, &open), tried: 0, value: None, executed: None }];
     let mut steps = 0;
     if answered == 0 {
         return Ok(());
@@ -152,10 +140,7 @@ pub fn check_within(history: &[&Record], max_steps: u64) -> Result<(), Violation
         let Some(&i) = top.candidates.get(top.tried) else {
             // Nothing fits: undo the command that led here.
             if done >= best.0 && best.2.is_empty() {
-                let stuck = top
-                    .candidates
-                    .iter()
-                    .map(|i| format!("{:?} -> {:?}", items[*i].command, items[*i].reply));
+                let stuck = top.candidates.iter().map(|i| format!("{:?} -> {:?}", items[*i].command, items[*i].reply));
                 best = (done, top.value.clone(), stuck.collect());
             }
             let executed = top.executed;
@@ -197,18 +182,9 @@ pub fn check_within(history: &[&Record], max_steps: u64) -> Result<(), Violation
         if done == answered {
             return Ok(());
         }
-        stack.push(Step {
-            candidates: candidates(&items, &open),
-            tried: 0,
-            value,
-            executed: Some(i),
-        });
+        stack.push(Step { candidates: candidates(&items, &open), tried: 0, value, executed: Some(i) });
     }
-    Err(Violation::NotLinearizable {
-        explained: (best.0, answered),
-        value: best.1,
-        stuck: best.2,
-    })
+    Err(Violation::NotLinearizable { explained: (best.0, answered), value: best.1, stuck: best.2 })
 }
 
 /// Of a key that is only appended to and read: who read the longest value, and that value.
@@ -287,10 +263,7 @@ fn candidates(items: &[Item<'_>], open: &Open) -> Vec<usize> {
         first_end = first_end.min(items[i].ret);
         if items[i].reply.is_some() {
             known.push(i);
-        } else if !unknown
-            .iter()
-            .any(|u| items[*u].command == items[i].command)
-        {
+        } else if !unknown.iter().any(|u| items[*u].command == items[i].command) {
             unknown.push(i);
         }
         i = open.next[i];
@@ -304,14 +277,7 @@ mod tests {
     use super::*;
 
     fn rec(command: Command, call: u64, ret: u64, ended: Ended) -> Record {
-        Record {
-            key: "k".into(),
-            conn: 1,
-            command,
-            call,
-            ret,
-            ended: Some(ended),
-        }
+        Record { key: "k".into(), conn: 1, command, call, ret, ended: Some(ended) }
     }
     fn ok(command: Command, call: u64, ret: u64, reply: Reply) -> Record {
         rec(command, call, ret, Ended::Replied(reply))
@@ -320,12 +286,7 @@ mod tests {
         ok(Command::Set(v.into()), call, ret, Reply::Ok)
     }
     fn get(v: &str, call: u64, ret: u64) -> Record {
-        ok(
-            Command::Get,
-            call,
-            ret,
-            Reply::Bulk(v.as_bytes().to_vec().into()),
-        )
+        ok(Command::Get, call, ret, Reply::Bulk(v.as_bytes().to_vec().into()))
     }
     fn nil(call: u64, ret: u64) -> Record {
         ok(Command::Get, call, ret, Reply::Nil)
@@ -342,11 +303,7 @@ mod tests {
 
     #[test]
     fn sequential_and_concurrent_histories_pass() {
-        assert_eq!(
-            judge(&[nil(1, 2), set("a", 3, 4), get("a", 5, 6)]),
-            Ok(()),
-            "one after the other"
-        );
+        assert_eq!(judge(&[nil(1, 2), set("a", 3, 4), get("a", 5, 6)]), Ok(()), "one after the other");
         // The read overlaps the write: both answers are right.
         assert_eq!(judge(&[set("a", 1, 10), nil(2, 3), get("a", 4, 5)]), Ok(()));
         assert_eq!(judge(&[]), Ok(()));
@@ -355,10 +312,7 @@ mod tests {
     #[test]
     fn a_stale_read_is_found() {
         assert!(wrong(&[set("a", 1, 2), set("b", 3, 4), get("a", 5, 6)]));
-        assert!(
-            wrong(&[set("a", 1, 10), get("a", 2, 3), nil(4, 5)]),
-            "a value once read does not go away"
-        );
+        assert!(wrong(&[set("a", 1, 10), get("a", 2, 3), nil(4, 5)]), "a value once read does not go away");
     }
 
     #[test]
@@ -370,10 +324,7 @@ mod tests {
     fn a_double_increment_is_found() {
         assert!(wrong(&[incr(1, 1, 2), incr(3, 3, 4)]));
         assert!(wrong(&[incr(1, 1, 2), get("2", 3, 4)]));
-        assert!(
-            wrong(&[incr(1, 1, 5), incr(1, 2, 6)]),
-            "two increments with one answer"
-        );
+        assert!(wrong(&[incr(1, 1, 5), incr(1, 2, 6)]), "two increments with one answer");
     }
 
     #[test]
@@ -386,56 +337,25 @@ mod tests {
     #[test]
     fn an_unknown_command_may_happen_late_or_never_but_once() {
         let unknown = rec(Command::Incr, 1, 2, Ended::Unknown);
-        assert_eq!(
-            judge(&[unknown.clone(), incr(1, 3, 4), incr(2, 5, 6)]),
-            Ok(()),
-            "never"
-        );
-        assert_eq!(
-            judge(&[unknown.clone(), incr(1, 3, 4), incr(3, 5, 6)]),
-            Ok(()),
-            "between"
-        );
-        assert!(
-            wrong(&[unknown.clone(), incr(2, 3, 4), incr(4, 5, 6)]),
-            "twice"
-        );
-        assert!(
-            wrong(&[incr(2, 1, 2), rec(Command::Incr, 3, 4, Ended::Unknown)]),
-            "before its call"
-        );
+        assert_eq!(judge(&[unknown.clone(), incr(1, 3, 4), incr(2, 5, 6)]), Ok(()), "never");
+        assert_eq!(judge(&[unknown.clone(), incr(1, 3, 4), incr(3, 5, 6)]), Ok(()), "between");
+        assert!(wrong(&[unknown.clone(), incr(2, 3, 4), incr(4, 5, 6)]), "twice");
+        assert!(wrong(&[incr(2, 1, 2), rec(Command::Incr, 3, 4, Ended::Unknown)]), "before its call");
     }
 
     #[test]
     fn appends_and_conditions() {
-        let append = |v: &str, len, call, ret| {
-            ok(Command::Append(v.into()), call, ret, Reply::Int(len))
-        };
+        let append = |v: &str, len, call, ret| ok(Command::Append(v.into()), call, ret, Reply::Int(len));
         let nx = |v: &str, reply, call, ret| ok(Command::SetNx(v.into()), call, ret, reply);
-        assert_eq!(
-            judge(&[
-                append("b,", 4, 1, 9),
-                append("a,", 2, 2, 8),
-                get("a,b,", 10, 11)
-            ]),
-            Ok(())
-        );
-        assert!(wrong(&[
-            append("b,", 4, 1, 9),
-            append("a,", 2, 2, 8),
-            get("b,a,", 10, 11)
-        ]));
-        assert!(
-            wrong(&[nx("a", Reply::Ok, 1, 4), nx("b", Reply::Ok, 2, 5)]),
-            "two holders of a lock"
-        );
+        assert_eq!(judge(&[append("b,", 4, 1, 9), append("a,", 2, 2, 8), get("a,b,", 10, 11)]), Ok(()));
+        assert!(wrong(&[append("b,", 4, 1, 9), append("a,", 2, 2, 8), get("b,a,", 10, 11)]));
+        assert!(wrong(&[nx("a", Reply::Ok, 1, 4), nx("b", Reply::Ok, 2, 5)]), "two holders of a lock");
     }
 
     #[test]
     fn many_unknown_sets_do_not_explode() {
-        let mut records: Vec<Record> = (0..60)
-            .map(|i| rec(Command::Set(format!("u{i}").into_bytes()), i, i, Ended::Unknown))
-            .collect();
+        let mut records: Vec<Record> =
+            (0..60).map(|i| rec(Command::Set(format!("u{i}").into_bytes()), i, i, Ended::Unknown)).collect();
         for i in 0..100u64 {
             records.push(set(&i.to_string(), 100 + 4 * i, 101 + 4 * i));
             let seen = if i % 5 == 0 { format!("u{}", 59 - i / 5) } else { i.to_string() };
@@ -449,7 +369,10 @@ mod tests {
     #[test]
     fn a_key_that_is_deleted_may_be_absent_again() {
         let del = |n, call, ret| ok(Command::Del, call, ret, Reply::Int(n));
-        assert_eq!(judge(&[nil(1, 2), set("a", 3, 4), del(1, 5, 6), nil(7, 8), set("b", 9, 10), del(1, 11, 12), nil(13, 14)]), Ok(()));
+        assert_eq!(
+            judge(&[nil(1, 2), set("a", 3, 4), del(1, 5, 6), nil(7, 8), set("b", 9, 10), del(1, 11, 12), nil(13, 14)]),
+            Ok(())
+        );
         assert!(wrong(&[set("a", 3, 4), del(1, 5, 6), get("a", 7, 8)]));
         // The same value twice: it does come back.
         assert_eq!(judge(&[set("a", 1, 2), set("b", 3, 4), set("a", 5, 6), get("a", 7, 8)]), Ok(()));
@@ -457,30 +380,22 @@ mod tests {
 
     #[test]
     fn a_search_that_takes_too_long_counts_as_failure() {
-        let records: Vec<Record> = (0..10)
-            .map(|i| incr(1 + (i as i64 + 3) % 11, i, 100 + i))
-            .chain([get("x", 200, 201)])
-            .collect();
-        assert_eq!(
-            check_within(&records.iter().collect::<Vec<_>>(), 3),
-            Err(Violation::GaveUp)
-        );
+        let records: Vec<Record> =
+            (0..10).map(|i| incr(1 + (i as i64 + 3) % 11, i, 100 + i)).chain([get("x", 200, 201)]).collect();
+        assert_eq!(check_within(&records.iter().collect::<Vec<_>>(), 3), Err(Violation::GaveUp));
     }
 
     #[test]
     fn many_unknown_increments_do_not_explode() {
-        let mut records: Vec<Record> = (0..40)
-            .map(|i| rec(Command::Incr, i, i, Ended::Unknown))
-            .collect();
+        let mut records: Vec<Record> = (0..40).map(|i| rec(Command::Incr, i, i, Ended::Unknown)).collect();
         records.extend((0..100).map(|i| incr(i as i64 * 5 / 4 + 1, 100 + 2 * i, 101 + 2 * i)));
         assert_eq!(judge(&records), Ok(()));
     }
 
     #[test]
     fn many_unknown_appends_do_not_explode() {
-        let mut records: Vec<Record> = (0..40)
-            .map(|i| rec(Command::Append(format!("u{i},").into_bytes()), i, i, Ended::Unknown))
-            .collect();
+        let mut records: Vec<Record> =
+            (0..40).map(|i| rec(Command::Append(format!("u{i},").into_bytes()), i, i, Ended::Unknown)).collect();
         let mut value = String::new();
         for i in 0..60u64 {
             if i % 4 == 0 {

@@ -20,9 +20,7 @@ pub fn check(history: &[&Record], value: i64) -> Result<(), String> {
         Ok(())
     } else {
         let key = history.first().map_or("", |r| &r.key);
-        Err(format!(
-            "counter {key} is {value} after {acknowledged} acknowledged and {unknown} unknown increments"
-        ))
+        Err(format!("counter {key} is {value} after {acknowledged} acknowledged and {unknown} unknown increments"))
     }
 }
 
@@ -33,14 +31,8 @@ mod tests {
 
     #[test]
     fn lost_and_repeated_increments_are_found() {
-        let rec = |ended| Record {
-            key: "c".into(),
-            conn: 1,
-            command: Command::Incr,
-            call: 0,
-            ret: 0,
-            ended: Some(ended),
-        };
+        let rec =
+            |ended| Record { key: "c".into(), conn: 1, command: Command::Incr, call: 0, ret: 0, ended: Some(ended) };
         let records = [
             rec(Ended::Replied(Reply::Int(1))),
             rec(Ended::Replied(Reply::Int(2))),

@@ -39,24 +39,14 @@ pub fn check(history: &[&Record]) -> Result<(), String> {
         for (value, from) in all {
             let (value, answer) = r.command.apply(&value);
             if answer == *reply {
-                worlds.insert((
-                    value,
-                    if r.command.is_write() {
-                        unknown.len()
-                    } else {
-                        from
-                    },
-                ));
+                worlds.insert((value, if r.command.is_write() { unknown.len() } else { from }));
             }
         }
         if worlds.is_empty() {
             let values: Vec<String> = before
                 .iter()
                 .take(4)
-                .map(|(v, _)| {
-                    v.as_ref()
-                        .map_or("nil".into(), |v| String::from_utf8_lossy(v).into_owned())
-                })
+                .map(|(v, _)| v.as_ref().map_or("nil".into(), |v| String::from_utf8_lossy(v).into_owned()))
                 .collect();
             return Err(format!(
                 "connection {}, key {}: command {n}, {:?}, answered {reply:?}; possible values before it: {values:?}",
@@ -74,23 +64,13 @@ mod tests {
     use crema_core::Reply;
 
     fn rec(command: Command, ended: Ended) -> Record {
-        Record {
-            key: "k".into(),
-            conn: 1,
-            command,
-            call: 0,
-            ret: 0,
-            ended: Some(ended),
-        }
+        Record { key: "k".into(), conn: 1, command, call: 0, ret: 0, ended: Some(ended) }
     }
     fn set(v: &str) -> Record {
         rec(Command::Set(v.into()), Ended::Replied(Reply::Ok))
     }
     fn get(v: &str) -> Record {
-        rec(
-            Command::Get,
-            Ended::Replied(Reply::Bulk(v.as_bytes().to_vec().into())),
-        )
+        rec(Command::Get, Ended::Replied(Reply::Bulk(v.as_bytes().to_vec().into())))
     }
     fn lost(v: &str) -> Record {
         rec(Command::Set(v.into()), Ended::Unknown)
@@ -108,17 +88,11 @@ mod tests {
 
     #[test]
     fn an_unknown_write_ends_with_the_next_answered_one() {
-        assert_eq!(
-            judge(&[set("1"), lost("2"), get("1"), get("2"), get("2")]),
-            Ok(())
-        );
+        assert_eq!(judge(&[set("1"), lost("2"), get("1"), get("2"), get("2")]), Ok(()));
         assert!(judge(&[set("1"), lost("2"), get("2"), get("1")]).is_err());
         assert!(judge(&[lost("2"), set("3"), get("3"), get("2")]).is_err());
         assert_eq!(judge(&[lost("2"), lost("3"), get("3")]), Ok(()));
-        assert!(
-            judge(&[lost("2"), lost("3"), get("3"), get("2")]).is_err(),
-            "in order"
-        );
+        assert!(judge(&[lost("2"), lost("3"), get("3"), get("2")]).is_err(), "in order");
     }
 
     #[test]
