@@ -94,7 +94,7 @@ pub struct Config {
     pub http_addr: SocketAddr,
 
     /// Host name or IP address, without a port, under which other nodes and clients reach this node.
-    /// Needed when an address above is unspecified (0.0.0.0 or [::]).
+    /// Needed when an address above is unspecified (0.0.0.0 or ::).
     #[config(env = "CREMA_ADVERTISE_HOST", layer_attr(arg(long, value_name = "HOST")))]
     pub advertise_host: Option<String>,
 
