@@ -31,6 +31,9 @@ pub enum OpError {
         /// The placement epoch of the shard.
         epoch: Epoch,
     },
+    /// The replies of the request together would be larger than one answer may be. Ask for fewer or smaller values at once.
+    #[error("the reply would be too large: ask for fewer values at once")]
+    ReplyTooLarge,
 }
 
 /// Bytes that do not decode. From a client: refuse the request. From a peer: drop the connection.

@@ -27,7 +27,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 /// Most bytes of values and keys in the replies of one request. A request may name one large value thousands of times; an
-/// operation that would answer beyond this is refused with [`OpError::TooLong`], and changes nothing.
+/// operation that would answer beyond this is refused with [`OpError::ReplyTooLarge`], and changes nothing.
 pub const MAX_REPLY_BYTES: usize = MAX_REQUEST_BYTES;
 /// A digest is recorded each time the applied index passes a multiple of this.
 const DIGEST_EVERY: u64 = 1024;
@@ -91,7 +91,7 @@ struct ReplyBudget(usize);
 
 impl ReplyBudget {
     fn take(&mut self, bytes: usize) -> Result<(), OpError> {
-        self.0 = self.0.checked_sub(bytes).ok_or(OpError::TooLong)?;
+        self.0 = self.0.checked_sub(bytes).ok_or(OpError::ReplyTooLarge)?;
         Ok(())
     }
 

@@ -21,8 +21,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// Bits of a SCAN cursor below the slot: the upper bits of the key's hash.
-pub const SCAN_SLOT_SHIFT: u32 = 48;
+/// Bits of a SCAN cursor below the slot: the upper bits of the key's hash. With the slot they make 53, so that clients which
+/// hold a cursor as a double do not round it.
+pub const SCAN_SLOT_SHIFT: u32 = 39;
 
 /// Accounted bytes of a record beside its key and value: its head, its share of the hash table at usual load, and what
 /// the allocator adds.
@@ -43,7 +44,7 @@ pub const SCAN_BYTES: usize = 1024 * 1024;
 const SCAN_COMPARISONS: usize = 8 * 1024 * 1024;
 /// Odd and irregular (2^64 divided by the golden ratio), to spread small numbers over a word.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
-const HASH48: u64 = (1 << SCAN_SLOT_SHIFT) - 1;
+const CURSOR_HASH: u64 = (1 << SCAN_SLOT_SHIFT) - 1;
 
 /// A lock is poisoned when its holder panicked. The replica of a panicked apply has stopped; a reader sees what there is.
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
@@ -369,7 +370,7 @@ impl Table {
     /// One step in order of (slot, upper bits of the hash); nothing, and the end, for a cursor outside of the table. A key
     /// that is there from the first step to the last is returned at least once, whatever is written, split, or led
     /// elsewhere meanwhile: the order depends on key and seed alone. Keys whose upper bits are equal are returned
-    /// together, since a cursor cannot stand between them; only if more than [`MAX_SCAN_COUNT`] agreed in slot and all 48
+    /// together, since a cursor cannot stand between them; only if more than [`MAX_SCAN_COUNT`] agreed in slot and all 39
     /// bits would the rest be left out.
     pub fn scan(&self, cursor: u64, query: ScanQuery<'_>) -> ScanStep {
         let mut step = ScanStep::default();
@@ -382,7 +383,7 @@ impl Table {
             bytes: SCAN_BYTES,
             comparisons: SCAN_COMPARISONS,
         };
-        let (mut slot, mut from) = ((cursor >> SCAN_SLOT_SHIFT) as u16, cursor & HASH48);
+        let (mut slot, mut from) = ((cursor >> SCAN_SLOT_SHIFT) as u16, cursor & CURSOR_HASH);
         while slot < self.range.end {
             if budget.spent() {
                 step.next = Some(u64::from(slot) << SCAN_SLOT_SHIFT | from);
@@ -390,7 +391,7 @@ impl Table {
             }
             budget.visits -= 1;
             let directory = read(&self.slots[usize::from(slot - self.range.start)]);
-            // Where the next segment begins, in the same 48 bits; none after the last.
+            // Where the next segment begins, in the same bits; none after the last.
             let mut end = None;
             if let Some(directory) = directory.as_deref() {
                 let segment = directory.segment(from << (64 - SCAN_SLOT_SHIFT));
@@ -399,7 +400,7 @@ impl Table {
                     return step;
                 }
                 let width = SCAN_SLOT_SHIFT - segment.depth;
-                end = Some(((from >> width) + 1) << width).filter(|end| *end <= HASH48);
+                end = Some(((from >> width) + 1) << width).filter(|end| *end <= CURSOR_HASH);
             }
             match end {
                 Some(end) => from = end,

@@ -25,7 +25,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longest time that one request may take, from its first byte to its answer.
+/// Longest time for a request's head to arrive; four times this for a whole connection.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most connections served at once; further ones wait in the listener's queue.
 pub const MAX_CONNECTIONS: usize = 64;

@@ -34,8 +34,11 @@ pub type Result<T, E = CacheError> = std::result::Result<T, E>;
 const LANES: usize = 8;
 /// Up to this many requests in flight on a lane, a caller hands its own to the driver: one wake-up less.
 const DIRECT: usize = 4;
-/// Bound on everything in flight, in units of 1 KiB begun; every request takes one unit more.
+/// Bound on the requests in flight, in units of 1 KiB begun; every request takes one unit more, and a read as many as
+/// [`READ_UNITS`] for the value that it may bring.
 const BUDGET_UNITS: usize = 64 * 1024;
+/// What a read takes of the budget: a bound of 16,384 reads in flight.
+const READ_UNITS: usize = 3;
 /// How long after its deadline a request without an answer is given up: its driver must have stopped.
 const OVERDUE: Duration = Duration::from_secs(2);
 /// How often a request without a placement, or with an outdated one, looks at the view again.
@@ -424,7 +427,7 @@ impl CacheClient {
         let shared = &*self.shared;
         let deadline = crate::clock::now().mono.after(shared.deadline);
         let until = tokio::time::Instant::now() + shared.deadline;
-        let units = 1 + ops.len() / 1024;
+        let units = 1 + ops.len() / 1024 + if write { 0 } else { READ_UNITS };
         if units > BUDGET_UNITS {
             return Err(CacheError::Invalid("the request is too large".to_owned()));
         }

@@ -419,7 +419,7 @@ impl Gateway {
                     // Its answer is too large to travel: asking again would not help.
                     Answer::Outcome(Outcome::Unknown) => {
                         if let Some(read) = flow.reading.remove(&id) {
-                            let result = ClientResult::Reply(Reply::Error(OpError::TooLong));
+                            let result = ClientResult::Reply(Reply::Error(OpError::ReplyTooLarge));
                             self.complete(read.conn, shard, read.token, false, result, done);
                         }
                     }

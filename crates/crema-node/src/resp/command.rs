@@ -354,8 +354,8 @@ pub static COMMANDS: &[Spec] = &[
         .keyed(0, 0, 0),
 ];
 
-/// What COMMAND tells cluster clients about sending a command to several nodes and combining the answers. Clients act on
-/// it: without it redis-py asks one node for DBSIZE and takes its answer for the cluster's.
+/// What COMMAND tells cluster clients about sending a command to several nodes and combining the answers. Clients may
+/// act on it; what they do without a tip, such as asking one node for DBSIZE, is theirs.
 pub fn tips(cmd: Cmd) -> &'static [&'static str] {
     const VARYING: &str = "nondeterministic_output";
     const ALL_SHARDS: &str = "request_policy:all_shards";

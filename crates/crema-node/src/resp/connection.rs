@@ -8,8 +8,9 @@
 //! ```
 //!
 //! **Bounds.** At most [`MAX_IN_FLIGHT`] commands and about [`MAX_IN_FLIGHT_BYTES`] of requests and results are in
-//! flight; at most about [`MAX_OUTPUT_BYTES`] wait for the client. Beyond either, nothing is read. How many commands may
-//! be in flight also follows the size of recent results, so that a pipeline of large reads cannot pile up.
+//! flight; at most about [`MAX_OUTPUT_BYTES`] wait for the client. Beyond either, nothing is read. A result that is still
+//! to come counts as large as recent ones were, so a pipeline of large reads is short; but the first of them after small
+//! ones come unannounced, up to [`MAX_IN_FLIGHT`] of them.
 //!
 //! **Order.** A shard executes a connection's requests in order. Should slots move between shards, what follows waits
 //! until everything planned under the old placement is answered, and the refused requests have been sent again.
@@ -49,16 +50,19 @@ const MIN_READ: usize = 4 * 1024;
 const MAX_READ: usize = 64 * 1024;
 /// Buffers larger than this are given back once they are empty.
 const KEPT_BUFFER: usize = 256 * 1024;
-/// Period of planning a held command again.
-const HOLD_CHECK: Duration = Duration::from_millis(5);
+/// Period of planning a held command again: a quarter of the time it is held already, within these limits. Thousands of
+/// connections may be held at once.
+const HOLD_CHECK: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_millis(50);
 /// Period of looking whether the driver has forgotten a request.
 const GUARD_CHECK: Duration = Duration::from_secs(1);
 /// A request without a result for this long past its deadline is given up: the driver has died or is stuck.
 const LOST_AFTER: Duration = Duration::from_secs(5);
-/// Longest wait for a client to read the reason why it is being closed.
-const LINGER: Duration = Duration::from_millis(500);
+/// Longest wait for a client to read its last replies before its socket is closed.
+const LINGER: Duration = Duration::from_secs(2);
 /// Most bytes read and thrown away in that time.
-const LINGER_BYTES: usize = 1024 * 1024;
+const LINGER_BYTES: usize = 16 * 1024 * 1024;
+/// A connection that is closing is dropped when its client has read nothing for this long.
+const STALLED: Duration = Duration::from_secs(10);
 /// Bits of a token that number the parts of a command: more than a command can have.
 const PART_BITS: u32 = 20;
 
@@ -87,11 +91,9 @@ enum Phase {
     Open,
     /// The client has closed its half; what it sent before is still answered.
     HalfClosed,
-    /// Nothing more is read or planned; what is in flight is answered.
-    Closing {
-        /// Whether the client is still sending: then closing at once would destroy the last reply on its way.
-        linger: bool,
-    },
+    /// Nothing more is planned; what is in flight is answered, and the client is given time to read it: closing a socket
+    /// with unread bytes would destroy the replies on their way.
+    Closing,
     /// Over, without another word.
     Dropped,
 }
@@ -136,6 +138,8 @@ struct Connection {
     /// Since when the command at the front of the buffer is held.
     held: Option<MonoTime>,
     phase: Phase,
+    /// When the client last took bytes.
+    progress: Instant,
     commands: u64,
 }
 
@@ -144,7 +148,7 @@ pub async fn run(mut stream: TcpStream, link: Link) {
     let (client, conn) = (link.client.clone(), link.conn);
     let mut connection = Connection::new(link);
     // An error means that the client has gone; nobody is left to be told.
-    if connection.serve(&mut stream).await.is_ok() && (connection.phase == Phase::Closing { linger: true }) {
+    if connection.serve(&mut stream).await.is_ok() && connection.phase == Phase::Closing {
         // Bounded in time and bytes; whatever comes of it, the connection ends.
         let _ = tokio::time::timeout(LINGER, linger(&mut stream)).await;
     }
@@ -186,6 +190,7 @@ impl Connection {
             epoch: Epoch::default(),
             held: None,
             phase: Phase::Open,
+            progress: Instant::now(),
             commands: 0,
             link,
         }
@@ -200,8 +205,12 @@ impl Connection {
         let mut timer = std::pin::pin!(tokio::time::sleep(self.link.front.auth_timeout));
         let mut read_size = MIN_READ;
         loop {
+            // Whatever else there is to do: nothing is owed to whoever does not say who it is.
+            if auth_by.is_some_and(|by| Instant::now() >= by) {
+                return Ok(());
+            }
             if self.link.draining.load(Ordering::Acquire) && matches!(self.phase, Phase::Open | Phase::HalfClosed) {
-                self.phase = Phase::Closing { linger: false };
+                self.phase = Phase::Closing;
             }
             // The guard of the view is held for this round only: it must not outlive an await.
             let (fresh, pause) = {
@@ -234,7 +243,7 @@ impl Connection {
             let over = match self.phase {
                 Phase::Open => false,
                 Phase::HalfClosed => idle && matches!(pause, Pause::Starved | Pause::Ended),
-                Phase::Closing { .. } | Phase::Dropped => idle,
+                Phase::Closing | Phase::Dropped => idle,
             };
             if over {
                 return Ok(());
@@ -280,9 +289,8 @@ impl Connection {
                     self.written(n);
                 }
                 () = timer.as_mut(), if wake.is_some() => {
-                    if auth_by.is_some_and(|by| Instant::now() >= by) {
-                        // Nothing is owed to whoever does not say who it is.
-                        return Ok(());
+                    if self.stalled().is_some_and(|at| Instant::now() >= at) {
+                        return Err(io::ErrorKind::TimedOut.into());
                     }
                     // An empty batch does nothing, but tells whether the driver is still there.
                     if self.open > 0 && client.submit(Vec::new()).await.is_err() {
@@ -306,14 +314,23 @@ impl Connection {
 
     /// When to look again without an event.
     fn next_wake(&self, pause: Pause, auth_by: Option<Instant>) -> Option<Instant> {
-        let held = (pause == Pause::Held).then(|| Instant::now() + HOLD_CHECK);
+        let held = self.held.filter(|_| pause == Pause::Held).map(|since| {
+            let waited = clock::mono().since(since);
+            Instant::now() + (waited / 4).clamp(*HOLD_CHECK.start(), *HOLD_CHECK.end())
+        });
         let guard = (self.open > 0).then(|| Instant::now() + GUARD_CHECK);
-        [held, auth_by, guard].into_iter().flatten().min()
+        [held, auth_by, guard, self.stalled()].into_iter().flatten().min()
+    }
+
+    /// When a closing connection is dropped because its client does not read.
+    fn stalled(&self) -> Option<Instant> {
+        (self.phase == Phase::Closing && !self.out.is_empty()).then(|| self.progress + STALLED)
     }
 
     fn written(&mut self, n: usize) {
         self.link.front.stats.bytes_out.fetch_add(n as u64, Ordering::Relaxed);
         self.out.advance(n);
+        self.progress = Instant::now();
         if self.out.is_empty() && self.out.capacity() > KEPT_BUFFER {
             self.out = BytesMut::new();
         }
@@ -326,7 +343,7 @@ impl Connection {
     fn is_full(&self) -> bool {
         self.output_full()
             || self.queue.len() >= self.window
-            || (self.bytes >= MAX_IN_FLIGHT_BYTES && !self.queue.is_empty())
+            || (self.bytes + self.open * self.large >= MAX_IN_FLIGHT_BYTES && !self.queue.is_empty())
     }
 
     /// Whether commands may be planned under `view`: not as long as something planned under another placement is
@@ -387,7 +404,7 @@ impl Connection {
 
     fn plan_each(&mut self, view: &RoutingView, now: Now) -> Pause {
         loop {
-            if matches!(self.phase, Phase::Closing { .. } | Phase::Dropped) {
+            if matches!(self.phase, Phase::Closing | Phase::Dropped) {
                 return Pause::Ended;
             }
             if self.is_full() {
@@ -400,7 +417,7 @@ impl Connection {
                     self.link.front.stats.protocol_errors.fetch_add(1, Ordering::Relaxed);
                     encode::err(&mut self.scratch, &e.text());
                     self.reply();
-                    self.phase = Phase::Closing { linger: true };
+                    self.phase = Phase::Closing;
                     return Pause::Ended;
                 }
             }
@@ -431,7 +448,7 @@ impl Connection {
                 Plan::Send(command) => self.send(view, command),
                 Plan::Close => {
                     self.reply();
-                    self.phase = Phase::Closing { linger: false };
+                    self.phase = Phase::Closing;
                 }
                 Plan::Drop => self.phase = Phase::Dropped,
             }
@@ -496,7 +513,7 @@ impl Connection {
             command.abandon(&result, view);
         }
         self.open = 0;
-        self.phase = Phase::Closing { linger: false };
+        self.phase = Phase::Closing;
     }
 
     /// Ends commands whose results are long overdue.

@@ -343,7 +343,7 @@ fn settings(ctx: &Context<'_>) -> Vec<(&'static str, String)> {
         ("databases", DATABASES.to_string()),
         ("hz", "10".into()),
         ("maxclients", front.max_clients.to_string()),
-        ("maxmemory", front.max_memory.load(Ordering::Relaxed).to_string()),
+        ("maxmemory", "0".to_owned()),
         ("maxmemory-policy", "noeviction".into()),
         ("notify-keyspace-events", String::new()),
         ("port", ctx.local.port().to_string()),
@@ -415,9 +415,8 @@ fn info(ctx: &Context<'_>, args: Args<'_>) -> String {
     section(
         "Memory",
         format!(
-            "used_memory:{}\r\nmaxmemory:{}\r\nmaxmemory_policy:noeviction\r\n",
+            "used_memory:{}\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n",
             get(&front.used_memory),
-            get(&front.max_memory),
         ),
     );
     section(

@@ -88,8 +88,6 @@ pub struct FrontConfig {
     pub stats: FrontStats,
     /// Bytes of data on this node, for INFO; whoever knows it stores it here. 0 if unknown.
     pub used_memory: AtomicU64,
-    /// Most bytes of data on this node, for INFO and CONFIG GET; 0 if unlimited.
-    pub max_memory: AtomicU64,
     clients: Mutex<BTreeMap<u64, Arc<ClientInfo>>>,
 }
 
@@ -107,7 +105,6 @@ impl FrontConfig {
             started: clock::mono(),
             stats: FrontStats::default(),
             used_memory: AtomicU64::new(0),
-            max_memory: AtomicU64::new(0),
             clients: Mutex::default(),
         }
     }
