@@ -305,7 +305,7 @@ impl StateMachine {
             Op::Scan { db, cursor, count, pattern } => {
                 // A step finds less than this, but for one key: room is asked for before the work is done.
                 if budget.0 < SCAN_BYTES {
-                    return Err(OpError::TooLong);
+                    return Err(OpError::ReplyTooLarge);
                 }
                 let step = self.table.table().scan(cursor, ScanQuery { db, count, now: now.0, pattern });
                 budget.0 = budget.0.saturating_sub(step.keys.iter().map(Bytes::len).sum());
@@ -1140,7 +1140,7 @@ mod tests {
         let large = vec![b'x'; MAX_VALUE_BYTES];
         r.set(b"k", &large, CLEAR);
         let get = Op::Get { key: key(b"k") };
-        let error = Reply::Error(OpError::TooLong);
+        let error = Reply::Error(OpError::ReplyTooLarge);
         let fits = MAX_REPLY_BYTES / MAX_VALUE_BYTES;
         let ReadResult::Reply(Reply::Array(replies)) = r.read(0, &vec![get; fits + 2]) else { panic!("replies") };
         assert!(replies[..fits].iter().all(|r| matches!(r, Reply::Bulk(_))));

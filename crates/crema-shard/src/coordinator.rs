@@ -185,6 +185,11 @@ impl Coordinator {
                 self.dropped += 1;
                 continue;
             }
+            // Only a leader whose loss would be noticed may put a replica to sleep: its invitation may arrive after the
+            // news that its streams broke, and nothing would wake the replica again.
+            if matches!(e.body, Body::Sleep { .. }) && self.connected.get(&from) != Some(&incarnation) {
+                continue;
+            }
             self.with(shard, |r, out| r.step(from, incarnation, e, now, out));
             self.dirty.insert(shard);
         }
@@ -246,6 +251,13 @@ impl Coordinator {
     pub fn unreachable(&mut self, node: NodeId) {
         for shard in self.shards() {
             self.with(shard, |r, _| r.unreachable(node));
+        }
+    }
+
+    /// Wakes the local replica of a group, if there is one.
+    pub fn wake(&mut self, shard: ShardId) {
+        if self.replica(shard).is_some_and(Replica::asleep) {
+            self.with(shard, |r, _| r.wake());
         }
     }
 
@@ -326,7 +338,8 @@ impl Coordinator {
 
     fn frame(&mut self, node: NodeId, envelope: &Envelope) {
         let frame = self.frames.entry(node).or_default();
-        // A large message goes into a frame of its own, so that no frame exceeds what the receiver takes.
+        // A large message goes into a frame of its own. The replica keeps its messages small, but one entry may be as large
+        // as a request; so no frame exceeds what the receiver takes.
         let size = match &envelope.body {
             Body::Raft(m) => m.entries.iter().map(|e| e.data.len() + 32).sum(),
             Body::Sleep { .. } => 0,

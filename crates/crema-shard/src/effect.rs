@@ -27,7 +27,7 @@ pub struct ClientRequest {
     pub write: bool,
     /// One or more operations as [`crema_core::encode_ops`] wrote them; several are atomic.
     pub ops: Bytes,
-    /// No attempt is made after this; the request is then answered `NotApplied` or `Unknown`.
+    /// No attempt is made after this, give or take a tick; the request is then answered `NotApplied` or `Unknown`.
     pub deadline: MonoTime,
 }
 

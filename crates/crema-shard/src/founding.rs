@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Why two clusters cannot come of it. A record is active only after *every* initial member accepted it, and a member
-//! accepts a second record only while the first is not active for it and the first one's proposer is gone; having done
-//! so it refuses to activate the first. So if one record is active at a member, every later proposal misses that
+//! accepts a second record only while the first is not active for it, and only from the first one's proposer (which has
+//! then dropped the first) or when that proposer is gone; having done so it refuses to activate the first. So if one record is active at a member, every later proposal misses that
 //! member's acceptance. Before proposing, every node that can be reached is asked, member or not: one that knows a
 //! record turns founding into joining.
 
@@ -196,7 +196,8 @@ impl Founding {
         let (mut sends, decision) = self.go_on(now);
         if decision.is_none() {
             for (node, peer) in &self.peers {
-                if !peer.knows_none {
+                // Whoever has accepted may have missed that the record became active; somebody will know.
+                if !peer.knows_none || self.accepted.is_some() {
                     sends.push((*node, Control::Ask));
                 }
                 if let Some(p) = self.proposal.as_ref().filter(|p| self.is_member(*node) && !p.accepted.contains(node))

@@ -106,8 +106,10 @@ struct Flow {
     reading: BTreeMap<u64, PendingRead>,
     hold_until: MonoTime,
     backoff: Duration,
-    /// Since when nothing has been heard although something was sent.
+    /// Since when no write on its way was finished. Progress counts, not noise: answers to reads say nothing of a write.
     quiet_since: MonoTime,
+    /// The same for reads.
+    reads_quiet_since: MonoTime,
 }
 
 impl Flow {
@@ -125,6 +127,7 @@ impl Flow {
             hold_until: MonoTime(0),
             backoff: MIN_BACKOFF,
             quiet_since: MonoTime(0),
+            reads_quiet_since: MonoTime(0),
         }
     }
 
@@ -342,8 +345,11 @@ impl Gateway {
                 // Looked at again when a leader is known, or at the next tick.
                 continue;
             };
-            if !flow.in_flight() {
+            if flow.sent == 0 && !matches!(flow.session, Session::Opening(_)) {
                 flow.quiet_since = now;
+            }
+            if flow.reading.is_empty() {
+                flow.reads_quiet_since = now;
             }
             while flow.reading.len() < READ_WINDOW
                 && let Some(read) = flow.reads.pop_front()
@@ -403,7 +409,8 @@ impl Gateway {
             Answer::NotLeader { leader, term } => Some((*leader, *term)),
             _ => None,
         };
-        flow.quiet_since = now;
+        let opening = matches!(flow.session, Session::Opening(_));
+        let before = (flow.attempt, flow.low, opening, flow.reading.keys().next().copied());
         match id >> KIND_SHIFT {
             KIND_READ => {
                 if !flow.reading.contains_key(&id) {
@@ -438,7 +445,6 @@ impl Gateway {
                 match answer {
                     Answer::Outcome(Outcome::Reply(Reply::Int(session))) => {
                         flow.session = Session::Open(SessionId(session as u64));
-                        flow.low = 0;
                         flow.sent = 0;
                         flow.ever = 0;
                         flow.backoff = MIN_BACKOFF;
@@ -451,7 +457,13 @@ impl Gateway {
             }
             _ => self.write_answer(shard, id, answer, now, done),
         }
-        let flow = &self.flows[shard.0 as usize];
+        let flow = &mut self.flows[shard.0 as usize];
+        if before.0 != flow.attempt || before.1 != flow.low || before.2 != matches!(flow.session, Session::Opening(_)) {
+            flow.quiet_since = now;
+        }
+        if before.3 != flow.reading.keys().next().copied() {
+            flow.reads_quiet_since = now;
+        }
         if !flow.idle() {
             self.pending.insert(shard);
         }
@@ -508,7 +520,9 @@ impl Gateway {
         let lost: Vec<Write> = flow.window.drain(..flow.ever).filter(|w| w.state == WriteState::Waiting).collect();
         flow.session = Session::None;
         flow.attempt += 1;
-        flow.low = 0;
+        // Numbers are never used again, not in another session either: a late answer to an old write must not be taken for
+        // that of a new one. A new session may begin at any number above its watermark.
+        flow.low += flow.ever as u64;
         flow.sent = 0;
         flow.ever = 0;
         for w in lost {
@@ -521,9 +535,12 @@ impl Gateway {
         for shard in self.active.clone() {
             self.expire(shard, now, done);
             let flow = &mut self.flows[shard.0 as usize];
-            if flow.in_flight() && now.since(flow.quiet_since) >= STALL {
+            let writes = flow.sent > 0 || matches!(flow.session, Session::Opening(_));
+            let late = |since| now.since(since) >= STALL;
+            if (writes && late(flow.quiet_since)) || (!flow.reading.is_empty() && late(flow.reads_quiet_since)) {
                 self.retries += 1;
                 flow.quiet_since = now;
+                flow.reads_quiet_since = now;
                 flow.rewind(now, false);
             }
             // Held requests stand behind an unfinished one, so an idle flow has none.
@@ -782,7 +799,7 @@ mod tests {
         r.answer(sent[0].1.id, Answer::Outcome(Outcome::NoSession));
         assert_eq!(r.finished(), [(1, ClientResult::Unknown)]);
         r.open();
-        assert_eq!(tags(&r.sent()), [(1, 1, 0)], "the second write in the new session");
+        assert_eq!(tags(&r.sent()), [(1, 2, 1)], "the second write in the new session");
     }
 
     #[test]
@@ -809,5 +826,41 @@ mod tests {
         assert!(r.finished().is_empty());
         assert_eq!(r.g.in_flight(), 0);
         assert!(r.g.lanes.is_empty());
+    }
+
+    #[test]
+    fn a_late_answer_of_a_lost_session_answers_nothing() {
+        let mut r = Rig::new();
+        r.submit(9, 1, true);
+        r.open();
+        let old = r.sent();
+        // the answer to `old` is on its way; a rewind, and the next leader has no session
+        r.g.set_target(S, Some(L2), r.now);
+        let again = r.sent();
+        r.answer(again[0].1.id, Answer::Outcome(Outcome::NoSession));
+        assert_eq!(r.finished(), [(1, ClientResult::Unknown)]);
+        r.submit(9, 2, true);
+        r.open();
+        let new = r.sent();
+        assert_eq!(tags(&new).len(), 1);
+        r.answer(old[0].1.id, int(10));
+        assert_eq!(r.finished(), [], "write 2 was answered with the answer of write 1");
+    }
+
+    #[test]
+    fn a_lost_answer_is_asked_for_again_however_busy_the_shard() {
+        let mut r = Rig::new();
+        r.submit(9, 1, true);
+        r.open();
+        let _lost = r.sent();
+        for t in 0..40u64 {
+            r.submit(8, 100 + t, false);
+            let s = r.sent();
+            for (_, q) in s.iter().filter(|(_, q)| is_read(q)) {
+                r.answer(q.id, int(0));
+            }
+            r.later(100);
+        }
+        assert!(r.g.retries() > 0, "4 s of silence about write 1, never asked again");
     }
 }

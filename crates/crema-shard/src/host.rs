@@ -344,10 +344,13 @@ impl Host {
 
     /// A node answers (again): groups that still follow it lead there.
     fn node_back(&mut self, now: Now, node: NodeId) {
+        let incarnation = self.peers.get(&node).map(|p| p.incarnation);
         let follow: Vec<(ShardId, Term)> = self
             .coordinator
             .replicas()
             .filter(|r| r.leadership().leader == Some(node))
+            // Another life of the node leads nothing that its earlier one led.
+            .filter(|r| r.voters().iter().any(|v| v.node == node && Some(v.incarnation) == incarnation))
             .map(|r| (r.shard(), r.leadership().term))
             .collect();
         for (shard, term) in follow {
@@ -363,6 +366,10 @@ impl Host {
 
     fn serve(&mut self, origin: NodeId, incarnation: Incarnation, r: Request) {
         let ticket = Ticket { origin, incarnation, id: r.id };
+        // The meta group takes commands of its own leader only; anything else would be poison in its log.
+        if r.shard.is_meta() {
+            return;
+        }
         match r.body {
             RequestBody::Write { tag, ops } => self.coordinator.write(r.shard, ticket, tag, ops),
             RequestBody::Read { ops } => self.coordinator.read(r.shard, ticket, ops),
@@ -374,7 +381,8 @@ impl Host {
         let hint = self.gateway.answer(shard, id, answer, now.mono, &mut self.out.completions);
         if let Some((leader, term)) = hint {
             let changed = match leader {
-                Some(l) if l != from => self.learn(shard, Some(l), term),
+                // Whoever names another does not lead.
+                Some(l) if l != from => self.router.disown(shard, from, term) | self.learn(shard, Some(l), term),
                 _ => self.router.disown(shard, from, term),
             };
             if changed {
@@ -634,6 +642,10 @@ impl Host {
         self.view_stale = true;
         if !shard.is_meta() {
             let target = self.target(shard);
+            if target.is_none() {
+                // Nobody to ask: if the own replica sleeps, nobody would find out who leads.
+                self.coordinator.wake(shard);
+            }
             self.gateway.set_target(shard, target, now.mono);
         }
     }
@@ -1223,5 +1235,153 @@ mod tests {
             "it still serves as a gateway"
         );
         assert!(!net.hosts[&NodeId(2)].needed_by().is_empty(), "but its vote is needed");
+    }
+
+    #[test]
+    fn an_invitation_to_sleep_from_the_dead_is_not_followed() {
+        use crate::message::{Body, Envelope, encode_envelope};
+        let mut net = Net::new(3, 1);
+        net.settle();
+        net.run(1000);
+        let sh = ShardId(0);
+        let (l, lid) = net
+            .hosts
+            .iter()
+            .find_map(|(n, h)| h.coordinator().replica(sh).filter(|r| r.leadership().leads).map(|r| (*n, r.id())))
+            .unwrap();
+        net.hosts.remove(&l);
+        let others: Vec<NodeId> = net.hosts.keys().copied().collect();
+        for n in &others {
+            let now = net.now;
+            let h = net.hosts.get_mut(n).unwrap();
+            h.peer_down(now, l);
+            let (to, term, index) = {
+                let r = h.coordinator().replica(sh).unwrap();
+                (r.id(), r.leadership().term, r.applied().0)
+            };
+            let mut f = vec![KIND_RAFT];
+            encode_envelope(
+                &mut f,
+                &Envelope {
+                    shard: sh,
+                    log_time: 0,
+                    floor: 0,
+                    body: Body::Sleep { from: lid, to, term, index, ok: false },
+                },
+            );
+            h.frame(now, l, incarnation(l.0), Channel::Raft, f.into()).unwrap();
+        }
+        net.run(10_000);
+        let n = others[0];
+        let t = net.set(n.0, b"a", b"v");
+        net.run(10_000);
+        let asleep: Vec<bool> =
+            others.iter().map(|n| net.hosts[n].coordinator().replica(sh).unwrap().asleep()).collect();
+        assert_eq!(
+            net.done.get(&(n, t)),
+            Some(&ClientResult::Reply(Reply::Ok)),
+            "asleep {asleep:?} {:?}",
+            net.hosts[&n].view().not_ready
+        );
+    }
+
+    #[test]
+    fn large_values_never_make_a_frame_too_large() {
+        let mut net = Net::new(3, 1);
+        net.settle();
+        net.run(1000);
+        let l = *net.leaders().iter().find(|(_, c)| **c > 0).unwrap().0;
+        let v = vec![7u8; 7 << 20];
+        for i in 0..8 {
+            net.set(l.0, format!("k{i}").as_bytes(), &v);
+        }
+        let mut largest = 0;
+        for _ in 0..200 {
+            let mut idle = true;
+            let nodes: Vec<NodeId> = net.hosts.keys().copied().collect();
+            for node in nodes {
+                let host = net.hosts.get_mut(&node).unwrap();
+                let mut e = Effects::default();
+                host.poll(net.now, &mut e);
+                idle &= e.is_empty();
+                for b in &e.persist {
+                    host.persisted(net.now, b.number);
+                }
+                for s in e.sends {
+                    largest = largest.max(s.frame.len());
+                    net.frames.push_back((node, s));
+                }
+            }
+            while let Some((from, s)) = net.frames.pop_front() {
+                if let Some(host) = net.hosts.get_mut(&s.to) {
+                    host.frame(net.now, from, incarnation(from.0), s.channel, s.frame).unwrap();
+                }
+            }
+            if idle {
+                break;
+            }
+        }
+        assert!(largest <= MAX_FRAME_BYTES, "{largest} > {MAX_FRAME_BYTES}");
+    }
+
+    #[test]
+    fn a_refusal_never_names_the_leader_of_another_term() {
+        use crate::message::{Body, Envelope, encode_envelope};
+        use raft::eraftpb::{Message, MessageType};
+        let mut net = Net::new(3, 1);
+        net.settle();
+        net.run(1000);
+        let sh = ShardId(0);
+        let x = *net.leaders().iter().find(|(_, c)| **c > 0).unwrap().0;
+        let fol: Vec<NodeId> = net.hosts.keys().copied().filter(|n| *n != x).collect();
+        let (y, f) = (fol[0], fol[1]);
+        let yid = net.hosts[&y].coordinator().replica(sh).unwrap().id();
+        let now = net.now;
+        let h = net.hosts.get_mut(&f).unwrap();
+        let (to, term) = {
+            let r = h.coordinator().replica(sh).unwrap();
+            (r.id(), r.leadership().term)
+        };
+        let m = Message {
+            msg_type: MessageType::MsgHeartbeat,
+            to: to.0,
+            from: yid.0,
+            term: term.0 + 1,
+            commit: 1,
+            ..Message::default()
+        };
+        let mut fr = vec![KIND_RAFT];
+        encode_envelope(&mut fr, &Envelope { shard: sh, log_time: 0, floor: 0, body: Body::Raft(m) });
+        h.frame(now, y, incarnation(y.0), Channel::Raft, fr.into()).unwrap();
+        let mut q = vec![KIND_REQUESTS];
+        encode_request(&mut q, &Request { shard: sh, id: 5, body: RequestBody::OpenSession });
+        h.frame(now, y, incarnation(y.0), Channel::Requests, q.into()).unwrap();
+        let mut e = Effects::default();
+        h.poll(now, &mut e);
+        let a = e.sends.iter().find(|s| s.channel == Channel::Requests).unwrap();
+        let answers = decode_answers(&a.frame.slice(1..)).unwrap();
+        assert_ne!(
+            answers[0].2,
+            Answer::NotLeader { leader: Some(x), term: Term(term.0 + 1) },
+            "{x:?} never led in that term"
+        );
+    }
+
+    #[test]
+    fn a_misaddressed_request_does_not_harm_the_meta_group() {
+        let mut net = Net::new(3, 1);
+        net.settle();
+        net.run(1000);
+        let l = *net.hosts.iter().find(|(_, h)| h.leads_meta()).unwrap().0;
+        let from = *net.hosts.keys().find(|n| **n != l).unwrap();
+        let mut q = vec![KIND_REQUESTS];
+        encode_request(&mut q, &Request { shard: ShardId::META, id: 5, body: RequestBody::OpenSession });
+        let now = net.now;
+        net.hosts.get_mut(&l).unwrap().frame(now, from, incarnation(from.0), Channel::Requests, q.into()).unwrap();
+        net.settle();
+        net.run(2000);
+        let failed: Vec<bool> =
+            net.hosts.values().map(|h| h.coordinator().replica(ShardId::META).unwrap().failed()).collect();
+        assert!(!failed.contains(&true), "{failed:?} {:?}", net.notes);
     }
 }

@@ -72,7 +72,7 @@ pub struct Envelope {
     pub shard: ShardId,
     /// A leader's estimate of log time, 0 on other messages.
     pub log_time: u64,
-    /// Index up to which a leader has dropped its log, 0 on other messages.
+    /// Index up to which every voter that counts has the leader's log, so that it need not be kept; 0 on other messages.
     pub floor: u64,
     /// What it says.
     pub body: Body,

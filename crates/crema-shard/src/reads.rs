@@ -89,6 +89,14 @@ impl Reads {
         all
     }
 
+    /// All reads, confirmed or not: nothing will be applied any more.
+    pub fn drain(&mut self) -> Vec<Read> {
+        let mut all: Vec<Read> = self.waiting.drain(..).flat_map(|(_, reads)| reads).collect();
+        all.append(&mut self.drain_unconfirmed());
+        self.count = 0;
+        all
+    }
+
     /// Reads taken but not answered.
     pub fn len(&self) -> usize {
         self.count

@@ -259,10 +259,6 @@ impl Replica {
     pub fn log_entries(&self) -> usize {
         self.raw.store().len()
     }
-    /// Bytes of the entries kept.
-    pub fn log_bytes(&self) -> usize {
-        self.raw.store().bytes()
-    }
     /// Applied index.
     pub fn applied(&self) -> LogIndex {
         match &self.machine {
@@ -319,7 +315,8 @@ impl Replica {
     // ---- inputs ------------------------------------------------------------------------------------------------
 
     fn not_leader(&self) -> Answer {
-        Answer::NotLeader { leader: self.leadership.leader.filter(|_| !self.leadership.leads), term: self.term() }
+        let id = if self.failed { 0 } else { self.raw.raft.leader_id };
+        Answer::NotLeader { leader: if id == self.id.0 { None } else { self.node_of(id) }, term: self.term() }
     }
 
     /// Takes a write of a session. Refused at once when this replica does not lead; the refusal is definite.
@@ -367,11 +364,14 @@ impl Replica {
     }
 
     /// Proposes an entry that nobody waits for; dropped when this replica does not lead.
-    pub fn command(&mut self, payload: Bytes) {
-        if self.leads() && !self.failed && self.queue.len() < MAX_QUEUED {
+    /// Returns whether it was taken.
+    pub fn command(&mut self, payload: Bytes) -> bool {
+        let takes = self.leads() && !self.failed && self.queue.len() < MAX_QUEUED;
+        if takes {
             self.wake();
             self.queue.push(Queued::Command(payload));
         }
+        takes
     }
 
     /// Takes a message of the replica `from` holds. Messages from a life of the sender that does not hold the voter are
@@ -582,9 +582,10 @@ impl Replica {
         if let Some((index, digest)) = machine.digest_to_check()
             && index > self.digest_proposed
         {
-            self.digest_proposed = index;
             let entry = encode_check_digest(self.stamp(now), index, digest);
-            self.command(entry);
+            if self.command(entry) {
+                self.digest_proposed = index;
+            }
         }
     }
 
@@ -613,13 +614,6 @@ impl Replica {
             self.raw.transfer_leader(to.0);
         }
         close
-    }
-
-    /// Whether `voter` answers and has everything up to the last tick's commit: it could take over.
-    pub fn caught_up(&self, voter: ReplicaId) -> bool {
-        let committed = self.raw.raft.raft_log.committed;
-        voter == self.id
-            || self.raw.raft.prs().get(voter.0).is_some_and(|p| p.recent_active && p.matched + 1024 >= committed)
     }
 
     fn note_leadership(&mut self, out: &mut Out) {
@@ -666,6 +660,13 @@ impl Replica {
         out.roles.push(self.shard);
         out.notes.push(Note::ReplicaFailed { shard: self.shard, reason });
         self.step_down(out);
+        // Nothing is applied any more, so confirmed reads wait in vain.
+        let refusal = self.not_leader();
+        let mut reads = std::mem::take(&mut self.ready_reads);
+        reads.append(&mut self.reads.drain());
+        for read in reads {
+            out.answers.push((self.shard, read.ticket, refusal.clone()));
+        }
         self.unpersisted.clear();
     }
 
@@ -782,6 +783,32 @@ impl Replica {
         let from_leader = matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend);
         let log_time = if from_leader { self.clock.estimate(now).0 } else { 0 };
         let floor = if from_leader { self.floor } else { 0 };
+        // `batch_append` merges without a limit (raft-rs 0.7, raft.rs:744), up to a voter's whole backlog: cut to size.
+        let size = |e: &Entry| e.data.len() as u64 + 32;
+        while m.msg_type == MessageType::MsgAppend && m.entries.len() > 1 {
+            let mut bytes = 0;
+            let fits = m
+                .entries
+                .iter()
+                .take_while(|e| {
+                    bytes += size(e);
+                    bytes <= MAX_MESSAGE_BYTES
+                })
+                .count()
+                .max(1);
+            if fits == m.entries.len() {
+                break;
+            }
+            let mut head: Vec<Entry> = m.take_entries().into();
+            let tail = head.split_off(fits);
+            let mut first = m.clone();
+            let (index, term) = head.last().map_or((m.index, m.log_term), |e| (e.index, e.term));
+            first.set_entries(head.into());
+            out.envelopes.push((voter, Envelope { shard: self.shard, log_time, floor, body: Body::Raft(first) }));
+            m.index = index;
+            m.log_term = term;
+            m.set_entries(tail.into());
+        }
         out.envelopes.push((voter, Envelope { shard: self.shard, log_time, floor, body: Body::Raft(m) }));
     }
 
@@ -921,8 +948,7 @@ impl Replica {
                 out.answers.push((self.shard, read.ticket, refusal.clone()));
             }
         } else if !self.advance_proposed {
-            self.advance_proposed = true;
-            self.command(encode_advance(estimate));
+            self.advance_proposed = self.command(encode_advance(estimate));
         }
     }
 
@@ -946,13 +972,5 @@ impl Replica {
     /// Whether [`Replica::flush`] has something to do.
     pub fn has_work(&self) -> bool {
         !self.failed && (!self.queue.is_empty() || self.reads.wants_round() || self.raw.has_ready())
-    }
-
-    /// Whether requests wait for this replica.
-    pub fn busy(&self) -> bool {
-        !self.proposals.is_empty()
-            || !self.reads.is_empty()
-            || !self.queue.is_empty()
-            || !self.awaiting_advance.is_empty()
     }
 }

@@ -414,10 +414,7 @@ fn info(ctx: &Context<'_>, args: Args<'_>) -> String {
     );
     section(
         "Memory",
-        format!(
-            "used_memory:{}\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n",
-            get(&front.used_memory),
-        ),
+        format!("used_memory:{}\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n", get(&front.used_memory),),
     );
     section(
         "Persistence",
