@@ -390,7 +390,7 @@ trait Engine {
     fn next_tick(&self) -> MonoTime;
     fn persisted(&mut self, now: Now, number: u64);
     fn poll(&mut self, now: Now, effects: &mut Effects);
-    fn status(&self, now: Now) -> HostStatus;
+    fn status(&self) -> HostStatus;
 }
 
 impl Engine for Host {
@@ -443,8 +443,8 @@ impl Engine for Host {
     fn poll(&mut self, now: Now, effects: &mut Effects) {
         Host::poll(self, now, effects);
     }
-    fn status(&self, now: Now) -> HostStatus {
-        Host::status(self, now)
+    fn status(&self) -> HostStatus {
+        Host::status(self)
     }
 }
 
@@ -586,7 +586,7 @@ impl<E: Engine> Loop<E> {
             Input::Drain => self.engine.drain(now),
             Input::Status(tell) => {
                 // Whoever asked may be gone by now.
-                let _ = tell.send(self.engine.status(now));
+                let _ = tell.send(self.engine.status());
             }
             Input::NeededBy(tell) => {
                 let _ = tell.send(self.engine.needed_by());
@@ -905,7 +905,7 @@ mod tests {
                 effects.completions.push(done(0, 0));
             }
         }
-        fn status(&self, _: Now) -> HostStatus {
+        fn status(&self) -> HostStatus {
             HostStatus { epoch: Epoch(5), ..HostStatus::default() }
         }
     }

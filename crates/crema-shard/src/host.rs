@@ -162,6 +162,8 @@ pub struct Host {
     drained: bool,
     frames_refused: u64,
     requests_forwarded: u64,
+    digest_mismatches: u64,
+    replicas_failed: u64,
 }
 
 impl Host {
@@ -207,6 +209,8 @@ impl Host {
             drained: false,
             frames_refused: 0,
             requests_forwarded: 0,
+            digest_mismatches: 0,
+            replicas_failed: 0,
             config,
         }
     }
@@ -820,7 +824,14 @@ impl Host {
             for (to, frame) in round.frames.drain(..) {
                 self.out.sends.push(Send { to, channel: Channel::Raft, frame });
             }
-            self.out.notes.append(&mut round.notes);
+            for note in round.notes.drain(..) {
+                match note {
+                    Note::DigestMismatch { .. } => self.digest_mismatches += 1,
+                    Note::ReplicaFailed { .. } => self.replicas_failed += 1,
+                    _ => {}
+                }
+                self.out.notes.push(note);
+            }
             if let Some(number) = round.persist.take() {
                 self.out.persist.push(PersistBatch { number });
             }
@@ -981,8 +992,7 @@ impl Host {
     }
 
     /// For the admin API.
-    pub fn status(&self, now: Now) -> HostStatus {
-        let _ = now;
+    pub fn status(&self) -> HostStatus {
         let mut status = HostStatus {
             uuid: self.state.as_ref().map(|s| s.uuid),
             epoch: self.epoch(),
@@ -1017,6 +1027,8 @@ impl Host {
             ("frames_refused", self.frames_refused),
             ("requests_forwarded", self.requests_forwarded),
             ("requests_retried", self.gateway.retries()),
+            ("digest_mismatches", self.digest_mismatches),
+            ("replicas_failed", self.replicas_failed),
         ];
         status
     }
