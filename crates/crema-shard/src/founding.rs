@@ -342,12 +342,13 @@ mod tests {
         nodes: BTreeMap<NodeId, Founding>,
         decided: BTreeMap<NodeId, Decision>,
         queue: VecDeque<(NodeId, NodeId, Control)>,
+        drop_found_for: Option<NodeId>,
     }
 
     impl Net {
         fn new(nodes: Vec<Founding>) -> Self {
             let nodes: BTreeMap<_, _> = nodes.into_iter().map(|f| (f.config.node, f)).collect();
-            let mut net = Net { nodes, decided: BTreeMap::new(), queue: VecDeque::new() };
+            let mut net = Net { nodes, decided: BTreeMap::new(), queue: VecDeque::new(), drop_found_for: None };
             let ids: Vec<NodeId> = net.nodes.keys().copied().collect();
             for a in &ids {
                 for b in ids.iter().filter(|b| *b != a) {
@@ -363,6 +364,9 @@ mod tests {
         }
         fn run(&mut self) {
             while let Some((from, to, m)) = self.queue.pop_front() {
+                if matches!(m, Control::Found { .. }) && self.drop_found_for == Some(to) {
+                    continue;
+                }
                 let Some(node) = self.nodes.get_mut(&to) else { continue };
                 let (sends, decision) = match self.decided.get(&to) {
                     Some(Decision::Activate(s) | Decision::Join(s)) if m == Control::Ask => {
@@ -425,6 +429,20 @@ mod tests {
         net.run();
         net.tick();
         assert!(matches!(&net.decided[&NodeId(1)], Decision::Join(s) if s.uuid == ClusterUuid(1 << 64 | 2)));
+    }
+
+    #[test]
+    fn a_member_that_missed_the_end_of_founding_asks_until_it_knows() {
+        let mut net = Net::new((1..=3).map(|n| Founding::new(config(n, &[1, 2, 3]))).collect());
+        net.drop_found_for = Some(NodeId(3));
+        net.run();
+        assert_eq!(net.decided.len(), 2, "node 3 has accepted and heard nothing more");
+        // The founder is gone for good; node 2 had told node 3 before that it knew of nothing.
+        net.nodes.remove(&NodeId(1));
+        net.decided.remove(&NodeId(1));
+        net.nodes.get_mut(&NodeId(3)).unwrap().peer_down(NodeId(1));
+        net.tick();
+        assert_eq!(net.decided[&NodeId(3)], net.decided[&NodeId(2)]);
     }
 
     #[test]
