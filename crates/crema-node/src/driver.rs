@@ -20,7 +20,7 @@
 
 use crate::client::{Client, ClientInput, Outbox, Stopped};
 use crate::clock;
-use crate::peers::{LogLimit, PeerBatch, PeerEvent, PeerLink, PeersHandle, SendError};
+use crate::peers::{LogLimit, PeerBatch, PeerEvent, PeerLink, PeersHandle, SendError, add};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use crema_core::{ClusterUuid, CodecError, Incarnation, MonoTime, NodeId, Now, ShardId};
@@ -141,10 +141,6 @@ pub struct DriverStats {
     pub long_polls: AtomicU64,
     /// Client connections at present (a gauge).
     pub connections: AtomicU64,
-}
-
-fn add(counter: &AtomicU64, n: usize) {
-    counter.fetch_add(n as u64, Ordering::Relaxed);
 }
 
 /// Shards that this node has begun to lead, for gossip. Bounded by the number of shards: a later leadership of a shard

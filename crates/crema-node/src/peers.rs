@@ -275,7 +275,8 @@ pub struct PeerStats {
     pub driver_full: AtomicU64,
 }
 
-fn add(counter: &AtomicU64, n: usize) {
+/// Counts `n` more.
+pub(crate) fn add(counter: &AtomicU64, n: usize) {
     counter.fetch_add(n as u64, Ordering::Relaxed);
 }
 

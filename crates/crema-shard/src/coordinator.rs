@@ -72,7 +72,7 @@ impl Coordinator {
             persisting: VecDeque::new(),
             present: BTreeMap::new(),
             connected: BTreeMap::new(),
-            logger: slog::Logger::root(slog::Discard, slog::o!()),
+            logger: crate::raft_log::logger(),
             dropped: 0,
         }
     }
@@ -119,7 +119,8 @@ impl Coordinator {
                 max_log_bytes,
                 context_prefix: incarnation.0 as u64,
             };
-            let replica = Replica::founded(init, first, &self.logger, now).map_err(|e| e.to_string())?;
+            let replica = Replica::founded(init, first, &self.logger.new(slog::o!("shard" => shard.0)), now)
+                .map_err(|e| e.to_string())?;
             *self.slot_mut(shard).ok_or("the record names a shard it does not have")? = Some(Box::new(replica));
             self.dirty.insert(shard);
         }

@@ -231,7 +231,8 @@ impl Host {
         }
     }
 
-    /// The connection is gone: what it has not sent on is forgotten, and nothing of it is completed any more.
+    /// The connection is gone: what it has not sent on is forgotten, and nothing of it is completed any more, but for what
+    /// the next [`Host::poll`] was to bring already.
     pub fn connection_closed(&mut self, conn: ConnId) {
         self.gateway.connection_closed(conn);
     }

@@ -20,6 +20,7 @@ pub mod message;
 pub mod meta;
 pub mod placement;
 pub mod proposals;
+pub mod raft_log;
 pub mod reads;
 pub mod replica;
 pub mod router;

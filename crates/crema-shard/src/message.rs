@@ -414,7 +414,7 @@ pub fn decode_requests(frame: &Bytes) -> Result<Vec<Request>, CodecError> {
 pub enum Answer {
     /// From apply, or the answer of a read.
     Outcome(Outcome),
-    /// Not led here. Not proposed by this answer's attempt, unless it says `lost`.
+    /// Not led here, and so not proposed.
     NotLeader {
         /// Who leads, if known.
         leader: Option<NodeId>,
