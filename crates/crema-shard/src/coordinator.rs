@@ -12,7 +12,7 @@ use crate::message::{Answer, Body, Envelope, KIND_RAFT, TARGET_FRAME_BYTES, enco
 use crate::meta::{MetaMachine, MetaState};
 use crate::proposals::Ticket;
 use crate::reads::Read;
-use crate::replica::{Machine, Out, Replica, ReplicaInit, Voter};
+use crate::replica::{Machine, Out, ReadCounts, ReadMode, Replica, ReplicaInit, Voter};
 use crate::timing::Timing;
 use bytes::Bytes;
 use crema_core::{Incarnation, LogIndex, LogTime, NodeId, Now, SessionTag, ShardId, ShardInit, StateMachine};
@@ -84,6 +84,7 @@ impl Coordinator {
         state: &Arc<MetaState>,
         incarnation: Incarnation,
         max_log_bytes: usize,
+        read_mode: ReadMode,
         now: Now,
     ) -> Result<(), String> {
         assert!(self.meta.is_none() && self.data.is_empty(), "a cluster is founded once");
@@ -118,6 +119,7 @@ impl Coordinator {
                 timing: self.timing,
                 max_log_bytes,
                 context_prefix: incarnation.0 as u64,
+                read_mode,
             };
             let replica = Replica::founded(init, first, &self.logger.new(slog::o!("shard" => shard.0)), now)
                 .map_err(|e| e.to_string())?;
@@ -148,6 +150,15 @@ impl Coordinator {
             Machine::Meta(m) => Some(m.state().clone()),
             Machine::Data(_) => None,
         }
+    }
+
+    /// Reads answered by all local replicas.
+    pub fn read_counts(&self) -> ReadCounts {
+        self.replicas().map(Replica::read_counts).fold(ReadCounts::default(), |a, b| ReadCounts {
+            leased: a.leased + b.leased,
+            indexed: a.indexed + b.indexed,
+            rounds: a.rounds + b.rounds,
+        })
     }
 
     /// Which life of each node counts: voters of other lives are lost and hold no log back.

@@ -615,7 +615,7 @@ impl Gateway {
     }
 }
 
-fn result_of(reply: Reply) -> ClientResult {
+pub(crate) fn result_of(reply: Reply) -> ClientResult {
     match reply {
         // Decided in apply: nothing was written there. The caller looks the placement up again.
         Reply::Error(OpError::WrongSlot { .. }) => ClientResult::NotApplied(Refusal::WrongShard),
@@ -648,7 +648,15 @@ mod tests {
             let deadline = self.now.after(Duration::from_secs(5));
             let ops = Bytes::from(token.to_string());
             self.g.submit(
-                ClientRequest { conn: ConnId(conn), token: Token(token), shard: S, write, ops, deadline },
+                ClientRequest {
+                    conn: ConnId(conn),
+                    token: Token(token),
+                    shard: S,
+                    write,
+                    level: crate::ReadLevel::Linearizable,
+                    ops,
+                    deadline,
+                },
                 &mut self.done,
             );
         }

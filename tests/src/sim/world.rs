@@ -19,7 +19,8 @@ use super::trace::Trace;
 use bytes::Bytes;
 use crema_core::{Incarnation, MonoTime, NodeId, Now, ShardId, Term, WallTime, slot_of};
 use crema_shard::{
-    Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, NodeAddrs, Note, Timing, Token,
+    Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, NodeAddrs, Note, ReadLevel,
+    Timing, Token,
 };
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
@@ -851,6 +852,7 @@ impl World {
             entropy: std::array::from_fn(|_| self.rng.next_u64()),
             timing: Timing::default(),
             max_log_bytes: 1 << 30,
+            read_mode: crema_shard::ReadMode::Lease,
         };
         let at = self.now;
         let n = self.nodes.get_mut(&id).expect("a known node");
@@ -966,7 +968,10 @@ impl World {
             self.now,
             format!("{conn:?} asks {node:?}: {token:?} {shard:?} {key} {}", if write { "write" } else { "read" }),
         );
-        self.input(node, Input::Submit(ClientRequest { conn, token, shard, write, ops, deadline }));
+        self.input(
+            node,
+            Input::Submit(ClientRequest { conn, token, shard, write, level: ReadLevel::Linearizable, ops, deadline }),
+        );
         Some(token)
     }
 
