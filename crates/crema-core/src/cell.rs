@@ -19,6 +19,8 @@ pub struct Seen {
     term: u64,
     epoch: u64,
     version: u64,
+    /// Until when the lease held by then; it may have been extended since.
+    pub bound: u64,
 }
 
 /// A lease as its readers see it. Times are nanoseconds of the node's monotonic clock.
@@ -88,8 +90,8 @@ impl ReadCell {
     pub fn begin(&self) -> Option<Seen> {
         let version = self.version.load(Acquire);
         let term = self.term.load(Acquire);
-        let epoch = self.epoch.load(Relaxed);
-        (term != 0 && version.is_multiple_of(2)).then_some(Seen { term, epoch, version })
+        let (epoch, bound) = (self.epoch.load(Relaxed), self.bound.load(Relaxed));
+        (term != 0 && version.is_multiple_of(2)).then_some(Seen { term, epoch, version, bound })
     }
 
     /// The version, unless several keys are changing together: for reads that need no lease.
@@ -107,11 +109,9 @@ impl ReadCell {
     pub fn still(&self, seen: Seen, clock: u64) -> bool {
         fence(Acquire);
         let bound = self.bound.load(Acquire);
-        let now = Seen {
-            term: self.term.load(Acquire),
-            epoch: self.epoch.load(Relaxed),
-            version: self.version.load(Relaxed),
-        };
-        now == seen && clock < bound
+        self.term.load(Acquire) == seen.term
+            && self.epoch.load(Relaxed) == seen.epoch
+            && self.version.load(Relaxed) == seen.version
+            && clock < bound
     }
 }

@@ -15,6 +15,7 @@ pub mod glob;
 pub mod ids;
 pub mod key;
 pub mod limits;
+pub mod mutant;
 pub mod op;
 pub mod published;
 pub mod reply;

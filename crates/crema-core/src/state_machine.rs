@@ -15,6 +15,7 @@ use crate::error::{CorruptEntry, OpError};
 use crate::ids::{Epoch, LogIndex};
 use crate::key::KeyRef;
 use crate::limits::{MAX_REQUEST_BYTES, MAX_VALUE_BYTES};
+use crate::mutant::{self, Mutant, planted};
 use crate::op::{ExpireAt, ExpireCond, Op, SetCond, SetExpire};
 use crate::published::Published;
 use crate::reply::{Outcome, Reply, ValueType};
@@ -245,14 +246,18 @@ impl StateMachine {
             return self.together(wide, |m| m.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error));
         }
         self.together(true, |m| {
-            let one = |op: Op<'_>| m.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error);
+            let one = |op: Op<'_>| {
+                let reply = m.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error);
+                mutant::between_keys();
+                reply
+            };
             Reply::Array(ops_left.map(one).collect())
         })
     }
 
     /// Does what changes several keys so that no reader sees half of it.
     fn together<R>(&mut self, several: bool, change: impl FnOnce(&mut Self) -> R) -> R {
-        if !several {
+        if !several || planted(Mutant::HalfVisible) {
             return change(self);
         }
         self.published.cell().changing();
@@ -525,6 +530,12 @@ impl StateMachine {
     /// The keys and values, for readers. FLUSHALL replaces the table by another one, so ask again for each read.
     pub fn table(&self) -> &Arc<Table> {
         self.table.table()
+    }
+
+    /// For the mutant that judges expiry by a clock of its own.
+    #[cfg(feature = "mutants")]
+    pub fn set_log_time(&mut self, time: LogTime) {
+        self.log_time = self.log_time.max(time);
     }
 
     /// What readers outside of the driver share with this state.

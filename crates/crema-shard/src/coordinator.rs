@@ -15,6 +15,7 @@ use crate::reads::Read;
 use crate::replica::{Machine, Out, ReadCounts, ReadMode, Replica, ReplicaInit, Voter};
 use crate::timing::Timing;
 use bytes::Bytes;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{Incarnation, LogIndex, LogTime, NodeId, Now, SessionTag, ShardId, ShardInit, StateMachine};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -98,7 +99,9 @@ impl Coordinator {
             let mut voters: Vec<Voter> =
                 placed.iter().map(|r| Voter { id: r.id, node: r.node, incarnation: r.incarnation }).collect();
             voters.sort_by_key(|v| v.id);
-            let Some(own) = voters.iter().find(|v| v.node == self.node && v.incarnation == incarnation).copied() else {
+            let any_life = planted(Mutant::VoteAfterWipe);
+            let mine = |v: &&Voter| v.node == self.node && (v.incarnation == incarnation || any_life);
+            let Some(own) = voters.iter().find(mine).copied() else {
                 continue;
             };
             let first = placed.first().is_some_and(|r| r.id == own.id);
@@ -326,7 +329,8 @@ impl Coordinator {
         let mut envelopes = std::mem::take(&mut self.out.envelopes);
         for (voter, envelope) in envelopes.drain(..) {
             // Another life of the node would drop it: the voter it is meant for is gone.
-            if self.connected.get(&voter.node) == Some(&voter.incarnation) {
+            let any_life = planted(Mutant::VoteAfterWipe);
+            if self.connected.get(&voter.node).is_some_and(|i| *i == voter.incarnation || any_life) {
                 self.frame(voter.node, &envelope);
             }
         }

@@ -20,6 +20,7 @@ use crate::effect::{ClientRequest, ClientResult, Completion, ConnId, Refusal, To
 use crate::message::{Answer, Request, RequestBody};
 use bytes::Bytes;
 use crema_core::limits::SESSION_WINDOW;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{MonoTime, NodeId, OpError, Outcome, Reply, Seq, SessionId, SessionTag, ShardId, Term};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
@@ -147,6 +148,10 @@ impl Flow {
             self.session = Session::None;
         }
         self.rewind_reads();
+        if planted(Mutant::ReorderedRetry) {
+            // What was never sent has no number yet.
+            self.window.make_contiguous()[self.ever..].reverse();
+        }
         if wait {
             self.wait(now);
         }

@@ -28,6 +28,7 @@ use crate::replica::{Machine, ReadMode, Replica};
 use crate::router::{NodeRoute, Router, RoutingView, ShardRoute};
 use crate::timing::Timing;
 use bytes::Bytes;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{
     ClusterUuid, CodecError, Epoch, Incarnation, LogIndex, MonoTime, NodeId, Now, Outcome, ReplicaId, Reply, ShardId,
     Term,
@@ -604,7 +605,7 @@ impl Host {
         };
         self.gateway.set_shards(state.shards.len());
         self.router.set_shards(state.shards.len());
-        if founded
+        if (founded || planted(Mutant::VoteAfterWipe))
             && let Err(reason) = self.coordinator.found(
                 &state,
                 self.config.incarnation,
@@ -1074,8 +1075,8 @@ impl Host {
         let groups = || (0..state.shards.len() as u32).map(ShardId).chain([ShardId::META]);
         let lost =
             |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == me && r.incarnation != self.config.incarnation);
-        let lost = groups().filter(lost).filter(|s| !s.is_meta()).count();
-        if lost > 0 || state.meta.iter().any(|r| r.node == me && r.incarnation != self.config.incarnation) {
+        let lost = groups().filter(lost).count();
+        if lost > 0 && !planted(Mutant::ReadyEarly) {
             let (shards, present, wanted) = state.underreplicated();
             return Some(format!(
                 "{shards} shards at {present} of {wanted} replicas: this node restarted without its log and serves as a \

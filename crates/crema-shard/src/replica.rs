@@ -23,6 +23,7 @@ use crate::reads::{Read, Reads};
 use crate::timing::Timing;
 use bytes::Bytes;
 use crema_core::limits::{MAX_REQUEST_BYTES, TARGET_ENTRY_BYTES};
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{
     EntryBuilder, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome, Published, ReadResult,
     ReplicaId, Reply, SessionTag, ShardId, StateMachine, Term, encode_advance, encode_check_digest,
@@ -318,7 +319,7 @@ impl Replica {
     }
     /// Whether it may not help another candidate at `now`.
     pub fn promised(&self, now: Now) -> bool {
-        self.promise.binds(now.mono)
+        self.promise.binds(now.mono) && !planted(Mutant::NoPromise)
     }
     /// Reads answered so far.
     pub fn read_counts(&self) -> ReadCounts {
@@ -462,7 +463,9 @@ impl Replica {
             Body::Raft(m) => ReplicaId(m.from),
             Body::Sleep { from, .. } => *from,
         };
-        let known = self.voters.iter().any(|v| v.id == sender && v.node == from && v.incarnation == incarnation);
+        let any_life = planted(Mutant::VoteAfterWipe);
+        let known =
+            self.voters.iter().any(|v| v.id == sender && v.node == from && (v.incarnation == incarnation || any_life));
         if !known {
             return;
         }
@@ -476,11 +479,12 @@ impl Replica {
                     self.fail(format!("committed up to {} but the log ends at {last}: state was lost", m.commit), out);
                     return;
                 }
-                if m.msg_type == MessageType::MsgTimeoutNow && (self.raw.raft.leader_id != m.from || last > m.index) {
+                let late = last > m.index && !planted(Mutant::LateTimeoutNow);
+                if m.msg_type == MessageType::MsgTimeoutNow && (self.raw.raft.leader_id != m.from || late) {
                     // A delayed one: its sender does not lead us any more, or has gone on since (`Lease::suspend`).
                     return;
                 }
-                if m.term > self.raw.raft.term && self.promise.binds(now.mono) && !passes_promise(&m) {
+                if m.term > self.raw.raft.term && self.promised(now) && !passes_promise(&m) {
                     return;
                 }
                 let from_leader = matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat);
@@ -636,7 +640,7 @@ impl Replica {
         let raft = &self.raw.raft;
         let campaigns = !self.leads() && raft.election_elapsed + 1 >= raft.randomized_election_timeout();
         // What was promised in time is kept in time, however ticks fell.
-        if !campaigns || !self.promise.binds(now.mono) {
+        if !campaigns || !self.promised(now) {
             self.raw.tick();
             self.fix_election_timeout();
         }
@@ -706,8 +710,10 @@ impl Replica {
         if close {
             self.wake();
             // Before a TimeoutNow can leave: a forced vote asks no promise.
-            self.lease.suspend(last);
-            self.close_cell();
+            if !planted(Mutant::TransferUnderLease) {
+                self.lease.suspend(last);
+                self.close_cell();
+            }
             self.raw.transfer_leader(to.0);
         }
         close
@@ -863,7 +869,9 @@ impl Replica {
 
     fn begin_round(&mut self, now: Now) {
         self.counts.rounds += 1;
-        self.next_context += 1;
+        if !planted(Mutant::ReusedReadContext) {
+            self.next_context += 1;
+        }
         self.reads.begin(self.next_context, now.mono);
         let mut context = Vec::with_capacity(16);
         context.extend_from_slice(&self.context_prefix.to_le_bytes());
@@ -885,6 +893,9 @@ impl Replica {
         let mut batch_tickets = Vec::new();
         let entry = |data: Bytes| Entry { data, ..Entry::default() };
         self.queue_bytes = 0;
+        if planted(Mutant::AckBeforeApply) {
+            self.acknowledge_early(out);
+        }
         for item in std::mem::take(&mut self.queue) {
             let alone = !matches!(item, Queued::Write { .. });
             if !batch.is_empty() && (alone || batch.size() >= TARGET_ENTRY_BYTES) {
@@ -984,7 +995,7 @@ impl Replica {
         let mut ready = self.raw.ready();
         let number = ready.number();
         let immediate = ready.take_messages();
-        let dependent = ready.take_persisted_messages();
+        let mut dependent = ready.take_persisted_messages();
         let must_sync = ready.must_sync();
         let entries = ready.take_entries();
         let committed = ready.take_committed_entries();
@@ -998,6 +1009,11 @@ impl Replica {
         self.raw.advance_append_async(ready);
         for m in immediate {
             self.send(m, now, out);
+        }
+        if planted(Mutant::PersistAfterSend) {
+            for m in std::mem::take(&mut dependent) {
+                self.send(m, now, out);
+            }
         }
         if must_sync || !self.unpersisted.is_empty() {
             self.unpersisted.push(Unpersisted { number, writes: must_sync, messages: dependent });
@@ -1015,7 +1031,8 @@ impl Replica {
             if let Some(context) = state.request_ctx.get(8..16) {
                 let context = u64::from_le_bytes(context.try_into().expect("eight bytes"));
                 if let Some(issued) = self.reads.confirmed(context, state.index) {
-                    self.lease.confirmed(issued, &self.timing);
+                    let from = if planted(Mutant::LeaseFromReply) { now.mono } else { issued };
+                    self.lease.confirmed(from, &self.timing);
                 }
             }
         }
@@ -1029,7 +1046,7 @@ impl Replica {
             if self.failed {
                 return;
             }
-            self.apply(e, out);
+            self.apply(e, now, out);
         }
         if !self.failed {
             self.raw.advance_apply_to(self.applied().0);
@@ -1044,7 +1061,8 @@ impl Replica {
         }
     }
 
-    fn apply(&mut self, e: Entry, out: &mut Out) {
+    fn apply(&mut self, e: Entry, now: Now, out: &mut Out) {
+        self.apply_by_own_clock(now);
         if e.entry_type != EntryType::EntryNormal {
             self.fail(format!("entry {} is a change of members, which this version never proposes", e.index), out);
             return;
@@ -1137,6 +1155,31 @@ impl Replica {
             }
         } else if !self.advance_proposed {
             self.advance_proposed = self.command(encode_advance(estimate));
+        }
+    }
+
+    /// What [`Mutant::LocalClockInApply`] does.
+    #[cfg(feature = "mutants")]
+    fn apply_by_own_clock(&mut self, now: Now) {
+        let time = self.clock.estimate(now);
+        if let (true, Machine::Data(m)) = (planted(Mutant::LocalClockInApply), &mut self.machine) {
+            m.set_log_time(time);
+        }
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    fn apply_by_own_clock(&mut self, _: Now) {}
+
+    /// What [`Mutant::AckBeforeApply`] does: plain SETs are answered when they are proposed.
+    fn acknowledge_early(&self, out: &mut Out) {
+        for item in &self.queue {
+            let Queued::Write { ticket, ops, .. } = item else { continue };
+            let plain = |op: crema_core::Op<'_>| {
+                matches!(op, crema_core::Op::Set { cond: crema_core::SetCond::Always, get: false, .. })
+            };
+            if OpsRef::parse(ops).is_ok_and(|ops| ops.len() == 1 && ops.iter().all(plain)) {
+                out.answers.push((self.shard, *ticket, Answer::Outcome(Outcome::Reply(Reply::Ok))));
+            }
         }
     }
 
