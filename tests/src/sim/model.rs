@@ -102,6 +102,10 @@ pub struct Record {
     pub call: u64,
     /// When it ended, likewise.
     pub ret: u64,
+    /// When it was sent, in nanoseconds of the clock that all clients share (simulated time in the simulator).
+    pub call_ns: u64,
+    /// When it ended, likewise; says nothing unless it was answered or refused.
+    pub ret_ns: u64,
     /// How it ended; `None` while it has not.
     pub ended: Option<Ended>,
 }

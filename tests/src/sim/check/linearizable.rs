@@ -277,7 +277,7 @@ mod tests {
     use super::*;
 
     fn rec(command: Command, call: u64, ret: u64, ended: Ended) -> Record {
-        Record { key: "k".into(), conn: 1, command, call, ret, ended: Some(ended) }
+        Record { key: "k".into(), conn: 1, command, call, ret, call_ns: call, ret_ns: ret, ended: Some(ended) }
     }
     fn ok(command: Command, call: u64, ret: u64, reply: Reply) -> Record {
         rec(command, call, ret, Ended::Replied(reply))
