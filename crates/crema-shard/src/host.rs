@@ -525,6 +525,14 @@ impl Host {
         self.next_ask = now.mono;
     }
 
+    /// Hands the leadership of `shard` over to `to`'s replica. Returns whether that is under way: not if this node does not
+    /// lead, or that replica is too far behind. Placement may move it back later.
+    pub fn transfer_leader(&mut self, shard: ShardId, to: NodeId) -> bool {
+        let Some(replica) = self.coordinator.replica(shard) else { return false };
+        let Some(id) = replica.voters().iter().find(|v| v.node == to).map(|v| v.id) else { return false };
+        self.coordinator.transfer(shard, id)
+    }
+
     /// Groups that would lose their quorum if this node stopped now.
     pub fn needed_by(&self) -> Vec<ShardId> {
         self.coordinator.needed_by(|v| self.is_usable(v.node, v.incarnation))

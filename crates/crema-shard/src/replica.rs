@@ -321,6 +321,12 @@ impl Replica {
     pub fn promised(&self, now: Now) -> bool {
         self.promise.binds(now.mono) && !planted(Mutant::NoPromise)
     }
+    /// Where its reads stand, for a report.
+    pub fn reads_in_words(&self) -> String {
+        let lease = if self.lease.suspended() { "suspended" } else { "not suspended" };
+        let round = if self.reads.in_round() { ", a round on its way" } else { "" };
+        format!("reads {} + {}{round}, lease {lease}", self.reads.len(), self.awaiting_advance.len())
+    }
     /// Reads answered so far.
     pub fn read_counts(&self) -> ReadCounts {
         self.counts

@@ -14,6 +14,8 @@ pub mod check;
 pub mod cli;
 pub mod faults;
 pub mod model;
+pub mod mutants;
+pub mod pool;
 pub mod rng;
 pub mod run;
 #[cfg(test)]
