@@ -9,9 +9,11 @@ use super::judge::OWN;
 use super::model::{Command, Ended, Half, Record};
 use super::rng::Rng;
 use super::world::{Finished, MS, World};
+use crate::history::{self, Operation};
 use crema_core::{NodeId, ShardId};
 use crema_shard::{ClientResult, ConnId, Refusal, Token};
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::time::Duration;
 
 /// Most commands of one client without an answer.
@@ -122,6 +124,11 @@ impl Workload {
     /// Everything sent so far.
     pub fn history(&self) -> &[Record] {
         &self.history
+    }
+
+    /// Writes the history as JSON lines (`tests/HISTORIES.md`), with simulated times.
+    pub fn export(&self, out: &mut impl Write) -> io::Result<()> {
+        history::write(out, self.history.iter().map(Operation::from))
     }
 
     /// The shared keys, and how each is read.
