@@ -1,23 +1,27 @@
-//! The simulator's command line.
+//! The command line: `sim` runs the simulator, `check` judges histories.
 
-use crema_tests::sim::cli::{Arguments, USAGE, run};
+use crema_tests::check_cli::{self, Checked};
+use crema_tests::sim::cli::{self, Arguments};
 use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let parsed = match args.split_first() {
-        Some((first, rest)) if first == "sim" => Arguments::parse(rest),
-        _ => Err("the only command is sim".into()),
+    let mut out = std::io::stdout().lock();
+    let outcome = match args.split_first() {
+        Some((first, rest)) if first == "sim" => Arguments::parse(rest)
+            .and_then(|args| cli::run(&args, &mut out).map_err(|e| e.to_string()))
+            .map(|well| if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Some((first, files)) if first == "check" => check_cli::run(files, &mut out).map(|checked| match checked {
+            Checked::Right => ExitCode::SUCCESS,
+            Checked::Wrong => ExitCode::FAILURE,
+            Checked::Unjudged => ExitCode::from(2),
+        }),
+        _ => Err("the commands are sim and check".into()),
     };
-    let outcome = parsed.and_then(|args| run(&args, &mut std::io::stdout().lock()).map_err(|e| e.to_string()));
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(e) => {
-            // If standard error is gone too, the exit code has to do.
-            let _ = write!(std::io::stderr(), "error: {e}\n{USAGE}");
-            ExitCode::from(2)
-        }
-    }
+    outcome.unwrap_or_else(|e| {
+        // If standard error is gone too, the exit code has to do.
+        let _ = write!(std::io::stderr(), "error: {e}\n{}{}", cli::USAGE, check_cli::USAGE);
+        ExitCode::from(2)
+    })
 }

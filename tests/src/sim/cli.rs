@@ -102,6 +102,7 @@ impl Arguments {
             faults: self.faults.clone(),
             reads: self.reads,
             mutant: self.mutant,
+            history: false,
         }
     }
 }
@@ -178,7 +179,8 @@ fn run_seeds(args: &Arguments, out: &mut impl Write) -> io::Result<bool> {
         let _ = write!(io::stderr(), "\r\x1b[K");
     }
     if let Some(path) = &args.history {
-        let last = run_seed(&args.plan(first.wrapping_add(args.seeds - 1)));
+        let last = Plan { history: true, ..args.plan(first.wrapping_add(args.seeds - 1)) };
+        let last = run_seed(&last);
         std::fs::write(path, last.history)?;
     }
     summarize(&sum, began.elapsed(), out)?;
@@ -265,6 +267,7 @@ mod tests {
             faults: "drop".parse().unwrap(),
             reads: Some(ReadMode::ReadIndex),
             mutant: Some(Mutant::NoDedup),
+            history: false,
         };
         let line = plan.replay();
         let (_, tail) = line.split_once(" sim ").unwrap();

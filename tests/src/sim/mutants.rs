@@ -62,7 +62,7 @@ impl Hunt {
     fn plan(&self, seed: u64) -> Plan {
         // The table is ours; a name in it that is wrong shows in its test.
         let faults = self.faults.parse().unwrap_or_else(|_| Faults::all());
-        Plan { seed, nodes: None, shards: None, faults, reads: self.reads, mutant: Some(self.mutant) }
+        Plan { seed, nodes: None, shards: None, faults, reads: self.reads, mutant: Some(self.mutant), history: false }
     }
 
     /// Runs seeds from 1 on until one catches the mutant; `None` if it survives them all.

@@ -55,8 +55,15 @@ mod tests {
 
     #[test]
     fn reports_come_in_order_and_end_when_told() {
-        let plan =
-            |seed| Plan { seed, nodes: Some(3), shards: Some(1), faults: Faults::default(), reads: None, mutant: None };
+        let plan = |seed| Plan {
+            seed,
+            nodes: Some(3),
+            shards: Some(1),
+            faults: Faults::default(),
+            reads: None,
+            mutant: None,
+            history: false,
+        };
         let mut seen = Vec::new();
         run((5..100).map(plan), 3, |report| {
             seen.push(report.plan.seed);

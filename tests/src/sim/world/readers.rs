@@ -35,6 +35,13 @@ pub struct Pair {
     pub b: String,
 }
 
+impl Pair {
+    /// The keys of the pair `name`, which holds a hash tag.
+    pub fn named(name: &str) -> Pair {
+        Pair { a: format!("{name}a"), b: format!("{name}b") }
+    }
+}
+
 impl World {
     /// How long a task takes from one step to the next: mostly at once, while tasks are stalled at times long.
     fn step_pause(&mut self) -> u64 {
