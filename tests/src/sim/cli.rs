@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// What the command line understands.
 pub const USAGE: &str = "usage: crema-tests sim --seeds N [--seed S] [--nodes n] [--shards s] [--faults a,b|all|none]
-                       [--reads lease|read_index] [--jobs j] [--history FILE] [--mutant NAME]
+                       [--reads lease|read_index] [--jobs j] [--history FILE] [--trace FILE] [--mutant NAME]
        crema-tests sim --mutants [--jobs j]
   --seeds    number of seeds to run, from S on (default 1)
   --seed     first seed (default: a random one, printed)
@@ -25,6 +25,7 @@ pub const USAGE: &str = "usage: crema-tests sim --seeds N [--seed S] [--nodes n]
   --reads    how reads are confirmed (default: each seed chooses)
   --jobs     threads (default: one a processor); the outcome does not depend on it
   --history  write what the clients of the last seed saw to FILE, see tests/HISTORIES.md
+  --trace    write everything that happened in the last seed to FILE
   --mutant   plant a deliberate fault in the code under test
   --mutants  plant each of them in turn: all must be caught within their number of seeds
 ";
@@ -45,6 +46,7 @@ pub struct Arguments {
     reads: Option<ReadMode>,
     jobs: usize,
     history: Option<PathBuf>,
+    trace: Option<PathBuf>,
     mutant: Option<Mutant>,
     mutants: bool,
 }
@@ -61,6 +63,7 @@ impl Arguments {
             reads: None,
             jobs: pool::default_jobs(),
             history: None,
+            trace: None,
             mutant: None,
             mutants: false,
         };
@@ -86,6 +89,7 @@ impl Arguments {
                 }
                 "--jobs" => parsed.jobs = number(value()?, 1, 1024)? as usize,
                 "--history" => parsed.history = Some(value()?.into()),
+                "--trace" => parsed.trace = Some(value()?.into()),
                 "--mutant" => parsed.mutant = Some(mutants::parse(value()?)?),
                 "--mutants" => parsed.mutants = true,
                 other => return Err(format!("unknown argument {other:?}")),
@@ -178,10 +182,14 @@ fn run_seeds(args: &Arguments, out: &mut impl Write) -> io::Result<bool> {
     if terminal {
         let _ = write!(io::stderr(), "\r\x1b[K");
     }
-    if let Some(path) = &args.history {
+    if args.history.is_some() || args.trace.is_some() {
         let last = Plan { history: true, ..args.plan(first.wrapping_add(args.seeds - 1)) };
         let last = run_seed(&last);
-        std::fs::write(path, last.history)?;
+        for (path, what) in [(&args.history, &last.history[..]), (&args.trace, last.everything.as_bytes())] {
+            if let Some(path) = path {
+                std::fs::write(path, what)?;
+            }
+        }
     }
     summarize(&sum, began.elapsed(), out)?;
     Ok(sum.failed == 0)

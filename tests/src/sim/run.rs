@@ -49,7 +49,7 @@ pub struct Plan {
     pub reads: Option<ReadMode>,
     /// A deliberate fault in the code under test.
     pub mutant: Option<Mutant>,
-    /// Whether the report shall hold what clients saw.
+    /// Whether the report shall hold what clients saw, and everything that happened.
     pub history: bool,
 }
 
@@ -97,6 +97,8 @@ pub struct Report {
     pub local_reads: u64,
     /// What clients saw, as JSON lines.
     pub history: Vec<u8>,
+    /// All events, one a line.
+    pub everything: String,
     /// How often each fault began.
     pub injected: BTreeMap<Fault, u64>,
     /// Hash of everything that happened.
@@ -135,6 +137,7 @@ pub fn run_seed(plan: &Plan) -> Report {
             outcomes: [0; 3],
             local_reads: 0,
             history: Vec::new(),
+            everything: String::new(),
             injected: BTreeMap::new(),
             trace: 0,
             tail: String::new(),
@@ -196,6 +199,9 @@ impl<'a> Run<'a> {
             local_reads: true,
         };
         let mut world = World::new(options);
+        if plan.history {
+            world.trace.keep_all();
+        }
         let load_rng = rng.fork();
         let load = Workload::new(&mut world, load_rng);
         Run {
@@ -226,6 +232,7 @@ impl<'a> Run<'a> {
             }
         }
         let mut history = Vec::new();
+        let everything = if self.plan.history { self.world.trace.tail(usize::MAX) } else { String::new() };
         if self.plan.history
             && let Err(e) = self.load.export(&mut history)
         {
@@ -239,6 +246,7 @@ impl<'a> Run<'a> {
             outcomes,
             local_reads: self.world.local_reads,
             history,
+            everything,
             injected: self.injected,
             trace: self.world.trace.hash(),
             tail: if self.failures.is_empty() { String::new() } else { self.world.trace.tail(120) },

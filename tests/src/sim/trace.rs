@@ -20,12 +20,13 @@ enum What {
 pub struct Trace {
     hash: u64,
     events: u64,
+    kept: usize,
     last: VecDeque<(u64, What)>,
 }
 
 impl Default for Trace {
     fn default() -> Self {
-        Trace { hash: 0xcbf2_9ce4_8422_2325, events: 0, last: VecDeque::new() }
+        Trace { hash: 0xcbf2_9ce4_8422_2325, events: 0, kept: KEPT, last: VecDeque::new() }
     }
 }
 
@@ -67,10 +68,15 @@ impl Trace {
 
     fn push(&mut self, at: u64, what: What) {
         self.events += 1;
-        if self.last.len() >= KEPT {
+        if self.last.len() >= self.kept {
             self.last.pop_front();
         }
         self.last.push_back((at, what));
+    }
+
+    /// Keeps everything from now on.
+    pub fn keep_all(&mut self) {
+        self.kept = usize::MAX;
     }
 
     /// The hash of everything so far.
