@@ -23,7 +23,7 @@ pub enum Mutant {
     LateTimeoutNow,
     /// A voter that has heard its leader helps another candidate.
     NoPromise,
-    /// A reader looks at the cell once, before it reads.
+    /// A reader looks at the cell once, after it has read.
     CellLoadedOnce,
     /// A copy of an executed write is executed again.
     NoDedup,

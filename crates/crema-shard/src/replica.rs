@@ -493,6 +493,10 @@ impl Replica {
                 if m.term > self.raw.raft.term && self.promised(now) && !passes_promise(&m) {
                     return;
                 }
+                if planted(Mutant::NoPromise) {
+                    // Nor raft-rs's own, which counts ticks.
+                    self.raw.raft.election_elapsed = self.raw.raft.election_elapsed.max(self.timing.election_ticks);
+                }
                 let from_leader = matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat);
                 let (sender, term) = (m.from, m.term);
                 if self.asleep {
@@ -963,7 +967,7 @@ impl Replica {
         }
         if m.msg_type == MessageType::MsgTimeoutNow {
             // What its receiver checks before it acts on it, see `Lease::suspend`.
-            m.index = self.lease.suspended_at().unwrap_or(0);
+            m.index = self.lease.suspended_at().unwrap_or(self.raw.raft.raft_log.last_index());
         }
         let from_leader = matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend);
         let log_time = if from_leader { self.clock.estimate(now).0 } else { 0 };

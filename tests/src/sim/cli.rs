@@ -14,7 +14,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// What the command line understands.
-pub const USAGE: &str = "usage: crema-tests sim --seeds N [--seed S] [--nodes n] [--shards s] [--faults a,b|all|none]
+pub const USAGE: &str =
+    "usage: crema-tests sim --seeds N [--seed S] [--nodes n] [--shards s] [--faults a,b|all|none] [--always]
                        [--reads lease|read_index] [--jobs j] [--history FILE] [--trace FILE] [--mutant NAME]
        crema-tests sim --mutants [--jobs j]
   --seeds    number of seeds to run, from S on (default 1)
@@ -22,6 +23,7 @@ pub const USAGE: &str = "usage: crema-tests sim --seeds N [--seed S] [--nodes n]
   --nodes    nodes, 3 to 9 (default: each seed chooses 3 to 5)
   --shards   data shards, 1 to 64 (default: each seed chooses 1 to 6)
   --faults   faults that each seed may choose from (default all)
+  --always   each seed gets all of these faults, instead of a random part of them
   --reads    how reads are confirmed (default: each seed chooses)
   --jobs     threads (default: one a processor); the outcome does not depend on it
   --history  write what the clients of the last seed saw to FILE, see tests/HISTORIES.md
@@ -43,6 +45,7 @@ pub struct Arguments {
     nodes: Option<u64>,
     shards: Option<u32>,
     faults: Faults,
+    always: bool,
     reads: Option<ReadMode>,
     jobs: usize,
     history: Option<PathBuf>,
@@ -60,6 +63,7 @@ impl Arguments {
             nodes: None,
             shards: None,
             faults: Faults::all(),
+            always: false,
             reads: None,
             jobs: pool::default_jobs(),
             history: None,
@@ -80,6 +84,7 @@ impl Arguments {
                 "--nodes" => parsed.nodes = Some(number(value()?, 3, 9)?),
                 "--shards" => parsed.shards = Some(number(value()?, 1, 64)? as u32),
                 "--faults" => parsed.faults = value()?.parse()?,
+                "--always" => parsed.always = true,
                 "--reads" => {
                     parsed.reads = Some(match value()?.as_str() {
                         "lease" => ReadMode::Lease,
@@ -104,6 +109,7 @@ impl Arguments {
             nodes: self.nodes,
             shards: self.shards,
             faults: self.faults.clone(),
+            always: self.always,
             reads: self.reads,
             mutant: self.mutant,
             history: false,
@@ -273,6 +279,7 @@ mod tests {
             nodes: Some(3),
             shards: None,
             faults: "drop".parse().unwrap(),
+            always: true,
             reads: Some(ReadMode::ReadIndex),
             mutant: Some(Mutant::NoDedup),
             history: false,
@@ -281,7 +288,7 @@ mod tests {
         let (_, tail) = line.split_once(" sim ").unwrap();
         let a = parse(tail).unwrap();
         assert_eq!((a.seeds, a.seed, a.nodes, a.shards, a.faults), (1, Some(5), Some(3), None, plan.faults));
-        assert_eq!((a.reads, a.mutant), (plan.reads, plan.mutant));
+        assert_eq!((a.always, a.reads, a.mutant), (true, plan.reads, plan.mutant));
     }
 
     #[test]

@@ -17,8 +17,10 @@ pub enum Fault {
     Duplicate,
     /// Two groups of nodes do not hear each other.
     Partition,
-    /// One node does not hear another, which hears it.
+    /// One node does not hear another, which hears it; or hears nobody, or is heard by nobody.
     OneWay,
+    /// Everything between two nodes, or to or from one, takes a long while in one direction.
+    Lag,
     /// Connections break and are built anew.
     Reset,
     /// A full queue: the sender learns that its frame was dropped.
@@ -45,13 +47,14 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 17] = [
+    pub const ALL: [Fault; 18] = [
         Fault::Drop,
         Fault::Delay,
         Fault::Reorder,
         Fault::Duplicate,
         Fault::Partition,
         Fault::OneWay,
+        Fault::Lag,
         Fault::Reset,
         Fault::Full,
         Fault::Pause,
@@ -74,6 +77,7 @@ impl Fault {
             Fault::Duplicate => "duplicate",
             Fault::Partition => "partition",
             Fault::OneWay => "oneway",
+            Fault::Lag => "lag",
             Fault::Reset => "reset",
             Fault::Full => "full",
             Fault::Pause => "pause",

@@ -15,7 +15,7 @@ pub struct Hunt {
     pub name: &'static str,
     /// Seeds within which it must be caught, from 1 on.
     pub within: u64,
-    /// Faults to choose from, as on the command line. Fewer than all where the fault needs them together.
+    /// Faults, as on the command line: a random part of all, or all of a few that the mutant needs together.
     pub faults: &'static str,
     /// How nodes confirm reads, where only one way is concerned.
     pub reads: Option<ReadMode>,
@@ -28,17 +28,21 @@ const fn hunt(mutant: Mutant, name: &'static str, within: u64) -> Hunt {
 /// All mutants. The bounds are several times what was seen, so that a change of the workload does not break them.
 pub const HUNTS: [Hunt; 16] = [
     hunt(Mutant::AckBeforeApply, "ack-before-apply", 20),
-    Hunt { reads: Some(ReadMode::ReadIndex), ..hunt(Mutant::ReusedReadContext, "reused-read-context", 500) },
+    Hunt {
+        reads: Some(ReadMode::ReadIndex),
+        faults: "oneway,lag,partition,lull",
+        ..hunt(Mutant::ReusedReadContext, "reused-read-context", 1_000)
+    },
     hunt(Mutant::PersistAfterSend, "persist-after-send", 20),
     hunt(Mutant::VoteAfterWipe, "vote-after-wipe", 40),
-    hunt(Mutant::LeaseFromReply, "lease-from-reply", 500),
+    Hunt { faults: "oneway,lag", ..hunt(Mutant::LeaseFromReply, "lease-from-reply", 500) },
     hunt(Mutant::TransferUnderLease, "transfer-under-lease", 40),
-    hunt(Mutant::LateTimeoutNow, "late-timeout-now", 500),
-    hunt(Mutant::NoPromise, "no-promise", 500),
-    hunt(Mutant::CellLoadedOnce, "cell-loaded-once", 500),
+    Hunt { faults: "delay,reorder,duplicate,transfer", ..hunt(Mutant::LateTimeoutNow, "late-timeout-now", 500) },
+    hunt(Mutant::NoPromise, "no-promise", 100),
+    Hunt { faults: "stall,transfer,delay,lag", ..hunt(Mutant::CellLoadedOnce, "cell-loaded-once", 500) },
     hunt(Mutant::NoDedup, "no-dedup", 20),
     hunt(Mutant::LocalClockInApply, "local-clock-in-apply", 20),
-    hunt(Mutant::WallStamps, "wall-stamps", 100),
+    Hunt { faults: "clock,kill,transfer", ..hunt(Mutant::WallStamps, "wall-stamps", 100) },
     hunt(Mutant::ReadyEarly, "ready-early", 40),
     hunt(Mutant::ReorderedRetry, "reordered-retry", 100),
     hunt(Mutant::HalfVisible, "half-visible", 40),
@@ -62,7 +66,17 @@ impl Hunt {
     fn plan(&self, seed: u64) -> Plan {
         // The table is ours; a name in it that is wrong shows in its test.
         let faults = self.faults.parse().unwrap_or_else(|_| Faults::all());
-        Plan { seed, nodes: None, shards: None, faults, reads: self.reads, mutant: Some(self.mutant), history: false }
+        let always = faults != Faults::all();
+        Plan {
+            seed,
+            nodes: None,
+            shards: None,
+            faults,
+            always,
+            reads: self.reads,
+            mutant: Some(self.mutant),
+            history: false,
+        }
     }
 
     /// Runs seeds from 1 on until one catches the mutant; `None` if it survives them all.

@@ -60,6 +60,7 @@ mod tests {
             nodes: Some(3),
             shards: Some(1),
             faults: Faults::default(),
+            always: false,
             reads: None,
             mutant: None,
             history: false,

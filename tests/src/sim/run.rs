@@ -45,6 +45,8 @@ pub struct Plan {
     pub shards: Option<u32>,
     /// Faults the seed may choose from.
     pub faults: Faults,
+    /// Whether each seed gets all of them.
+    pub always: bool,
     /// How nodes confirm reads; the seed's choice if none.
     pub reads: Option<ReadMode>,
     /// A deliberate fault in the code under test.
@@ -65,6 +67,9 @@ impl Plan {
         }
         if self.faults != Faults::all() {
             line += &format!(" --faults {}", self.faults);
+        }
+        if self.always {
+            line += " --always";
         }
         match self.reads {
             Some(ReadMode::Lease) => line += " --reads lease",
@@ -153,6 +158,7 @@ enum Undo {
     Full,
     SlowDisk,
     Stalled,
+    Lags(Vec<(NodeId, NodeId)>),
     Cuts(Vec<(NodeId, NodeId)>),
     Resume(NodeId),
     Restart(NodeId),
@@ -181,7 +187,8 @@ impl<'a> Run<'a> {
         // Drawn whether used or not, so that naming the shape of a run does not change it.
         let nodes = if rng.permille(700) { 3 } else { rng.range(4, 5) };
         let shards = rng.range(1, 6) as u32;
-        let faults = plan.faults.swarm(&mut rng);
+        let swarm = plan.faults.swarm(&mut rng);
+        let faults = if plan.always { plan.faults.clone() } else { swarm };
         // A lease bears 15 % between two clocks; most machines keep a thousandth of that.
         let drift_ppm = *rng.pick(&[200, 200, 10_000, 50_000]);
         let read_index = *rng.pick(&[0, 0, 0, 300, 1_000]);
@@ -426,9 +433,17 @@ impl<'a> Run<'a> {
                 Undo::Cuts(cuts)
             }
             Fault::OneWay => {
-                let to = *self.rng.pick(&self.world.ids());
-                self.world.cut_one_way(node, to);
-                Undo::Cuts(vec![(node, to)])
+                let cuts = self.one_way(node);
+                for (from, to) in &cuts {
+                    self.world.cut_one_way(*from, *to);
+                }
+                Undo::Cuts(cuts)
+            }
+            Fault::Lag => {
+                let ways = self.one_way(node);
+                let lag = self.rng.range(20, 1_200) * MS;
+                self.world.conditions.lags.extend(ways.iter().map(|w| (*w, lag)));
+                Undo::Lags(ways)
             }
             Fault::Reset => {
                 let to = *self.rng.pick(&self.world.ids());
@@ -493,6 +508,16 @@ impl<'a> Run<'a> {
         self.undo.push(Some(undo));
     }
 
+    /// One direction: from a node to another, to all others, or from all others to it.
+    fn one_way(&mut self, node: NodeId) -> Vec<(NodeId, NodeId)> {
+        let ids = self.world.ids();
+        match self.rng.below(3) {
+            0 => vec![(node, *self.rng.pick(&ids))],
+            1 => ids.into_iter().map(|to| (node, to)).collect(),
+            _ => ids.into_iter().map(|from| (from, node)).collect(),
+        }
+    }
+
     fn injected(&mut self, fault: Fault) {
         *self.injected.entry(fault).or_default() += 1;
     }
@@ -512,6 +537,7 @@ impl<'a> Run<'a> {
             Some(Undo::Full) => c.full = 0,
             Some(Undo::SlowDisk) => c.persist = None,
             Some(Undo::Stalled) => c.stalled = 0,
+            Some(Undo::Lags(ways)) => c.lags.retain(|w, _| !ways.contains(w)),
             Some(Undo::Gossip) => c.gossip = calm.gossip,
             Some(Undo::Cuts(cuts)) => cuts.iter().for_each(|(a, b)| self.world.heal_one_way(*a, *b)),
             Some(Undo::Resume(node)) => self.world.resume(node),
@@ -647,7 +673,16 @@ mod tests {
     use super::*;
 
     fn plan(seed: u64) -> Plan {
-        Plan { seed, nodes: None, shards: None, faults: Faults::all(), reads: None, mutant: None, history: false }
+        Plan {
+            seed,
+            nodes: None,
+            shards: None,
+            faults: Faults::all(),
+            always: false,
+            reads: None,
+            mutant: None,
+            history: false,
+        }
     }
 
     /// Seeds of the ordinary test run: about half a minute without optimisation. Long runs are for the command line.

@@ -100,6 +100,8 @@ pub struct Conditions {
     pub persist: Option<(u64, u64)>,
     /// The only node with a slow disk; all if none.
     pub persist_at: Option<NodeId>,
+    /// Further delay of every frame from one node to another: a long way, in order.
+    pub lags: BTreeMap<(NodeId, NodeId), u64>,
     /// Part of the steps of a connection's task before which it gets no processor for up to 1.5 s.
     pub stalled: u64,
     /// How long a claim of leadership travels by gossip; it does not if none.
@@ -118,6 +120,7 @@ impl Default for Conditions {
             full: 0,
             persist: None,
             persist_at: None,
+            lags: BTreeMap::new(),
             stalled: 0,
             gossip: Some((20 * MS, 400 * MS)),
         }
@@ -797,7 +800,8 @@ impl World {
         if vanishes || !link.up || link.number != number {
             return;
         }
-        let mut delay = self.rng.range(c.delay.0, c.delay.1);
+        let lag = c.lags.get(&(from, to)).copied().unwrap_or(0);
+        let mut delay = lag + self.rng.range(c.delay.0, c.delay.1);
         if c.spikes > 0 && self.rng.permille(c.spikes) {
             delay += self.rng.below(c.spike);
         }
