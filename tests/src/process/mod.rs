@@ -18,6 +18,7 @@ pub mod child;
 pub mod cluster;
 pub mod http;
 pub mod load;
+pub mod netns;
 pub mod ports;
 pub mod resp;
 pub mod turn;
