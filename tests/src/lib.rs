@@ -1,8 +1,9 @@
 //! Simulation and process tests of Crema.
 //!
 //! `sim` drives whole clusters of the production core from one seed; `process` starts real `crema` processes, for the
-//! benchmarks too.
+//! benchmarks too; `history` is the form in which both hand what their clients saw to checkers.
 
+pub mod history;
 pub mod process;
 pub mod sim;
 

@@ -191,7 +191,9 @@ impl Workload {
         let token = world.submit(gateway, conn, key, command.is_write(), command.encode(key), patience)?;
         let call = self.tick();
         let place = self.history.len();
-        self.history.push(Record { key: key.into(), conn: conn.0, command, call, ret: 0, ended: None });
+        let (key, call_ns) = (key.to_owned(), world.now());
+        let record = Record { key, conn: conn.0, command, call, ret: 0, call_ns, ret_ns: 0, ended: None };
+        self.history.push(record);
         self.open.insert((conn, token), place);
         Some(place)
     }
@@ -213,6 +215,7 @@ impl Workload {
             let Some(place) = self.open.remove(&(conn, token)) else { continue };
             let record = &mut self.history[place];
             record.ret = ret;
+            record.ret_ns = world.now();
             record.ended = Some(match result {
                 ClientResult::Reply(reply) => Ended::Replied(reply),
                 ClientResult::NotApplied(Refusal::WrongShard) => {

@@ -203,9 +203,9 @@ fn longest_read<'a>(items: &[Item<'a>]) -> Option<(usize, &'a [u8])> {
 fn values_return(items: &[Item<'_>]) -> bool {
     let mut values = HashSet::new();
     let counts = items.iter().any(|i| *i.command == Command::Incr);
-    let other = |c: &Command| !matches!(c, Command::Incr | Command::Get);
+    let other = |c: &Command| c.is_write() && *c != Command::Incr;
     let twice = items.iter().any(|i| match i.command {
-        Command::Set(v) | Command::SetNx(v) | Command::Append(v) => !values.insert(v),
+        Command::Set(v) | Command::SetNx(v) | Command::Append(v) | Command::PairSet(v) => !values.insert(v),
         _ => false,
     });
     twice || (counts && items.iter().any(|i| other(i.command)))
@@ -213,18 +213,17 @@ fn values_return(items: &[Item<'_>]) -> bool {
 
 /// If a key is only set and read: an unknown SET whose value nobody read may be left out of any order.
 fn drop_unread_sets(items: &mut Vec<Item<'_>>) {
-    if !items.iter().all(|i| matches!(i.command, Command::Set(_) | Command::Get)) {
+    if !items.iter().all(|i| i.command.sets().is_some() || !i.command.is_write()) {
         return;
     }
-    let read = |i: &Item<'_>| match i.reply {
-        Some(Reply::Bulk(v)) => Some(v.to_vec()),
-        _ => None,
-    };
-    let read: HashSet<Vec<u8>> = items.iter().filter_map(read).collect();
-    items.retain(|i| match i.command {
-        Command::Set(v) => i.reply.is_some() || read.contains(v),
-        _ => true,
-    });
+    // Both halves of a pair count, even where they differ: then no order fits in any case.
+    let mut read: HashSet<Vec<u8>> = HashSet::new();
+    for reply in items.iter().filter_map(|i| i.reply) {
+        let both = if let Reply::Array(both) = reply { &both[..] } else { std::slice::from_ref(reply) };
+        let found = |r: &Reply| if let Reply::Bulk(v) = r { Some(v.to_vec()) } else { None };
+        read.extend(both.iter().filter_map(found));
+    }
+    items.retain(|i| i.reply.is_some() || i.command.sets().is_none_or(|v| read.contains(v)));
 }
 
 /// How many open reads answered each value; absent counts where nothing deletes the key.
@@ -241,11 +240,10 @@ impl Readers {
         readers
     }
     fn change(&mut self, item: &Item<'_>, by: i64) {
-        let value = match (item.command, item.reply) {
-            (Command::Get, Some(Reply::Bulk(v))) => Some(v.to_vec()),
-            (Command::Get, Some(Reply::Nil)) if self.nil => None,
-            _ => return,
-        };
+        let Some(value) = item.reply.and_then(|r| item.command.finds(r)) else { return };
+        if value.is_none() && !self.nil {
+            return;
+        }
         *self.open.entry(value).or_default() += by;
     }
     fn waiting(&self, value: &Value) -> bool {
@@ -275,9 +273,10 @@ fn candidates(items: &[Item<'_>], open: &Open) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sim::model::Half;
 
     fn rec(command: Command, call: u64, ret: u64, ended: Ended) -> Record {
-        Record { key: "k".into(), conn: 1, command, call, ret, ended: Some(ended) }
+        Record { key: "k".into(), conn: 1, command, call, ret, call_ns: call, ret_ns: ret, ended: Some(ended) }
     }
     fn ok(command: Command, call: u64, ret: u64, reply: Reply) -> Record {
         rec(command, call, ret, Ended::Replied(reply))
@@ -376,6 +375,23 @@ mod tests {
         assert!(wrong(&[set("a", 3, 4), del(1, 5, 6), get("a", 7, 8)]));
         // The same value twice: it does come back.
         assert_eq!(judge(&[set("a", 1, 2), set("b", 3, 4), set("a", 5, 6), get("a", 7, 8)]), Ok(()));
+    }
+
+    #[test]
+    fn a_pair_is_one_register_with_two_names() {
+        let put =
+            |v: &str, call, ret| ok(Command::PairSet(v.into()), call, ret, Reply::Array(vec![Reply::Ok, Reply::Ok]));
+        let bulk = |v: &str| Reply::Bulk(v.as_bytes().to_vec().into());
+        let half = |half, v: &str, call, ret| ok(Command::PairHalf(half), call, ret, bulk(v));
+        let both = |a: &str, b: &str, call, ret| ok(Command::PairGet, call, ret, Reply::Array(vec![bulk(a), bulk(b)]));
+        let lost = rec(Command::PairSet("l".into()), 1, 2, Ended::Unknown);
+        assert_eq!(judge(&[put("x", 1, 9), half(Half::A, "x", 2, 3), half(Half::B, "x", 4, 5)]), Ok(()));
+        assert_eq!(judge(&[lost.clone(), put("x", 3, 4), both("x", "x", 5, 6), both("l", "l", 7, 8)]), Ok(()));
+        // The write of y is seen in one half and not yet in the other.
+        let story = [put("x", 1, 2), put("y", 3, 9), half(Half::A, "y", 4, 5), half(Half::B, "x", 6, 7)];
+        assert!(wrong(&story), "half visible");
+        assert!(wrong(&[put("x", 1, 2), put("y", 3, 9), both("y", "x", 4, 5)]), "half of it in one read");
+        assert!(wrong(&[put("x", 1, 2), lost, both("l", "x", 4, 5)]), "half of an unknown one");
     }
 
     #[test]

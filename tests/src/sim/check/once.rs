@@ -31,8 +31,16 @@ mod tests {
 
     #[test]
     fn lost_and_repeated_increments_are_found() {
-        let rec =
-            |ended| Record { key: "c".into(), conn: 1, command: Command::Incr, call: 0, ret: 0, ended: Some(ended) };
+        let rec = |ended| Record {
+            key: "c".into(),
+            conn: 1,
+            command: Command::Incr,
+            call: 0,
+            ret: 0,
+            call_ns: 0,
+            ret_ns: 0,
+            ended: Some(ended),
+        };
         let records = [
             rec(Ended::Replied(Reply::Int(1))),
             rec(Ended::Replied(Reply::Int(2))),

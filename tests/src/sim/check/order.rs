@@ -64,7 +64,7 @@ mod tests {
     use crema_core::Reply;
 
     fn rec(command: Command, ended: Ended) -> Record {
-        Record { key: "k".into(), conn: 1, command, call: 0, ret: 0, ended: Some(ended) }
+        Record { key: "k".into(), conn: 1, command, call: 0, ret: 0, call_ns: 0, ret_ns: 0, ended: Some(ended) }
     }
     fn set(v: &str) -> Record {
         rec(Command::Set(v.into()), Ended::Replied(Reply::Ok))
