@@ -20,6 +20,7 @@ pub mod http;
 pub mod load;
 pub mod netns;
 pub mod ports;
+pub mod recorder;
 pub mod resp;
 pub mod turn;
 
