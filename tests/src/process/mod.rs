@@ -22,6 +22,7 @@ pub mod netns;
 pub mod ports;
 pub mod recorder;
 pub mod resp;
+pub mod scenarios;
 pub mod turn;
 
 pub use child::{Process, Scratch};
