@@ -39,6 +39,8 @@ const PATIENT: Duration = Duration::from_secs(15);
 const IMPATIENT: Duration = Duration::from_millis(1_000);
 /// Of readers: an answer that comes at the end of a fault is to a question asked at most this long before.
 const CURIOUS: Duration = Duration::from_millis(200);
+/// Readers at the victim.
+const CROWD: usize = 24;
 /// Answers that every client must get before a fault and after it.
 const PROGRESS: u64 = 20;
 
@@ -128,6 +130,16 @@ fn partitions(run: &mut Run<'_>, net: &Network) -> Result<()> {
     // Its frames are lost, but it hears the others: it must not go on as if it led.
     run.cut(net, "mute", MayFail, seconds(4), |n, victim| n.mute(victim, Traffic::Frames))?;
     run.cut(net, "deaf", MayFail, seconds(4), |n, victim| n.deafen(victim, Traffic::Frames))?;
+    // It sleeps while it is deposed and wakes to silence: nobody tells it, what its peers said before is still to be read,
+    // and clients are waiting. Only the clock says that it must not answer.
+    run.fault("asleep-and-cut", MayFail, |cluster, victim| {
+        cluster.process(victim).signal(Signal::STOP)?;
+        net.isolate(victim, Traffic::All)?;
+        std::thread::sleep(seconds(3));
+        cluster.process(victim).signal(Signal::CONT)?;
+        std::thread::sleep(seconds(2));
+        net.heal()
+    })?;
     // Gossip says all the while that every node is well.
     run.cut(net, "raft-cut", MayFail, seconds(4), |n, victim| n.isolate(victim, Traffic::Raft))?;
     // Gossip decides nothing: whatever it believes by now, no request may suffer.
@@ -200,7 +212,7 @@ impl Run<'_> {
         let victim = cluster.node_with_most_leaders()?;
         let tags = tags_of(&cluster.leaders(victim)?, victim);
         let nodes = cluster.running();
-        let recorder = Recorder::start(name, clients(cluster, &nodes, requests), tags)?;
+        let recorder = Recorder::start(name, clients(cluster, &nodes, victim, requests), tags)?;
         recorder.wait_answers(&nodes, PROGRESS, SOON).context("before the fault")?;
         fault(cluster, victim)?;
         let healed = Instant::now();
@@ -240,16 +252,23 @@ fn tags_of(leaders: &BTreeMap<u64, Vec<u32>>, victim: u64) -> Vec<String> {
     led.chain(others).map(|shard| tags[*shard as usize].clone()).collect()
 }
 
-/// Two writers and two readers at each gateway.
-fn clients(cluster: &Cluster, nodes: &[u64], requests: Requests) -> Vec<Spec> {
-    let at = |node: u64| {
-        [(true, PATIENT), (true, IMPATIENT), (false, CURIOUS), (false, CURIOUS)].map(|(writes, timeout)| {
+/// Two writers and two readers at each gateway, and a crowd of readers at the victim's: just one of the questions that it
+/// finds when it wakes must overtake the news that it was deposed, for a stale answer to show.
+fn clients(cluster: &Cluster, nodes: &[u64], victim: u64, requests: Requests) -> Vec<Spec> {
+    let mut specs = Vec::new();
+    for node in nodes {
+        let mut add = |writes, timeout| {
             // Where nothing may fail, lost patience would look like a failure.
             let timeout = if requests == Requests::MustNotFail { PATIENT } else { timeout };
-            Spec { gateway: node, addr: cluster.addr(node, Use::Redis), writes, timeout }
-        })
-    };
-    nodes.iter().flat_map(|node| at(*node)).collect()
+            specs.push(Spec { gateway: *node, addr: cluster.addr(*node, Use::Redis), writes, timeout });
+        };
+        add(true, PATIENT);
+        add(true, IMPATIENT);
+        for _ in 0..if *node == victim { CROWD } else { 2 } {
+            add(false, CURIOUS);
+        }
+    }
+    specs
 }
 
 /// Waits until every shard took a write through every running gateway.
