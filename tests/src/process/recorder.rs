@@ -4,7 +4,7 @@
 //!   Spec --thread--> one connection to one gateway: one command, its reply, a pause, the next command
 //!                       |  answered / refused / no word: then a new connection, which is a new client
 //!                       v
-//!                  Vec<Operation>  --Recorder::finish-->  Recorded::judge (crate::sim::check), Recorded::write (JSON lines)
+//!                  Vec<Operation>  --Recorder::finish-->  Recorded::judge (crate::sim::judge), Recorded::write (JSON lines)
 //! ```
 //!
 //! Three kinds of keys, a few of each: registers (SET, GET), counters (INCR, GET) and lists (APPEND, GET). No value is
@@ -15,8 +15,8 @@
 use super::resp::{Client, Value};
 use super::{Context, Failure, Result, eventually};
 use crate::history::{self, Operation, Outcome};
-use crate::sim::check::linearizable;
-use crate::sim::model::{Command, Record};
+use crate::sim::judge::judge;
+use crate::sim::model::Command;
 use crate::sim::rng::Rng;
 use crema_core::Reply;
 use std::collections::BTreeMap;
@@ -415,16 +415,9 @@ impl Recorded {
     /// Names each key whose history is not accepted.
     pub fn judge(&self) -> Result<()> {
         let records = history::records(&self.operations).map_err(Failure::new)?;
-        let mut by_key = BTreeMap::<&str, Vec<&Record>>::new();
-        for record in &records {
-            by_key.entry(&record.key).or_default().push(record);
-        }
-        let mut wrong: Vec<String> = self.nonsense.iter().map(|what| format!("no reply to that: {what}")).collect();
-        for (key, history) in by_key {
-            if let Err(violation) = linearizable::check(&history) {
-                wrong.push(format!("the history of {key} is not linearizable: {violation:?}"));
-            }
-        }
+        let verdict = judge(&records, |_, _| false);
+        let nonsense = self.nonsense.iter().map(|what| format!("no reply to that: {what}"));
+        let wrong: Vec<String> = nonsense.chain(verdict.into_failures()).collect();
         if wrong.is_empty() { Ok(()) } else { Err(Failure::new(wrong.join("\n"))) }
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   seed -> World { nodes (crema_shard::Host), connections, clocks } <- nemesis: the faults this seed enables
 //!             ^ requests            | completions
-//!          Workload: clients ------ history -> checks: linearizability, order, exactly once
+//!          Workload: clients ------ history -> judge: linearizability, order, exactly once, sets, lifetimes
 //!             invariants of Raft: watched at every step
 //! ```
 //!
@@ -13,6 +13,7 @@
 pub mod check;
 pub mod cli;
 pub mod faults;
+pub mod judge;
 pub mod model;
 pub mod rng;
 pub mod run;

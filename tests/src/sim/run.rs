@@ -5,9 +5,9 @@
 //!         -> replicas catch up, equal digests -> groups fall asleep, wake again -> histories are judged
 //! ```
 
-use super::check::{linearizable, once, order};
 use super::faults::{Fault, Faults};
-use super::model::{Command, Ended, Record};
+use super::judge::judge;
+use super::model::Ended;
 use super::rng::Rng;
 use super::workload::Workload;
 use super::world::{Conditions, MS, Options, S, Step, World};
@@ -205,7 +205,7 @@ impl<'a> Run<'a> {
         self.sleep_and_wake()?;
         self.world.check_logs();
         self.settled()?;
-        self.judge();
+        self.failures.extend(judge(self.load.history(), Workload::without_search).into_failures());
         Ok(())
     }
 
@@ -466,13 +466,13 @@ impl<'a> Run<'a> {
     }
 
     fn final_reads(&mut self) -> Result<(), ()> {
-        let keys: Vec<String> = self.load.shared_keys().map(str::to_owned).collect();
+        let keys = self.load.shared_keys();
         let alive = self.world.alive();
         let mut places = Vec::new();
-        for key in &keys {
+        for (key, read) in keys {
             let gateway = *self.rng.pick(&alive);
             let conn = self.world.connect();
-            places.push(self.load.send(&mut self.world, gateway, conn, key, Command::Get, Duration::from_secs(2)));
+            places.push(self.load.send(&mut self.world, gateway, conn, &key, read, Duration::from_secs(2)));
         }
         let until = self.world.now() + 3 * S;
         let answered = |r: &Self| {
@@ -526,49 +526,6 @@ impl<'a> Run<'a> {
         }
         self.probe_all("writable after sleep", AWAKE_WITHIN)
     }
-
-    // ---- histories ---------------------------------------------------------------------------------------------
-
-    fn judge(&mut self) {
-        let mut by_key: BTreeMap<&str, Vec<&Record>> = BTreeMap::new();
-        for r in self.load.history() {
-            by_key.entry(&r.key).or_default().push(r);
-        }
-        let mut failures = Vec::new();
-        for (key, records) in &by_key {
-            if let Err(v) = linearizable::check(records) {
-                failures.push(format!("{key} is not linearizable: {v:?}\n{}", tell(records)));
-            }
-            if key.starts_with("own")
-                && let Err(e) = order::check(records)
-            {
-                failures.push(format!("{e}\n{}", tell(records)));
-            }
-        }
-        for key in self.load.counters() {
-            let Some(records) = by_key.get(key) else { continue };
-            let last = records.iter().rev().find_map(|r| match (&r.command, &r.ended) {
-                (Command::Get, Some(Ended::Replied(Reply::Bulk(v)))) => std::str::from_utf8(v).ok()?.parse().ok(),
-                (Command::Get, Some(Ended::Replied(Reply::Nil))) => Some(0),
-                _ => None,
-            });
-            match last {
-                None => failures.push(format!("counter {key} has no final value")),
-                Some(value) => failures.extend(once::check(records, value).err()),
-            }
-        }
-        self.failures.append(&mut failures);
-    }
-}
-
-/// The history of a key, for a report.
-fn tell(records: &[&Record]) -> String {
-    let mut out = String::new();
-    for r in records.iter().rev().take(60).rev() {
-        let text = format!("{:?}", r.command);
-        out += &format!("    {:>6}..{:<6} conn {:>4} {text} -> {:?}\n", r.call, r.ret, r.conn, r.ended);
-    }
-    out
 }
 
 #[cfg(test)]

@@ -1,15 +1,19 @@
 //! Clients: each talks to one gateway at a time, sends several commands without waiting, and goes elsewhere when its
 //! gateway dies. What they sent and what became of it is the history that the checks judge.
 //!
-//! Keys shared by all clients come in four kinds (registers, counters, lists, locks); besides, every connection has keys
-//! of its own, where the order of its commands shows.
+//! Keys shared by all clients come in seven kinds: registers, counters, lists, locks, sets (lists that see more traffic and
+//! are judged without a search), keys with lifetimes, and pairs of keys that are written together. Besides, every
+//! connection has keys of its own, where the order of its commands shows.
 
-use super::model::{Command, Ended, Record};
+use super::judge::OWN;
+use super::model::{Command, Ended, Half, Record};
 use super::rng::Rng;
 use super::world::{Finished, MS, World};
+use crate::history::{self, Operation};
 use crema_core::{NodeId, ShardId};
 use crema_shard::{ClientResult, ConnId, Refusal, Token};
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::time::Duration;
 
 /// Most commands of one client without an answer.
@@ -23,7 +27,19 @@ enum Kind {
     Counter,
     List,
     Lock,
+    Set,
+    /// With lifetimes. After some writes another key takes its place: on one key, the first write with an unknown outcome
+    /// would explain every absence to the end.
+    Ttl,
+    Pair,
 }
+
+/// Chance of a shared command to be for a set, in 1,000, where there is one.
+const SET_PERMILLE: u64 = 150;
+/// Commands on a key with lifetimes before another takes its place.
+const TTL_COMMANDS: u32 = 40;
+/// Lifetimes in milliseconds, from and to: so that some are over before the next write, and some are not.
+const LIFETIMES: [(u64, u64); 3] = [(20, 200), (200, 1_500), (1_500, 6_000)];
 
 struct Client {
     gateway: NodeId,
@@ -40,6 +56,8 @@ pub struct Workload {
     rng: Rng,
     clients: Vec<Client>,
     keys: Vec<(String, Kind)>,
+    /// Commands sent to the present key of each place in `keys`.
+    used: Vec<u32>,
     history: Vec<Record>,
     open: BTreeMap<(ConnId, Token), usize>,
     /// Position among all sends and ends: their order, where simulated time would have ties.
@@ -55,13 +73,21 @@ impl Workload {
     /// Clients of a random number, with a random set of keys. Reminders with marks from 0 on belong to them: the caller
     /// passes them to [`Workload::turn`].
     pub fn new(world: &mut World, mut rng: Rng) -> Workload {
-        let counts = [rng.range(1, 4), rng.range(1, 2), rng.range(1, 2), rng.range(1, 2)];
-        let kinds = [(Kind::Register, "r"), (Kind::Counter, "c"), (Kind::List, "l"), (Kind::Lock, "n")];
-        let keys = kinds
-            .into_iter()
-            .zip(counts)
-            .flat_map(|((kind, name), n)| (0..n).map(move |i| (format!("{name}{i}"), kind)))
-            .collect();
+        let kinds = [
+            (Kind::Register, "r", rng.range(1, 4)),
+            (Kind::Counter, "c", rng.range(1, 2)),
+            (Kind::List, "l", rng.range(1, 2)),
+            (Kind::Lock, "n", rng.range(1, 2)),
+            (Kind::Set, "s", rng.range(0, 1)),
+            (Kind::Ttl, "t", rng.range(0, 2)),
+            (Kind::Pair, "p", rng.range(0, 2)),
+        ];
+        let name = |kind, name, i| match kind {
+            Kind::Pair => format!("{{{name}{i}}}"),
+            _ => format!("{name}{i}"),
+        };
+        let keys: Vec<(String, Kind)> =
+            kinds.into_iter().flat_map(|(k, n, most)| (0..most).map(move |i| (name(k, n, i), k))).collect();
         let gateways = world.alive();
         let busy = rng.range(20, 160);
         let clients: Vec<Client> = (0..rng.range(3, 8))
@@ -79,6 +105,7 @@ impl Workload {
         Workload {
             rng,
             clients,
+            used: vec![0; keys.len()],
             keys,
             history: Vec::new(),
             open: BTreeMap::new(),
@@ -99,14 +126,20 @@ impl Workload {
         &self.history
     }
 
-    /// The shared keys.
-    pub fn shared_keys(&self) -> impl Iterator<Item = &str> {
-        self.keys.iter().map(|(k, _)| k.as_str())
+    /// Writes the history as JSON lines (`tests/HISTORIES.md`), with simulated times.
+    pub fn export(&self, out: &mut impl Write) -> io::Result<()> {
+        history::write(out, self.history.iter().map(Operation::from))
     }
 
-    /// The keys that are only incremented.
-    pub fn counters(&self) -> impl Iterator<Item = &str> {
-        self.keys.iter().filter(|(_, kind)| matches!(kind, Kind::Counter)).map(|(k, _)| k.as_str())
+    /// The shared keys, and how each is read.
+    pub fn shared_keys(&self) -> Vec<(String, Command)> {
+        let read = |kind: &Kind| if matches!(kind, Kind::Pair) { Command::PairGet } else { Command::Get };
+        self.keys.iter().map(|(k, kind)| (k.clone(), read(kind))).collect()
+    }
+
+    /// Whether a key of ours is to be judged without a search: sets are too long for it.
+    pub fn without_search(key: &str, _operations: usize) -> bool {
+        key.starts_with('s')
     }
 
     fn tick(&mut self) -> u64 {
@@ -156,7 +189,7 @@ impl Workload {
         let only_reads = reads == 1_000;
         let reads = self.rng.permille(reads);
         if !only_reads && self.rng.permille(300) {
-            let key = format!("own{}-{}", conn.0, self.rng.below(3));
+            let key = format!("{OWN}{}-{}", conn.0, self.rng.below(3));
             let number = key.ends_with("-0");
             let command = match self.rng.below(3) {
                 _ if reads => Command::Get,
@@ -166,16 +199,40 @@ impl Workload {
             };
             return (key, command);
         }
-        let (key, kind) = self.rng.pick(&self.keys).clone();
+        let set = self.keys.iter().position(|(_, kind)| matches!(kind, Kind::Set));
+        let place = match set.filter(|_| self.rng.permille(SET_PERMILLE)) {
+            Some(place) => place,
+            None => self.rng.below(self.keys.len() as u64) as usize,
+        };
+        let kind = self.keys[place].1;
         let command = match kind {
+            Kind::Pair if reads => match self.rng.below(4) {
+                0 => Command::PairGet,
+                1 => Command::PairHalf(Half::A),
+                _ => Command::PairHalf(Half::B),
+            },
             _ if reads => Command::Get,
             Kind::Register => Command::Set(self.value()),
             Kind::Counter => Command::Incr,
-            Kind::List => Command::Append(self.value()),
+            Kind::List | Kind::Set => Command::Append(self.value()),
             Kind::Lock if self.rng.permille(300) => Command::Del,
             Kind::Lock => Command::SetNx(self.value()),
+            Kind::Ttl if self.rng.permille(50) => Command::Del,
+            Kind::Ttl if self.rng.permille(100) => Command::Set(self.value()),
+            Kind::Ttl => {
+                let (from, to) = *self.rng.pick(&LIFETIMES);
+                Command::SetPx { value: self.value(), px: self.rng.range(from, to) }
+            }
+            Kind::Pair => Command::PairSet(self.value()),
         };
-        (key, command)
+        self.used[place] += 1;
+        if matches!(kind, Kind::Ttl) && self.used[place] > TTL_COMMANDS {
+            self.used[place] = 0;
+            self.next_value += 1;
+            let first = self.keys[place].0.split('.').next().unwrap_or("t").to_owned();
+            self.keys[place].0 = format!("{first}.{}", self.next_value);
+        }
+        (self.keys[place].0.clone(), command)
     }
 
     /// Sends one command. `None`: the gateway does not know the placement, and nothing was sent.

@@ -13,7 +13,7 @@
 //! it had sent on the way.
 
 use super::check::completion::Ledger;
-use super::check::invariants::Invariants;
+use super::check::invariants::{Invariants, Sighting};
 use super::rng::Rng;
 use super::trace::Trace;
 use bytes::Bytes;
@@ -593,7 +593,8 @@ impl World {
             host.send_dropped(now, peer, channel);
         }
         let n = self.nodes.get_mut(&id).expect("nodes stay");
-        self.violations.extend(self.invariants.after_step(id, n.incarnation, &host));
+        let seen = Sighting::new(id, n.incarnation, self.now, now, &host);
+        self.invariants.after_step(seen, &mut self.violations);
         // Like a driver's, the next round is never before a moment has passed.
         let next = n.clock.when(host.next_tick()).max(self.now + 10 * US);
         n.host = Some(host);
@@ -654,7 +655,9 @@ impl World {
                 self.at(durable, Event::Persisted { node: id, life, number: batch.number });
             }
         }
+        let incarnation = self.nodes[&id].incarnation;
         for send in effects.sends.drain(..) {
+            self.invariants.sent((id, incarnation), send.to, &send.frame, host, &mut self.violations);
             let full = self.conditions.full > 0 && self.rng.permille(self.conditions.full);
             // After one dropped frame the rest of the round goes the same way, as in the driver.
             let stands = self.nodes[&id].out.get(&send.to).copied();
@@ -701,7 +704,8 @@ impl World {
     pub fn check_logs(&mut self) {
         for (id, n) in &self.nodes {
             if let Some(host) = &n.host {
-                self.violations.extend(self.invariants.full(*id, n.incarnation, host));
+                let seen = Sighting::new(*id, n.incarnation, self.now, n.clock.now(self.now), host);
+                self.invariants.after_step(Sighting { whole: true, ..seen }, &mut self.violations);
             }
         }
     }

@@ -3,5 +3,8 @@
 pub mod completion;
 pub mod invariants;
 pub mod linearizable;
+pub mod list;
 pub mod once;
 pub mod order;
+pub mod set;
+pub mod ttl;
