@@ -3,6 +3,8 @@
 //! `sim` drives whole clusters of the production core from one seed; `process` starts real `crema` processes, for the
 //! benchmarks too; `history` is the form in which both hand what their clients saw to checkers.
 
+#[cfg(test)]
+mod cell_model;
 pub mod check_cli;
 pub mod faults_cli;
 pub mod history;

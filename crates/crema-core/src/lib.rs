@@ -8,23 +8,28 @@
 //! Nothing here reads a clock, opens a socket, draws a random number or waits. Time and randomness are arguments,
 //! so that two replicas that apply the same entries are byte-identical and a simulated cluster replays from a seed.
 
+pub mod cell;
 pub mod codec;
 pub mod error;
 pub mod glob;
 pub mod ids;
 pub mod key;
 pub mod limits;
+pub mod mutant;
 pub mod op;
+pub mod published;
 pub mod reply;
 pub mod session;
 pub mod slot;
 pub mod state_machine;
 pub mod store;
+mod sync;
 pub mod time;
 
 #[cfg(test)]
 mod tests;
 
+pub use cell::{ReadCell, Seen};
 pub use codec::{
     EntryBuilder, EntryView, OpsRef, decode_entry, encode_advance, encode_check_digest, encode_open_session, encode_ops,
 };
@@ -32,6 +37,7 @@ pub use error::{CodecError, CorruptEntry, OpError};
 pub use ids::{ClusterUuid, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, Seq, SessionId, ShardId, Term};
 pub use key::KeyRef;
 pub use op::{ExpireCond, Op, SetCond, SetExpire};
+pub use published::{Found, Published};
 pub use reply::{Outcome, Reply};
 pub use session::SessionTag;
 pub use slot::{SLOT_COUNT, Slot, SlotRange, slot_of};

@@ -15,7 +15,9 @@ use crate::error::{CorruptEntry, OpError};
 use crate::ids::{Epoch, LogIndex};
 use crate::key::KeyRef;
 use crate::limits::{MAX_REQUEST_BYTES, MAX_VALUE_BYTES};
+use crate::mutant::{self, Mutant, planted};
 use crate::op::{ExpireAt, ExpireCond, Op, SetCond, SetExpire};
+use crate::published::Published;
 use crate::reply::{Outcome, Reply, ValueType};
 use crate::session::{Sessions, Verdict};
 use crate::slot::{Slot, SlotRange};
@@ -78,6 +80,7 @@ pub struct StateMachine {
     range: SlotRange,
     epoch: Epoch,
     table: TableWriter,
+    published: Arc<Published>,
     sessions: Sessions,
     log_time: LogTime,
     applied: LogIndex,
@@ -126,10 +129,13 @@ enum Expiry {
 impl StateMachine {
     /// The founding state: no keys, no sessions.
     pub fn new(init: ShardInit) -> Self {
+        let table = TableWriter::new(init.range, init.secret);
+        let published = Arc::new(Published::new(table.table().clone(), init.log_time));
         StateMachine {
             range: init.range,
             epoch: init.epoch,
-            table: TableWriter::new(init.range, init.secret),
+            table,
+            published,
             sessions: Sessions::default(),
             log_time: init.log_time,
             applied: init.applied,
@@ -153,6 +159,7 @@ impl StateMachine {
         if !payload.is_empty() {
             let entry = decode_entry(payload).map_err(|e| corrupt(e.to_string()))?;
             self.log_time = self.log_time.max(entry.stamp);
+            self.published.set_log_time(self.log_time);
             match entry.body {
                 EntryBody::Batch(requests) => {
                     result.outcomes.reserve_exact(requests.len());
@@ -230,13 +237,34 @@ impl StateMachine {
             return self.wrong_slot();
         }
         let mut budget = ReplyBudget(MAX_REPLY_BYTES);
-        let mut one = |op: Op<'_>| self.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error);
-        if ops.len() == 1 {
-            return ops.iter().next().map_or(Reply::Nil, one);
+        let mut ops_left = ops.iter();
+        if ops.len() == 1
+            && let Some(op) = ops_left.next()
+        {
+            // A flush touches all keys.
+            let wide = matches!(op, Op::Flush { .. });
+            return self.together(wide, |m| m.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error));
         }
-        let mut replies = Vec::with_capacity(ops.len());
-        ops.iter().for_each(|op| replies.push(one(op)));
-        Reply::Array(replies)
+        self.together(true, |m| {
+            let one = |op: Op<'_>| {
+                let reply = m.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error);
+                mutant::between_keys();
+                reply
+            };
+            Reply::Array(ops_left.map(one).collect())
+        })
+    }
+
+    /// Does what changes several keys so that no reader sees half of it.
+    fn together<R>(&mut self, several: bool, change: impl FnOnce(&mut Self) -> R) -> R {
+        if !several || planted(Mutant::HalfVisible) {
+            return change(self);
+        }
+        self.published.cell().changing();
+        let result = change(self);
+        self.published.set_table(self.table.table());
+        self.published.cell().changed();
+        result
     }
 
     fn owns_all(&self, ops: OpsRef<'_>) -> bool {
@@ -502,6 +530,22 @@ impl StateMachine {
     /// The keys and values, for readers. FLUSHALL replaces the table by another one, so ask again for each read.
     pub fn table(&self) -> &Arc<Table> {
         self.table.table()
+    }
+
+    /// For the mutant that judges expiry by a clock of its own.
+    #[cfg(feature = "mutants")]
+    pub fn set_log_time(&mut self, time: LogTime) {
+        self.log_time = self.log_time.max(time);
+    }
+
+    /// What readers outside of the driver share with this state.
+    pub fn published(&self) -> &Arc<Published> {
+        &self.published
+    }
+
+    /// Placement epoch of the shard's slots.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
     }
 
     /// Index of the last applied entry.

@@ -570,6 +570,7 @@ pub(crate) mod tests {
             range: SlotRange { start, end },
             leader,
             term: Term(3),
+            published: None,
             own_term: Term(3),
             replicas: vec![replica(1, true), replica(2, two), replica(3, true)],
         };

@@ -17,7 +17,7 @@ use crate::node::{BindAddrs, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
 use crema_core::{KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits};
-use crema_shard::{ClientRequest, ClientResult, ConnId, Refusal, Token};
+use crema_shard::{ClientRequest, ClientResult, ConnId, ReadLevel, Refusal, Token};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -554,7 +554,8 @@ impl Lane {
                 return Some(ClientResult::NotApplied(Refusal::ShuttingDown));
             }
             let token = state.waiting.insert(Waiting { answer, deadline, _permit: permit });
-            let request = ClientRequest { conn: self.conn, token, shard, write, ops, deadline };
+            let request =
+                ClientRequest { conn: self.conn, token, shard, write, level: ReadLevel::Linearizable, ops, deadline };
             if state.waiting.len > DIRECT {
                 state.queue.push(request);
                 (None, token)
@@ -678,6 +679,7 @@ mod tests {
             range: SlotRange { start: i * size, end: (i + 1) * size },
             leader: None,
             term: Term(1),
+            published: None,
             own_term: Term(1),
             replicas: vec![],
         };

@@ -933,6 +933,7 @@ mod tests {
             token: Token(token),
             shard: ShardId(0),
             write: true,
+            level: crema_shard::ReadLevel::Linearizable,
             ops: Bytes::new(),
             deadline: MonoTime(u64::MAX),
         }
@@ -1332,6 +1333,7 @@ mod tests {
             entropy: [1, 2, 3],
             timing: Timing::default(),
             max_log_bytes: 64 << 20,
+            read_mode: crema_shard::ReadMode::Lease,
         };
         let host = Host::new(host, clock::now());
         let (handle, outputs) = Driver::start(host, peers.clone(), channel, None).unwrap();
@@ -1374,6 +1376,7 @@ mod tests {
                         token: Token(1),
                         shard,
                         write: at == i,
+                        level: crema_shard::ReadLevel::Linearizable,
                         ops: encode_ops(&[op]).unwrap(),
                         deadline: clock::mono().after(PATIENCE),
                     }])

@@ -407,6 +407,7 @@ impl Node {
             entropy: entropy.map(u64::from_le_bytes),
             timing: Timing::default(),
             max_log_bytes: config.max_log_bytes,
+            read_mode: crema_shard::ReadMode::Lease,
         };
         let book = Arc::new(Mutex::new(AddressBook::default()));
         let (view_changes, view_changed) = watch::channel(());

@@ -14,6 +14,19 @@ pub struct ConnId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Token(pub u64);
 
+/// How old the state may be that a read is answered from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadLevel {
+    /// Not at all: everything acknowledged before the read began is seen.
+    #[default]
+    Linearizable,
+    /// At most so old: everything acknowledged longer ago is seen. Answered by this node if it holds a replica.
+    Bounded(std::time::Duration),
+    /// Whatever this node's replica has; linearizable if it holds none. Two such reads may even run back in time when the
+    /// second is asked elsewhere.
+    Local,
+}
+
 /// A request to one shard.
 #[derive(Clone, Debug)]
 pub struct ClientRequest {
@@ -25,6 +38,8 @@ pub struct ClientRequest {
     pub shard: ShardId,
     /// Whether any operation is a write.
     pub write: bool,
+    /// For reads; a write is what it is.
+    pub level: ReadLevel,
     /// One or more operations as [`crema_core::encode_ops`] wrote them; several are atomic.
     pub ops: Bytes,
     /// No attempt is made after this, give or take a tick; the request is then answered `NotApplied` or `Unknown`.

@@ -15,6 +15,7 @@
 
 use crate::message::Control;
 use crate::meta::{MetaState, NodeAddrs};
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{ClusterUuid, Incarnation, NodeId, WallTime};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -294,7 +295,8 @@ impl Founding {
             return (sends, Some(self.decide(Decision::Activate(Box::new(p.state)))));
         }
         let here = |m: &NodeId| *m == c.node || self.peers.get(m).is_some_and(|p| p.addrs.is_some());
-        if !c.members.iter().all(here) || self.peers.values().any(|p| !p.knows_none) {
+        let alone = planted(Mutant::FoundAlone) && c.members.iter().all(|m| *m == c.node || self.peers.contains_key(m));
+        if !alone && (!c.members.iter().all(here) || self.peers.values().any(|p| !p.knows_none)) {
             return (Vec::new(), None);
         }
         let members: Vec<(NodeId, Incarnation, NodeAddrs)> = c
@@ -313,7 +315,12 @@ impl Founding {
         if others.is_empty() {
             return (Vec::new(), Some(self.decide(Decision::Activate(Box::new(state)))));
         }
-        let sends = others.iter().map(|m| (*m, Control::Propose { record: record.clone() })).collect();
+        let sends: Sends = others.iter().map(|m| (*m, Control::Propose { record: record.clone() })).collect();
+        if alone {
+            let found = others.iter().map(|m| (*m, Control::Found { hash }));
+            let sends = sends.into_iter().chain(found).collect();
+            return (sends, Some(self.decide(Decision::Activate(Box::new(state)))));
+        }
         self.proposal = Some(Proposal { record, hash, state, accepted: BTreeSet::new() });
         (sends, None)
     }

@@ -20,6 +20,7 @@ use crate::effect::{ClientRequest, ClientResult, Completion, ConnId, Refusal, To
 use crate::message::{Answer, Request, RequestBody};
 use bytes::Bytes;
 use crema_core::limits::SESSION_WINDOW;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{MonoTime, NodeId, OpError, Outcome, Reply, Seq, SessionId, SessionTag, ShardId, Term};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
@@ -147,6 +148,10 @@ impl Flow {
             self.session = Session::None;
         }
         self.rewind_reads();
+        if planted(Mutant::ReorderedRetry) {
+            // What was never sent has no number yet.
+            self.window.make_contiguous()[self.ever..].reverse();
+        }
         if wait {
             self.wait(now);
         }
@@ -615,7 +620,7 @@ impl Gateway {
     }
 }
 
-fn result_of(reply: Reply) -> ClientResult {
+pub(crate) fn result_of(reply: Reply) -> ClientResult {
     match reply {
         // Decided in apply: nothing was written there. The caller looks the placement up again.
         Reply::Error(OpError::WrongSlot { .. }) => ClientResult::NotApplied(Refusal::WrongShard),
@@ -648,7 +653,15 @@ mod tests {
             let deadline = self.now.after(Duration::from_secs(5));
             let ops = Bytes::from(token.to_string());
             self.g.submit(
-                ClientRequest { conn: ConnId(conn), token: Token(token), shard: S, write, ops, deadline },
+                ClientRequest {
+                    conn: ConnId(conn),
+                    token: Token(token),
+                    shard: S,
+                    write,
+                    level: crate::ReadLevel::Linearizable,
+                    ops,
+                    deadline,
+                },
                 &mut self.done,
             );
         }

@@ -10,8 +10,10 @@
 
 use crate::coordinator::{Coordinator, Round};
 use crate::effect::{
-    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, Refusal, Send,
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, ReadLevel,
+    Refusal, Send,
 };
+use crate::follower::{Due, FollowerReads};
 use crate::founding::{Decision, Founding, FoundingConfig};
 use crate::gateway::{Gateway, Target};
 use crate::message::{
@@ -22,12 +24,14 @@ use crate::message::{
 use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement};
 use crate::placement::preferred_leader;
 use crate::proposals::Ticket;
-use crate::replica::{Machine, Replica};
+use crate::replica::{Machine, ReadMode, Replica};
 use crate::router::{NodeRoute, Router, RoutingView, ShardRoute};
 use crate::timing::Timing;
 use bytes::Bytes;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{
-    ClusterUuid, CodecError, Epoch, Incarnation, LogIndex, MonoTime, NodeId, Now, Outcome, ReplicaId, ShardId, Term,
+    ClusterUuid, CodecError, Epoch, Incarnation, LogIndex, MonoTime, NodeId, Now, Outcome, ReplicaId, Reply, ShardId,
+    Term,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -41,6 +45,10 @@ const BALANCE: Duration = Duration::from_secs(1);
 const MOVES_AT_ONCE: usize = 16;
 /// Lives of one node whose last sign is remembered.
 const LIVES_HEARD: usize = 4;
+/// A bounded read's round without an answer for this long is given up; the leader answers instead.
+const INDEX_TIMEOUT: Duration = Duration::from_millis(500);
+/// Kind of the marks of such rounds, beside those of [`crate::gateway`].
+const KIND_INDEX: u64 = 3 << 62;
 /// An id in use is reported to the shell this often at most.
 const NOTE_EVERY: Duration = Duration::from_secs(1);
 
@@ -67,6 +75,8 @@ pub struct HostConfig {
     pub timing: Timing,
     /// Most bytes of log kept over all groups for voters that lag; beyond, entries that a quorum has are dropped.
     pub max_log_bytes: usize,
+    /// How this node, where it leads, confirms linearizable reads. Promises are kept either way, so nodes may differ.
+    pub read_mode: ReadMode,
 }
 
 /// A claim of leadership heard by gossip. A hint: the highest term wins, Raft decides.
@@ -141,6 +151,8 @@ pub struct Host {
     config: HostConfig,
     coordinator: Coordinator,
     gateway: Gateway,
+    followers: FollowerReads,
+    next_round: u64,
     router: Router,
     founding: Founding,
     state: Option<Arc<MetaState>>,
@@ -185,6 +197,8 @@ impl Host {
         Host {
             coordinator,
             gateway: Gateway::default(),
+            followers: FollowerReads::default(),
+            next_round: 0,
             router: Router::default(),
             founding,
             state: None,
@@ -227,14 +241,70 @@ impl Host {
                 let result = ClientResult::NotApplied(r);
                 self.out.completions.push(Completion { conn: request.conn, token: request.token, result });
             }
-            None => self.gateway.submit(request, &mut self.out.completions),
+            None => match request.level {
+                ReadLevel::Linearizable => self.gateway.submit(request, &mut self.out.completions),
+                _ if request.write => self.gateway.submit(request, &mut self.out.completions),
+                level => self.submit_relaxed(request, level, now),
+            },
         }
+    }
+
+    /// A read that a replica of this node may answer though it does not lead; else its leader does.
+    fn submit_relaxed(&mut self, request: ClientRequest, level: ReadLevel, now: Now) {
+        let mut due = Due::default();
+        let follows = self.coordinator.replica(request.shard).is_some_and(|r| !r.failed() && !r.leadership().leads);
+        match level {
+            ReadLevel::Local => due.answer.push(request),
+            ReadLevel::Bounded(max_age) if follows => self.followers.submit(request, max_age, now.mono, &mut due),
+            _ => due.linearizable.push(request),
+        }
+        self.settle_relaxed(due);
+    }
+
+    fn settle_relaxed(&mut self, due: Due) {
+        let Due { answer, mut linearizable } = due;
+        for request in answer {
+            match self.coordinator.replica(request.shard).and_then(|r| r.observe(&request.ops)) {
+                Some(reply) => {
+                    let result = crate::gateway::result_of(reply);
+                    self.out.completions.push(Completion { conn: request.conn, token: request.token, result });
+                }
+                None => linearizable.push(request),
+            }
+        }
+        for request in linearizable {
+            self.gateway.submit(request, &mut self.out.completions);
+        }
+    }
+
+    /// Rounds of bounded reads: begins those that are wanted, and answers what their indexes cover.
+    fn relaxed_reads(&mut self, now: Now) {
+        let mut due = Due::default();
+        for shard in self.followers.confirmed() {
+            let Some(replica) = self.coordinator.replica(shard) else { continue };
+            if let Some(issued) = self.followers.applied(shard, replica.applied(), now.mono, &mut due)
+                && let Some(published) = replica.published()
+            {
+                published.set_fresh(issued);
+            }
+        }
+        for shard in self.followers.wanting() {
+            self.next_round += 1;
+            let mark = KIND_INDEX | self.next_round;
+            self.followers.began(shard, mark, now.mono);
+            match self.router.claim(shard).leader {
+                Some(leader) => self.requests.push((leader, Request { shard, id: mark, body: RequestBody::ReadIndex })),
+                None => self.followers.answered(shard, mark, None, &mut due),
+            }
+        }
+        self.settle_relaxed(due);
     }
 
     /// The connection is gone: what it has not sent on is forgotten, and nothing of it is completed any more, but for what
     /// the next [`Host::poll`] was to bring already.
     pub fn connection_closed(&mut self, conn: ConnId) {
         self.gateway.connection_closed(conn);
+        self.followers.connection_closed(conn);
     }
 
     /// Both outgoing streams to `peer` stand, and its process is `incarnation`.
@@ -379,11 +449,16 @@ impl Host {
             RequestBody::Write { tag, ops } => self.coordinator.write(r.shard, ticket, tag, ops),
             RequestBody::Read { ops } => self.coordinator.read(r.shard, ticket, ops),
             RequestBody::OpenSession => self.coordinator.open_session(r.shard, ticket),
+            RequestBody::ReadIndex => self.coordinator.read(r.shard, ticket, Bytes::new()),
         }
     }
 
     fn take_answer(&mut self, now: Now, from: NodeId, shard: ShardId, id: u64, answer: Answer) {
-        let hint = self.gateway.answer(shard, id, answer, now.mono, &mut self.out.completions);
+        let hint = if id & KIND_INDEX == KIND_INDEX {
+            self.take_index(shard, id, answer)
+        } else {
+            self.gateway.answer(shard, id, answer, now.mono, &mut self.out.completions)
+        };
         if let Some((leader, term)) = hint {
             let changed = match leader {
                 // Whoever names another does not lead.
@@ -393,6 +468,21 @@ impl Host {
             if changed {
                 self.route_changed(shard, now);
             }
+        }
+    }
+
+    /// The answer to a round of bounded reads; what a refusal says about the leader.
+    fn take_index(&mut self, shard: ShardId, mark: u64, answer: Answer) -> Option<(Option<NodeId>, Term)> {
+        let mut due = Due::default();
+        let index = match answer {
+            Answer::Outcome(Outcome::Reply(Reply::Int(index))) => Some(LogIndex(index as u64)),
+            _ => None,
+        };
+        self.followers.answered(shard, mark, index, &mut due);
+        self.settle_relaxed(due);
+        match answer {
+            Answer::NotLeader { leader, term } => Some((leader, term)),
+            _ => None,
         }
     }
 
@@ -433,6 +523,14 @@ impl Host {
     pub fn drain(&mut self, now: Now) {
         self.draining = true;
         self.next_ask = now.mono;
+    }
+
+    /// Hands the leadership of `shard` over to `to`'s replica. Returns whether that is under way: not if this node does not
+    /// lead, or that replica is too far behind. Placement may move it back later.
+    pub fn transfer_leader(&mut self, shard: ShardId, to: NodeId) -> bool {
+        let Some(replica) = self.coordinator.replica(shard) else { return false };
+        let Some(id) = replica.voters().iter().find(|v| v.node == to).map(|v| v.id) else { return false };
+        self.coordinator.transfer(shard, id)
     }
 
     /// Groups that would lose their quorum if this node stopped now.
@@ -515,8 +613,14 @@ impl Host {
         };
         self.gateway.set_shards(state.shards.len());
         self.router.set_shards(state.shards.len());
-        if founded
-            && let Err(reason) = self.coordinator.found(&state, self.config.incarnation, self.config.max_log_bytes, now)
+        if (founded || planted(Mutant::VoteAfterWipe))
+            && let Err(reason) = self.coordinator.found(
+                &state,
+                self.config.incarnation,
+                self.config.max_log_bytes,
+                self.config.read_mode,
+                now,
+            )
         {
             self.out.notes.push(Note::Misfit(reason));
             return;
@@ -756,6 +860,9 @@ impl Host {
             self.next_raft_tick = now.mono.after(t.tick);
             self.coordinator.tick(now);
             self.gateway.tick(now.mono, &mut self.out.completions);
+            let mut due = Due::default();
+            self.followers.expire(now.mono, INDEX_TIMEOUT, &mut due);
+            self.settle_relaxed(due);
             self.check_beats(now);
             self.balance(now);
         }
@@ -806,6 +913,7 @@ impl Host {
         // Requests of this node to itself go round without leaving: gateway, leader, answer, gateway. What a group does
         // not finish at once waits for a message, so this ends; the bound is for the case that we are wrong.
         for _ in 0..64 {
+            self.relaxed_reads(now);
             let mut requests = std::mem::take(&mut self.requests);
             self.gateway.poll(now.mono, &mut requests);
             let mut quiet = requests.is_empty();
@@ -912,7 +1020,7 @@ impl Host {
 
     /// Requests taken but not completed.
     pub fn in_flight(&self) -> usize {
-        self.gateway.in_flight()
+        self.gateway.in_flight() + self.followers.in_flight()
     }
 
     fn placed(&self, state: &MetaState, replicas: &[ReplicaPlacement]) -> Vec<(NodeId, ReplicaId, bool)> {
@@ -938,6 +1046,7 @@ impl Host {
                     range: placement.range,
                     leader: claim.leader,
                     term: claim.term,
+                    published: self.coordinator.replica(shard).and_then(|r| r.published()).cloned(),
                     own_term: self.coordinator.replica(shard).map_or(Term(0), |r| r.leadership().term),
                     replicas: self.placed(state, &placement.replicas),
                 }
@@ -974,8 +1083,8 @@ impl Host {
         let groups = || (0..state.shards.len() as u32).map(ShardId).chain([ShardId::META]);
         let lost =
             |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == me && r.incarnation != self.config.incarnation);
-        let lost = groups().filter(lost).filter(|s| !s.is_meta()).count();
-        if lost > 0 || state.meta.iter().any(|r| r.node == me && r.incarnation != self.config.incarnation) {
+        let lost = groups().filter(lost).count();
+        if lost > 0 && !planted(Mutant::ReadyEarly) {
             let (shards, present, wanted) = state.underreplicated();
             return Some(format!(
                 "{shards} shards at {present} of {wanted} replicas: this node restarted without its log and serves as a \
@@ -1023,7 +1132,11 @@ impl Host {
             let replicas = self.placed(state, &placement.replicas);
             status.shards.push(ShardStatus { shard, leader: claim.leader, term: claim.term, own, replicas });
         }
+        let reads = self.coordinator.read_counts();
         status.counters = vec![
+            ("reads_leased", reads.leased),
+            ("reads_indexed", reads.indexed),
+            ("read_rounds", reads.rounds),
             ("raft_messages_dropped", self.coordinator.dropped()),
             ("frames_refused", self.frames_refused),
             ("requests_forwarded", self.requests_forwarded),
@@ -1090,6 +1203,7 @@ mod tests {
                         entropy: [n, 2, 3],
                         timing: Timing::default(),
                         max_log_bytes: 1 << 20,
+                        read_mode: ReadMode::Lease,
                     };
                     (NodeId(n), Host::new(config, now))
                 })
@@ -1156,6 +1270,7 @@ mod tests {
                 token: Token(self.next_token),
                 shard,
                 write,
+                level: ReadLevel::Linearizable,
                 ops: op(key),
                 deadline,
             };

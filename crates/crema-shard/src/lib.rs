@@ -12,9 +12,11 @@
 
 pub mod coordinator;
 pub mod effect;
+pub mod follower;
 pub mod founding;
 pub mod gateway;
 pub mod host;
+pub mod lease;
 pub mod log_store;
 pub mod message;
 pub mod meta;
@@ -27,10 +29,11 @@ pub mod router;
 pub mod timing;
 
 pub use effect::{
-    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, Refusal, Send,
-    Token,
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, ReadLevel,
+    Refusal, Send, Token,
 };
 pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
 pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};
+pub use replica::ReadMode;
 pub use router::{NodeRoute, RoutingView, ShardRoute};
 pub use timing::Timing;

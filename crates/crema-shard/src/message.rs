@@ -347,6 +347,8 @@ pub enum RequestBody {
     },
     /// Opens a session for the sender's incarnation.
     OpenSession,
+    /// Asks for an index at or above that of everything acknowledged so far, for a read elsewhere.
+    ReadIndex,
 }
 
 /// A request on its way to a shard's leader. One hop: who is not the leader refuses and says who is.
@@ -365,6 +367,7 @@ enum WireBody<'a> {
     Write { tag: SessionTag, ops: &'a [u8] },
     Read { ops: &'a [u8] },
     OpenSession,
+    ReadIndex,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -381,6 +384,7 @@ pub fn encode_request(out: &mut Vec<u8>, r: &Request) {
         RequestBody::Write { tag, ops } => WireBody::Write { tag: *tag, ops },
         RequestBody::Read { ops } => WireBody::Read { ops },
         RequestBody::OpenSession => WireBody::OpenSession,
+        RequestBody::ReadIndex => WireBody::ReadIndex,
     };
     write(out, &WireRequest { shard: r.shard, id: r.id, body });
 }
@@ -403,6 +407,7 @@ pub fn decode_requests(frame: &Bytes) -> Result<Vec<Request>, CodecError> {
                 RequestBody::Read { ops: frame.slice_ref(ops) }
             }
             WireBody::OpenSession => RequestBody::OpenSession,
+            WireBody::ReadIndex => RequestBody::ReadIndex,
         };
         out.push(Request { shard: w.shard, id: w.id, body });
     }

@@ -51,17 +51,36 @@ impl Reads {
         !self.queued.is_empty() && self.round.is_none()
     }
 
+    /// Whether a round is on its way.
+    pub fn in_round(&self) -> bool {
+        self.round.is_some()
+    }
+
     /// Begins a round for everything queued.
     pub fn begin(&mut self, context: u64, now: MonoTime) {
         debug_assert!(self.round.is_none());
         self.round = Some(Round { context, issued: now, reads: std::mem::take(&mut self.queued) });
     }
 
-    /// A quorum confirmed the round with this context: its reads are answered once `index` is applied.
-    pub fn confirmed(&mut self, context: u64, index: u64) {
-        if let Some(round) = self.round.take_if(|r| r.context == context) {
+    /// A quorum confirmed the round with this context: its reads are answered once `index` is applied. Returns when the
+    /// round was issued, `None` if it is not the present one.
+    pub fn confirmed(&mut self, context: u64, index: u64) -> Option<MonoTime> {
+        let round = self.round.take_if(|r| r.context == context)?;
+        if !round.reads.is_empty() {
             self.waiting.push_back((index, round.reads));
         }
+        Some(round.issued)
+    }
+
+    /// Everything, in the order taken: a lease covers it. Not only what is queued, since a later read of a connection must
+    /// not be answered from an older state than an earlier one. A round on its way goes on, for the lease.
+    pub fn take_all(&mut self, into: &mut Vec<Read>) {
+        self.waiting.drain(..).for_each(|(_, reads)| into.extend(reads));
+        if let Some(round) = &mut self.round {
+            into.append(&mut round.reads);
+        }
+        into.append(&mut self.queued);
+        self.count = 0;
     }
 
     /// Gives up a round that was begun longer than `limit` ago; its reads are queued again, for another context.
@@ -136,6 +155,27 @@ mod tests {
         assert_eq!(ids(&out), [1]);
         assert!(r.wants_round());
         assert_eq!(r.len(), 1);
+    }
+
+    #[test]
+    fn a_lease_serves_all_in_order_and_leaves_the_round_alone() {
+        let mut r = Reads::default();
+        for id in 1..=3 {
+            r.push(read(id));
+            if id < 3 {
+                r.begin(id, MonoTime(id));
+            }
+            if id == 1 {
+                assert_eq!(r.confirmed(1, 5), Some(MonoTime(1)));
+            }
+        }
+        let mut out = Vec::new();
+        r.take_all(&mut out);
+        assert_eq!(ids(&out), [1, 2, 3]);
+        assert!(r.is_empty() && r.in_round());
+        assert_eq!(r.confirmed(2, 9), Some(MonoTime(2)));
+        r.take_ready(9, &mut out);
+        assert_eq!(out.len(), 3);
     }
 
     #[test]

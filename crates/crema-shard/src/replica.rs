@@ -9,10 +9,12 @@
 //! *failed* (its state cannot be trusted; it does nothing any more).
 //!
 //! Invariants: a request is answered after apply, matched by (term, index); a read is answered only after its own round
-//! was confirmed by a quorum and its index applied; messages that depend on a Ready leave only after it is persisted;
-//! nothing reads a clock or draws a number.
+//! was confirmed by a quorum and its index applied, or while the lease holds; messages that depend on a Ready leave only
+//! after it is persisted; the cell is closed before any effect of what ended the lease leaves; nothing reads a clock or
+//! draws a number.
 
 use crate::effect::Note;
+use crate::lease::{Lease, Promise};
 use crate::log_store::{FOUNDING_INDEX, MemLog};
 use crate::message::{Answer, Body, Envelope};
 use crate::meta::MetaMachine;
@@ -21,13 +23,16 @@ use crate::reads::{Read, Reads};
 use crate::timing::Timing;
 use bytes::Bytes;
 use crema_core::limits::{MAX_REQUEST_BYTES, TARGET_ENTRY_BYTES};
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{
-    EntryBuilder, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome, ReadResult, ReplicaId,
-    SessionTag, ShardId, StateMachine, Term, encode_advance, encode_check_digest, encode_open_session,
+    EntryBuilder, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome, Published, ReadResult,
+    ReplicaId, Reply, SessionTag, ShardId, StateMachine, Term, encode_advance, encode_check_digest,
+    encode_open_session,
 };
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raft::{RawNode, ReadOnlyOption, StateRole};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// Most requests a leader queues for its next round; beyond, it answers `Busy`.
 const MAX_QUEUED: usize = 16 * 1024;
@@ -45,6 +50,8 @@ const MAX_COMMITTED_BYTES_PER_READY: u64 = 16 * 1024 * 1024;
 const LOG_MARGIN: u64 = 64;
 /// The log is cut only when this many entries go at once.
 const LOG_CUT: u64 = 256;
+/// Context of the vote requests of a forced transfer, as raft-rs writes it (raft.rs, CAMPAIGN_TRANSFER).
+const FORCED: &[u8] = b"CampaignTransfer";
 /// Ticks that an invitation to sleep waits for its answers.
 const SLEEP_ROUND_TICKS: usize = 4;
 
@@ -57,6 +64,16 @@ pub struct Voter {
     pub node: NodeId,
     /// The life of the node that holds it.
     pub incarnation: Incarnation,
+}
+
+/// How linearizable reads are confirmed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadMode {
+    /// By the leader's lease; by a round of messages where it does not hold.
+    #[default]
+    Lease,
+    /// By a round of messages each (ReadIndex), which many reads share. Needs no assumption about clocks.
+    ReadIndex,
 }
 
 /// What the log drives.
@@ -132,6 +149,16 @@ pub struct Replica {
     /// Reads of keys that expire between log time and the leader's estimate.
     awaiting_advance: Vec<Read>,
     advance_proposed: bool,
+    read_mode: ReadMode,
+    lease: Lease,
+    promise: Promise,
+    /// Term of the last applied entry.
+    applied_term: Term,
+    /// Whether a read has asked for the lease since the last tick.
+    lease_used: bool,
+    /// Whether an entry was proposed to end the lease's suspension.
+    reviving: bool,
+    counts: ReadCounts,
     digest_proposed: LogIndex,
     next_context: u64,
     context_prefix: u64,
@@ -164,6 +191,19 @@ pub struct ReplicaInit {
     pub max_log_bytes: usize,
     /// Upper bits of read contexts: different for every life of a node.
     pub context_prefix: u64,
+    /// How reads are confirmed.
+    pub read_mode: ReadMode,
+}
+
+/// Reads that a replica has answered on its driver, and the rounds it took; monotonic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadCounts {
+    /// Answered under the lease.
+    pub leased: u64,
+    /// Answered after a round.
+    pub indexed: u64,
+    /// Rounds begun, for reads or for the lease.
+    pub rounds: u64,
 }
 
 impl Replica {
@@ -206,6 +246,13 @@ impl Replica {
             reads: Reads::default(),
             awaiting_advance: Vec::new(),
             advance_proposed: false,
+            read_mode: init.read_mode,
+            lease: Lease::default(),
+            promise: Promise::default(),
+            applied_term: Term(0),
+            lease_used: false,
+            reviving: false,
+            counts: ReadCounts::default(),
             digest_proposed: LogIndex(0),
             next_context: 0,
             context_prefix: init.context_prefix,
@@ -258,6 +305,35 @@ impl Replica {
     /// Entries kept.
     pub fn log_entries(&self) -> usize {
         self.raw.store().len()
+    }
+    /// What it publishes to readers outside of the driver; the meta group publishes nothing.
+    pub fn published(&self) -> Option<&Arc<Published>> {
+        match &self.machine {
+            Machine::Data(m) => Some(m.published()),
+            Machine::Meta(_) => None,
+        }
+    }
+    /// Whether it would answer a linearizable read at `now` without asking anybody.
+    pub fn holds_lease(&self, now: Now) -> bool {
+        self.may_lease() && self.lease.holds(now.mono)
+    }
+    /// Whether it may not help another candidate at `now`.
+    pub fn promised(&self, now: Now) -> bool {
+        self.promise.binds(now.mono) && !planted(Mutant::NoPromise)
+    }
+    /// Where its reads stand, for a report.
+    pub fn reads_in_words(&self) -> String {
+        let lease = if self.lease.suspended() { "suspended" } else { "not suspended" };
+        let round = if self.reads.in_round() { ", a round on its way" } else { "" };
+        format!("reads {} + {}{round}, lease {lease}", self.reads.len(), self.awaiting_advance.len())
+    }
+    /// Reads answered so far.
+    pub fn read_counts(&self) -> ReadCounts {
+        self.counts
+    }
+    /// Index up to which its log is durable.
+    pub fn persisted_index(&self) -> LogIndex {
+        LogIndex(self.raw.raft.raft_log.persisted)
     }
     /// Applied index.
     pub fn applied(&self) -> LogIndex {
@@ -350,7 +426,7 @@ impl Replica {
         }
     }
 
-    /// Takes a linearizable read.
+    /// Takes a linearizable read. One without operations asks for the applied index.
     pub fn read(&mut self, read: Read, out: &mut Out) {
         if self.failed || !self.leads() {
             self.misdirected();
@@ -360,6 +436,15 @@ impl Replica {
         } else {
             self.wake();
             self.reads.push(read);
+        }
+    }
+
+    /// Answers reading operations from the state as it is here, however old; `None` if it cannot be trusted.
+    pub fn observe(&self, ops: &[u8]) -> Option<Reply> {
+        let Machine::Data(machine) = &self.machine else { return None };
+        match machine.read(ops, LogTime(0)) {
+            ReadResult::Reply(reply) if !self.failed => Some(reply),
+            _ => None,
         }
     }
 
@@ -384,7 +469,9 @@ impl Replica {
             Body::Raft(m) => ReplicaId(m.from),
             Body::Sleep { from, .. } => *from,
         };
-        let known = self.voters.iter().any(|v| v.id == sender && v.node == from && v.incarnation == incarnation);
+        let any_life = planted(Mutant::VoteAfterWipe);
+        let known =
+            self.voters.iter().any(|v| v.id == sender && v.node == from && (v.incarnation == incarnation || any_life));
         if !known {
             return;
         }
@@ -398,10 +485,16 @@ impl Replica {
                     self.fail(format!("committed up to {} but the log ends at {last}: state was lost", m.commit), out);
                     return;
                 }
-                if m.msg_type == MessageType::MsgTimeoutNow && self.raw.raft.leader_id != m.from {
-                    // A delayed one: its sender does not lead us any more.
+                let late = last > m.index && !planted(Mutant::LateTimeoutNow);
+                if m.msg_type == MessageType::MsgTimeoutNow && (self.raw.raft.leader_id != m.from || late) {
+                    // A delayed one: its sender does not lead us any more, or has gone on since (`Lease::suspend`).
                     return;
                 }
+                if m.term > self.raw.raft.term && self.promised(now) && !passes_promise(&m) {
+                    return;
+                }
+                let from_leader = matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat);
+                let (sender, term) = (m.from, m.term);
                 if self.asleep {
                     self.wake();
                 }
@@ -412,6 +505,9 @@ impl Replica {
                 // Errors concern messages of unknown peers or of types that do not travel: dropped.
                 let _ = self.raw.step(m);
                 self.fix_election_timeout();
+                if from_leader && self.raw.raft.leader_id == sender && self.raw.raft.term == term {
+                    self.promise.renew(now.mono, &self.timing);
+                }
             }
         }
     }
@@ -484,6 +580,8 @@ impl Replica {
 
     fn fall_asleep(&mut self) {
         self.asleep = true;
+        self.lease = Lease::default();
+        self.close_cell();
         self.sleep_round = None;
         self.raw.raft.maybe_free_inflight_buffers();
         self.raw.raft.r.raft_log.unstable.entries.shrink_to(16);
@@ -545,10 +643,16 @@ impl Replica {
             }
             self.sleep_round = None;
         }
-        self.raw.tick();
-        self.fix_election_timeout();
-        self.reads.expire(now.mono, self.timing.tick * self.timing.election_ticks as u32);
+        let raft = &self.raw.raft;
+        let campaigns = !self.leads() && raft.election_elapsed + 1 >= raft.randomized_election_timeout();
+        // What was promised in time is kept in time, however ticks fell.
+        if !campaigns || !self.promised(now) {
+            self.raw.tick();
+            self.fix_election_timeout();
+        }
+        self.reads.expire(now.mono, self.timing.promise());
         if self.leads() {
+            self.keep_lease(now);
             self.update_floor(present);
             self.propose_digest_check(now);
             self.maybe_invite_to_sleep(out);
@@ -611,12 +715,65 @@ impl Replica {
         let close = self.raw.raft.prs().get(to.0).is_some_and(|p| p.recent_active && p.matched + 1024 >= last);
         if close {
             self.wake();
+            // Before a TimeoutNow can leave: a forced vote asks no promise.
+            if !planted(Mutant::TransferUnderLease) {
+                self.lease.suspend(last);
+                self.close_cell();
+            }
             self.raw.transfer_leader(to.0);
         }
         close
     }
 
-    fn note_leadership(&mut self, out: &mut Out) {
+    // ---- the lease ---------------------------------------------------------------------------------------------
+
+    /// Whether a lease, if it holds, lets this replica answer reads: what earlier leaders acknowledged is applied here.
+    fn may_lease(&self) -> bool {
+        self.read_mode == ReadMode::Lease
+            && self.leads()
+            && self.leadership.leads
+            && self.leadership.term == self.term()
+            && self.applied_term == self.term()
+            && !self.failed
+            && !self.asleep
+    }
+
+    /// Tells readers outside of the driver where they stand. Closes the cell at once when the lease is gone.
+    fn publish(&self, now: Now) {
+        let Machine::Data(machine) = &self.machine else { return };
+        if self.may_lease() && !self.lease.suspended() {
+            let published = machine.published();
+            published.set_estimate(self.clock.estimate(now), now);
+            published.cell().open(self.raw.raft.term, machine.epoch().0, self.lease.until().0);
+        } else {
+            self.close_cell();
+        }
+    }
+
+    fn close_cell(&self) {
+        if let Some(published) = self.published() {
+            published.cell().close();
+        }
+    }
+
+    /// Renews the lease ahead of its end while it is used, so that reads find it held. Nobody's use lets it lapse.
+    fn keep_lease(&mut self, now: Now) {
+        let used = self.published().is_some_and(|p| p.take_used()) | std::mem::take(&mut self.lease_used);
+        if !used || !self.may_lease() {
+            return;
+        }
+        self.quiet_ticks = 0;
+        let early = self.timing.lease() * 3 / 4;
+        if self.lease.suspended() {
+            if self.raw.raft.lead_transferee.is_none() && !self.reviving {
+                self.reviving = self.command(encode_advance(self.stamp(now)));
+            }
+        } else if self.lease.until() < now.mono.after(early) && !self.reads.in_round() {
+            self.begin_round(now);
+        }
+    }
+
+    fn note_leadership(&mut self, now: Now, out: &mut Out) {
         let leader = self.node_of(self.raw.raft.leader_id);
         let present = Leadership { term: self.term(), leader, leads: self.leads() };
         let before = std::mem::replace(&mut self.leadership, present);
@@ -627,6 +784,12 @@ impl Replica {
         if before.leads && (!present.leads || before.term != present.term) {
             self.step_down(out);
         }
+        if present.leads && !(before.leads && before.term == present.term) {
+            // The empty entry that begins a leadership is a proposal too, and no message of it has left yet.
+            self.lease = Lease::default();
+            self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);
+        }
+        self.publish(now);
     }
 
     /// Everything that this leadership took and did not finish goes back to where it came from.
@@ -648,6 +811,8 @@ impl Replica {
         }
         self.advance_proposed = false;
         self.floor = 0;
+        self.lease = Lease::default();
+        self.reviving = false;
     }
 
     /// Stops the replica for good: what it holds cannot be trusted, or a part of it panicked.
@@ -659,6 +824,9 @@ impl Replica {
         self.leadership = Leadership { term: self.leadership.term, leader: None, leads: false };
         out.roles.push(self.shard);
         out.notes.push(Note::ReplicaFailed { shard: self.shard, reason });
+        if let Some(published) = self.published() {
+            published.retire();
+        }
         self.step_down(out);
         // Nothing is applied any more, so confirmed reads wait in vain.
         let refusal = self.not_leader();
@@ -678,7 +846,8 @@ impl Replica {
         if self.failed {
             return;
         }
-        self.note_leadership(out);
+        self.note_leadership(now, out);
+        self.answer_reads(now, out);
         self.begin_reads(now);
         self.propose(now, out);
         while self.raw.has_ready() && !self.failed {
@@ -693,14 +862,22 @@ impl Replica {
             self.one_ready(now, out, &mut persist);
             self.answer_reads(now, out);
         }
+        self.publish(now);
     }
 
     fn begin_reads(&mut self, now: Now) {
         // raft-rs drops a ReadIndex silently before the first commit of the term.
-        if !self.leads() || !self.reads.wants_round() || !self.raw.raft.commit_to_current_term() {
-            return;
+        if self.leads() && self.reads.wants_round() && self.raw.raft.commit_to_current_term() {
+            self.lease_used = true;
+            self.begin_round(now);
         }
-        self.next_context += 1;
+    }
+
+    fn begin_round(&mut self, now: Now) {
+        self.counts.rounds += 1;
+        if !planted(Mutant::ReusedReadContext) {
+            self.next_context += 1;
+        }
         self.reads.begin(self.next_context, now.mono);
         let mut context = Vec::with_capacity(16);
         context.extend_from_slice(&self.context_prefix.to_le_bytes());
@@ -722,6 +899,9 @@ impl Replica {
         let mut batch_tickets = Vec::new();
         let entry = |data: Bytes| Entry { data, ..Entry::default() };
         self.queue_bytes = 0;
+        if planted(Mutant::AckBeforeApply) {
+            self.acknowledge_early(out);
+        }
         for item in std::mem::take(&mut self.queue) {
             let alone = !matches!(item, Queued::Write { .. });
             if !batch.is_empty() && (alone || batch.size() >= TARGET_ENTRY_BYTES) {
@@ -760,6 +940,7 @@ impl Replica {
             self.advance_proposed = false;
             return;
         }
+        self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);
         for (i, tickets) in tickets.into_iter().enumerate() {
             if !tickets.is_empty() {
                 self.proposals.push(term, first + i as u64, tickets);
@@ -779,6 +960,10 @@ impl Replica {
             m.index = first.index - 1;
             let Ok(term) = self.raw.raft.raft_log.term(m.index) else { return };
             m.log_term = term;
+        }
+        if m.msg_type == MessageType::MsgTimeoutNow {
+            // What its receiver checks before it acts on it, see `Lease::suspend`.
+            m.index = self.lease.suspended_at().unwrap_or(0);
         }
         let from_leader = matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend);
         let log_time = if from_leader { self.clock.estimate(now).0 } else { 0 };
@@ -816,7 +1001,7 @@ impl Replica {
         let mut ready = self.raw.ready();
         let number = ready.number();
         let immediate = ready.take_messages();
-        let dependent = ready.take_persisted_messages();
+        let mut dependent = ready.take_persisted_messages();
         let must_sync = ready.must_sync();
         let entries = ready.take_entries();
         let committed = ready.take_committed_entries();
@@ -830,6 +1015,11 @@ impl Replica {
         self.raw.advance_append_async(ready);
         for m in immediate {
             self.send(m, now, out);
+        }
+        if planted(Mutant::PersistAfterSend) {
+            for m in std::mem::take(&mut dependent) {
+                self.send(m, now, out);
+            }
         }
         if must_sync || !self.unpersisted.is_empty() {
             self.unpersisted.push(Unpersisted { number, writes: must_sync, messages: dependent });
@@ -846,16 +1036,23 @@ impl Replica {
         for state in read_states {
             if let Some(context) = state.request_ctx.get(8..16) {
                 let context = u64::from_le_bytes(context.try_into().expect("eight bytes"));
-                self.reads.confirmed(context, state.index);
+                if let Some(issued) = self.reads.confirmed(context, state.index) {
+                    let from = if planted(Mutant::LeaseFromReply) { now.mono } else { issued };
+                    self.lease.confirmed(from, &self.timing);
+                }
             }
         }
         // Before anything is applied: an entry of another leader must not answer our tickets.
-        self.note_leadership(out);
+        self.note_leadership(now, out);
+        if self.leads() {
+            self.lease.committed(self.raw.raft.raft_log.committed, &self.timing);
+            self.reviving &= self.lease.suspended();
+        }
         for e in committed {
             if self.failed {
                 return;
             }
-            self.apply(e, out);
+            self.apply(e, now, out);
         }
         if !self.failed {
             self.raw.advance_apply_to(self.applied().0);
@@ -870,12 +1067,14 @@ impl Replica {
         }
     }
 
-    fn apply(&mut self, e: Entry, out: &mut Out) {
+    fn apply(&mut self, e: Entry, now: Now, out: &mut Out) {
+        self.apply_by_own_clock(now);
         if e.entry_type != EntryType::EntryNormal {
             self.fail(format!("entry {} is a change of members, which this version never proposes", e.index), out);
             return;
         }
         let index = LogIndex(e.index);
+        self.applied_term = Term(e.term);
         let outcomes: Vec<Outcome> = match &mut self.machine {
             Machine::Data(m) => match m.apply(index, &e.data) {
                 Ok(applied) => {
@@ -913,7 +1112,15 @@ impl Replica {
     fn answer_reads(&mut self, now: Now, out: &mut Out) {
         let applied = self.applied().0;
         let mut ready = std::mem::take(&mut self.ready_reads);
+        let confirmed = ready.len();
         self.reads.take_ready(applied, &mut ready);
+        self.counts.indexed += (ready.len() - confirmed) as u64;
+        if !self.reads.is_empty() && self.holds_lease(now) {
+            let before = ready.len();
+            self.reads.take_all(&mut ready);
+            self.counts.leased += (ready.len() - before) as u64;
+            self.lease_used = true;
+        }
         if ready.is_empty() && self.awaiting_advance.is_empty() {
             self.ready_reads = ready;
             return;
@@ -923,6 +1130,11 @@ impl Replica {
         ready.extend(fresh);
         for read in ready.drain(..) {
             let Machine::Data(machine) = &self.machine else { continue };
+            if read.ops.is_empty() {
+                let index = Outcome::Reply(Reply::Int(applied as i64));
+                out.answers.push((self.shard, read.ticket, Answer::Outcome(index)));
+                continue;
+            }
             debug_assert!(OpsRef::parse(&read.ops).is_ok_and(|ops| !ops.is_write()));
             // A read behind one that waits for log time waits too: reads of a connection keep their order.
             if !self.awaiting_advance.is_empty() {
@@ -952,6 +1164,31 @@ impl Replica {
         }
     }
 
+    /// What [`Mutant::LocalClockInApply`] does.
+    #[cfg(feature = "mutants")]
+    fn apply_by_own_clock(&mut self, now: Now) {
+        let time = self.clock.estimate(now);
+        if let (true, Machine::Data(m)) = (planted(Mutant::LocalClockInApply), &mut self.machine) {
+            m.set_log_time(time);
+        }
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    fn apply_by_own_clock(&mut self, _: Now) {}
+
+    /// What [`Mutant::AckBeforeApply`] does: plain SETs are answered when they are proposed.
+    fn acknowledge_early(&self, out: &mut Out) {
+        for item in &self.queue {
+            let Queued::Write { ticket, ops, .. } = item else { continue };
+            let plain = |op: crema_core::Op<'_>| {
+                matches!(op, crema_core::Op::Set { cond: crema_core::SetCond::Always, get: false, .. })
+            };
+            if OpsRef::parse(ops).is_ok_and(|ops| ops.len() == 1 && ops.iter().all(plain)) {
+                out.answers.push((self.shard, *ticket, Answer::Outcome(Outcome::Reply(Reply::Ok))));
+            }
+        }
+    }
+
     /// Everything up to this Ready is durable: releases the messages that depend on it.
     pub fn persisted(&mut self, number: u64, now: Now, out: &mut Out) {
         if self.failed {
@@ -972,5 +1209,15 @@ impl Replica {
     /// Whether [`Replica::flush`] has something to do.
     pub fn has_work(&self) -> bool {
         !self.failed && (!self.queue.is_empty() || self.reads.wants_round() || self.raw.has_ready())
+    }
+}
+
+/// Whether a message of a higher term concerns a voter that has promised its leader to help nobody else: its sender leads
+/// already, by a majority that had promised nothing or nothing any more; or the leader itself has asked for the election.
+fn passes_promise(m: &Message) -> bool {
+    match m.msg_type {
+        MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot => true,
+        MessageType::MsgRequestVote => m.context[..] == *FORCED,
+        _ => false,
     }
 }

@@ -1,8 +1,9 @@
 //! Who owns a slot, who leads a shard, and where nodes are reached: the view that every request reads.
 
 use crate::meta::NodeAddrs;
-use crema_core::{ClusterUuid, Epoch, Incarnation, NodeId, ReplicaId, ShardId, Slot, SlotRange, Term};
+use crema_core::{ClusterUuid, Epoch, Incarnation, NodeId, Published, ReplicaId, ShardId, Slot, SlotRange, Term};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Where each group's leader is believed to be. Terms order the claims; who has the higher one wins, whatever its
 /// source: own replica, gossip, or a refusal.
@@ -80,6 +81,8 @@ pub struct ShardRoute {
     pub leader: Option<NodeId>,
     /// That term; kept when the leader's node goes down.
     pub term: Term,
+    /// What this node's own replica lets be read without the driver; none without a replica.
+    pub published: Option<Arc<Published>>,
     /// The term of this node's own replica, 0 without one.
     pub own_term: Term,
     /// The nodes that hold replicas by placement, with the replica's id and whether the node's present life holds it.
@@ -176,6 +179,7 @@ mod tests {
             range: SlotRange { start, end },
             leader,
             term: Term(5),
+            published: None,
             own_term: Term(own_term),
             replicas: Vec::new(),
         };

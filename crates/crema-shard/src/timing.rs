@@ -41,3 +41,15 @@ impl Default for Timing {
         }
     }
 }
+
+impl Timing {
+    /// E as time: how long a voter that heard its leader helps nobody else.
+    pub fn promise(&self) -> Duration {
+        self.tick * self.election_ticks as u32
+    }
+
+    /// How long a lease lasts after the issue of its round: less than the promise by more than clocks differ in rate.
+    pub fn lease(&self) -> Duration {
+        self.promise() * 85 / 100
+    }
+}

@@ -33,13 +33,19 @@ pub enum Fault {
     Clock,
     /// No load for seconds, so that groups fall asleep under the other faults.
     Lull,
-    /// Gossip: late claims of leadership, and wrong news that a node is gone.
+    /// Gossip: late claims of leadership, none at all (cut off while Raft is up), and wrong news that a node is gone.
     Gossip,
+    /// Leaderships are handed over.
+    Transfer,
+    /// Tasks of connections get no processor for a while, in the middle of a read.
+    Stall,
+    /// A node is stopped as planned, and comes back as another life: in place of a kill, once a seed.
+    Stop,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 14] = [
+    pub const ALL: [Fault; 17] = [
         Fault::Drop,
         Fault::Delay,
         Fault::Reorder,
@@ -54,6 +60,9 @@ impl Fault {
         Fault::Clock,
         Fault::Lull,
         Fault::Gossip,
+        Fault::Transfer,
+        Fault::Stop,
+        Fault::Stall,
     ];
 
     /// The name on the command line.
@@ -73,6 +82,9 @@ impl Fault {
             Fault::Clock => "clock",
             Fault::Lull => "lull",
             Fault::Gossip => "gossip",
+            Fault::Transfer => "transfer",
+            Fault::Stop => "stop",
+            Fault::Stall => "stall",
         }
     }
 }

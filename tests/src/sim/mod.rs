@@ -15,6 +15,8 @@ pub mod cli;
 pub mod faults;
 pub mod judge;
 pub mod model;
+pub mod mutants;
+pub mod pool;
 pub mod rng;
 pub mod run;
 #[cfg(test)]

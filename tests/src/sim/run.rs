@@ -8,10 +8,13 @@
 use super::faults::{Fault, Faults};
 use super::judge::judge;
 use super::model::Ended;
+use super::mutants;
 use super::rng::Rng;
 use super::workload::Workload;
 use super::world::{Conditions, MS, Options, S, Step, World};
+use crema_core::mutant::Mutant;
 use crema_core::{NodeId, Reply, ShardId};
+use crema_shard::ReadMode;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -42,6 +45,12 @@ pub struct Plan {
     pub shards: Option<u32>,
     /// Faults the seed may choose from.
     pub faults: Faults,
+    /// How nodes confirm reads; the seed's choice if none.
+    pub reads: Option<ReadMode>,
+    /// A deliberate fault in the code under test.
+    pub mutant: Option<Mutant>,
+    /// Whether the report shall hold what clients saw.
+    pub history: bool,
 }
 
 impl Plan {
@@ -56,6 +65,14 @@ impl Plan {
         }
         if self.faults != Faults::all() {
             line += &format!(" --faults {}", self.faults);
+        }
+        match self.reads {
+            Some(ReadMode::Lease) => line += " --reads lease",
+            Some(ReadMode::ReadIndex) => line += " --reads read_index",
+            None => {}
+        }
+        if let Some(mutant) = self.mutant {
+            line += &format!(" --mutant {}", mutants::name(mutant));
         }
         line
     }
@@ -76,6 +93,12 @@ pub struct Report {
     pub ops: u64,
     /// Of the history: answered, refused, unknown.
     pub outcomes: [u64; 3],
+    /// Of the answered: reads that no driver was asked for.
+    pub local_reads: u64,
+    /// What clients saw, as JSON lines.
+    pub history: Vec<u8>,
+    /// How often each fault began.
+    pub injected: BTreeMap<Fault, u64>,
     /// Hash of everything that happened.
     pub trace: u64,
     /// The last events, for a failure.
@@ -97,7 +120,9 @@ impl Report {
 
 /// Runs one seed. A panic of the code under test is a failure like any other.
 pub fn run_seed(plan: &Plan) -> Report {
+    crema_core::mutant::plant(plan.mutant);
     let caught = catch_unwind(AssertUnwindSafe(|| Run::new(plan).run()));
+    crema_core::mutant::plant(None);
     caught.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
@@ -108,6 +133,9 @@ pub fn run_seed(plan: &Plan) -> Report {
             simulated: 0,
             ops: 0,
             outcomes: [0; 3],
+            local_reads: 0,
+            history: Vec::new(),
+            injected: BTreeMap::new(),
             trace: 0,
             tail: String::new(),
         }
@@ -121,6 +149,7 @@ enum Undo {
     Duplicated,
     Full,
     SlowDisk,
+    Stalled,
     Cuts(Vec<(NodeId, NodeId)>),
     Resume(NodeId),
     Restart(NodeId),
@@ -136,7 +165,10 @@ struct Run<'a> {
     rng: Rng,
     undo: Vec<Option<Undo>>,
     killed: bool,
+    /// The node that was told to stop.
+    stopping: Option<NodeId>,
     calm: bool,
+    injected: BTreeMap<Fault, u64>,
     failures: Vec<String>,
 }
 
@@ -147,17 +179,38 @@ impl<'a> Run<'a> {
         let nodes = if rng.permille(700) { 3 } else { rng.range(4, 5) };
         let shards = rng.range(1, 6) as u32;
         let faults = plan.faults.swarm(&mut rng);
+        // A lease bears 15 % between two clocks; most machines keep a thousandth of that.
+        let drift_ppm = *rng.pick(&[200, 200, 10_000, 50_000]);
+        let read_index = *rng.pick(&[0, 0, 0, 300, 1_000]);
         let options = Options {
             seed: rng.next_u64(),
             nodes: plan.nodes.unwrap_or(nodes),
             shards: plan.shards.unwrap_or(shards),
             replication: 3,
-            drift: faults.has(Fault::Clock),
+            drift_ppm: if faults.has(Fault::Clock) { drift_ppm } else { 0 },
+            read_index: match plan.reads {
+                Some(ReadMode::Lease) => 0,
+                Some(ReadMode::ReadIndex) => 1_000,
+                None => read_index,
+            },
+            local_reads: true,
         };
         let mut world = World::new(options);
         let load_rng = rng.fork();
         let load = Workload::new(&mut world, load_rng);
-        Run { plan, faults, world, load, rng, undo: Vec::new(), killed: false, calm: false, failures: Vec::new() }
+        Run {
+            plan,
+            faults,
+            world,
+            load,
+            rng,
+            undo: Vec::new(),
+            killed: false,
+            stopping: None,
+            calm: false,
+            injected: BTreeMap::new(),
+            failures: Vec::new(),
+        }
     }
 
     fn run(mut self) -> Report {
@@ -172,12 +225,21 @@ impl<'a> Run<'a> {
                 Some(Ended::Unknown) | None => outcomes[2] += 1,
             }
         }
+        let mut history = Vec::new();
+        if self.plan.history
+            && let Err(e) = self.load.export(&mut history)
+        {
+            self.failures.push(format!("the history cannot be written: {e}"));
+        }
         Report {
             plan: self.plan.clone(),
             faults: self.faults,
             simulated: self.world.now(),
             ops: self.world.ledger.total(),
             outcomes,
+            local_reads: self.world.local_reads,
+            history,
+            injected: self.injected,
             trace: self.world.trace.hash(),
             tail: if self.failures.is_empty() { String::new() } else { self.world.trace.tail(120) },
             failures: self.failures,
@@ -231,6 +293,10 @@ impl<'a> Run<'a> {
                 Step::User(mark) if mark >= UNDO => self.undo((mark - UNDO) as usize),
                 Step::User(client) => self.load.turn(&mut self.world, client),
             }
+            if !self.world.ended.is_empty() {
+                let ended = std::mem::take(&mut self.world.ended);
+                self.load.abandon(|k| ended.contains(k));
+            }
             if !self.world.finished.is_empty()
                 && let Err(e) = self.load.take(&mut self.world)
             {
@@ -261,12 +327,13 @@ impl<'a> Run<'a> {
                 let l = r.leadership();
                 let route = view.shard(r.shard()).map(|s| (s.leader, s.term));
                 out += &format!(
-                    "    {:?} term {} leader {:?}{}{} applied {} committed {} log to {} route {route:?}\n",
+                    "    {:?} term {} leader {:?}{}{} {} applied {} committed {} log to {} route {route:?}\n",
                     r.shard(),
                     l.term,
                     l.leader,
                     if r.asleep() { " asleep" } else { "" },
                     if r.failed() { " failed" } else { "" },
+                    r.reads_in_words(),
                     r.applied(),
                     r.committed(),
                     r.log().last().map_or(0, |e| e.0),
@@ -330,6 +397,10 @@ impl<'a> Run<'a> {
                 c.persist_at = self.rng.permille(500).then_some(node);
                 Undo::SlowDisk
             }
+            Fault::Stall => {
+                c.stalled = self.rng.range(20, 400);
+                Undo::Stalled
+            }
             Fault::Partition => {
                 let ids = self.world.ids();
                 let company = if self.rng.permille(500) { 0 } else { 400 };
@@ -357,6 +428,7 @@ impl<'a> Run<'a> {
                 if self.rng.permille(500) {
                     self.world.reset(to, node);
                 }
+                self.injected(fault);
                 return;
             }
             Fault::Pause => {
@@ -369,11 +441,29 @@ impl<'a> Run<'a> {
                 self.load.abandon(|k| lost.contains(k));
                 Undo::Restart(node)
             }
-            Fault::Kill => return,
+            Fault::Stop if !self.killed => {
+                self.killed = true;
+                self.world.stop(node);
+                self.stopping = Some(node);
+                Undo::Restart(node)
+            }
+            Fault::Kill | Fault::Stop => return,
+            Fault::Transfer => {
+                // Several at once, since one alone is over in a moment.
+                for shard in self.world.shards() {
+                    let to = *self.rng.pick(&self.world.ids());
+                    if let Some(from) = self.world.leader(shard).filter(|_| self.rng.permille(500)) {
+                        self.world.transfer(from, shard, to);
+                    }
+                }
+                self.injected(fault);
+                return;
+            }
             Fault::Clock => {
                 let far = *self.rng.pick(&[100, 10_000, 86_400_000]);
                 let ms = self.rng.range(0, 2 * far) as i64 - far as i64;
                 self.world.jump_wall(node, ms);
+                self.injected(fault);
                 return;
             }
             Fault::Lull => {
@@ -387,11 +477,16 @@ impl<'a> Run<'a> {
                 Undo::Gossip
             }
         };
+        self.injected(fault);
         self.world.trace.note(self.world.now(), format!("nemesis: {} for {} ms", fault.name(), length / MS));
         // A lull shorter than it takes to fall asleep would test nothing.
         let length = if fault == Fault::Lull { length + 2 * S } else { length };
         self.world.remind(length, UNDO + self.undo.len() as u64);
         self.undo.push(Some(undo));
+    }
+
+    fn injected(&mut self, fault: Fault) {
+        *self.injected.entry(fault).or_default() += 1;
     }
 
     fn undo(&mut self, i: usize) {
@@ -408,12 +503,22 @@ impl<'a> Run<'a> {
             Some(Undo::Duplicated) => c.duplicated = 0,
             Some(Undo::Full) => c.full = 0,
             Some(Undo::SlowDisk) => c.persist = None,
+            Some(Undo::Stalled) => c.stalled = 0,
             Some(Undo::Gossip) => c.gossip = calm.gossip,
             Some(Undo::Cuts(cuts)) => cuts.iter().for_each(|(a, b)| self.world.heal_one_way(*a, *b)),
             Some(Undo::Resume(node)) => self.world.resume(node),
-            Some(Undo::Restart(node)) => self.world.start(node),
+            Some(Undo::Restart(node)) => self.restart(node),
             Some(Undo::Load) => self.load.active = true,
         }
+    }
+
+    /// Starts a node again; one that is still about to stop has had its time.
+    fn restart(&mut self, node: NodeId) {
+        if self.stopping.take_if(|n| *n == node).is_some() {
+            let lost = self.world.kill(node);
+            self.load.abandon(|k| lost.contains(k));
+        }
+        self.world.start(node);
     }
 
     fn heal(&mut self) {
@@ -480,7 +585,8 @@ impl<'a> Run<'a> {
         };
         self.go_on(until, answered)?;
         if !answered(self) {
-            return self.fail("not every key can be read after healing".into());
+            let picture = self.picture();
+            return self.fail(format!("not every key can be read after healing\n{picture}"));
         }
         Ok(())
     }
@@ -533,7 +639,7 @@ mod tests {
     use super::*;
 
     fn plan(seed: u64) -> Plan {
-        Plan { seed, nodes: None, shards: None, faults: Faults::all() }
+        Plan { seed, nodes: None, shards: None, faults: Faults::all(), reads: None, mutant: None, history: false }
     }
 
     /// Seeds of the ordinary test run: about half a minute without optimisation. Long runs are for the command line.

@@ -139,6 +139,7 @@ fn describe(out: &mut String, channel: Channel, frame: &Bytes) {
                     }
                     crema_shard::message::RequestBody::Read { .. } => "Read".to_owned(),
                     crema_shard::message::RequestBody::OpenSession => "OpenSession".to_owned(),
+                    crema_shard::message::RequestBody::ReadIndex => "ReadIndex".to_owned(),
                 };
                 let _ = write!(out, "[{:?} #{:x} {body}] ", r.shard, r.id);
             }

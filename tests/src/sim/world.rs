@@ -13,17 +13,23 @@
 //! it had sent on the way.
 
 use super::check::completion::Ledger;
-use super::check::invariants::{Invariants, Sighting};
+use super::check::invariants::{Invariants, Sighting, Standing};
 use super::rng::Rng;
 use super::trace::Trace;
 use bytes::Bytes;
 use crema_core::{Incarnation, MonoTime, NodeId, Now, ShardId, Term, WallTime, slot_of};
 use crema_shard::{
-    Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, NodeAddrs, Note, Timing, Token,
+    Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, NodeAddrs, Note, ReadLevel,
+    ReadMode, Timing, Token,
 };
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
+
+mod readers;
+
+pub use readers::Pair;
 
 /// Nanoseconds of a microsecond.
 pub const US: u64 = 1_000;
@@ -59,13 +65,17 @@ pub struct Options {
     pub shards: u32,
     /// Replicas of each.
     pub replication: u32,
-    /// Whether clocks drift, by up to 200 ppm.
-    pub drift: bool,
+    /// Parts in a million by which clocks may run fast or slow.
+    pub drift_ppm: u64,
+    /// Part of the nodes, in 1,000, that confirm reads without leases.
+    pub read_index: u64,
+    /// Whether connections read outside of the driver.
+    pub local_reads: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 0, nodes: 3, shards: 4, replication: 3, drift: false }
+        Options { seed: 0, nodes: 3, shards: 4, replication: 3, drift_ppm: 0, read_index: 0, local_reads: true }
     }
 }
 
@@ -90,6 +100,8 @@ pub struct Conditions {
     pub persist: Option<(u64, u64)>,
     /// The only node with a slow disk; all if none.
     pub persist_at: Option<NodeId>,
+    /// Part of the steps of a connection's task before which it gets no processor for up to 1.5 s.
+    pub stalled: u64,
     /// How long a claim of leadership travels by gossip; it does not if none.
     pub gossip: Option<(u64, u64)>,
 }
@@ -106,6 +118,7 @@ impl Default for Conditions {
             full: 0,
             persist: None,
             persist_at: None,
+            stalled: 0,
             gossip: Some((20 * MS, 400 * MS)),
         }
     }
@@ -142,6 +155,8 @@ enum Input {
     Close(ConnId),
     Hint(LeaderHint),
     Gone(NodeId),
+    Transfer { shard: ShardId, to: NodeId },
+    Drain,
 }
 
 /// What a happening is about; the life guards against those of an earlier one.
@@ -184,6 +199,13 @@ enum Event {
         hint: LeaderHint,
     },
     Gossip,
+    /// The next step of a read outside of the driver.
+    Reader(u64),
+    /// A drained node's process ends.
+    Ends {
+        node: NodeId,
+        life: u64,
+    },
     User(u64),
 }
 
@@ -293,6 +315,18 @@ pub struct World {
     next_conn: u64,
     next_token: u64,
     last_incarnation: u128,
+    readers: BTreeMap<u64, readers::Reader>,
+    next_reader: u64,
+    /// What waits behind a connection's read outside of the driver; present while there is one.
+    behind: BTreeMap<ConnId, VecDeque<ClientRequest>>,
+    /// Requests that a node's driver has and has not answered.
+    asked: BTreeMap<(ConnId, Token), ShardId>,
+    /// Reads answered outside of a driver.
+    pub local_reads: u64,
+    /// Keys that are always written together.
+    pub pairs: Vec<Pair>,
+    /// Requests lost with the process of a node that stopped as planned.
+    pub ended: Vec<(ConnId, Token)>,
 }
 
 impl World {
@@ -304,7 +338,7 @@ impl World {
             .iter()
             .map(|_| Clock {
                 offset: rng.range(S, 1_000_000 * S),
-                ppm: if options.drift { rng.range(0, 400) as i64 - 200 } else { 0 },
+                ppm: rng.range(0, 2 * options.drift_ppm) as i64 - options.drift_ppm as i64,
                 wall_jump_ms: 0,
             })
             .collect();
@@ -332,6 +366,13 @@ impl World {
             next_conn: 0,
             next_token: 0,
             last_incarnation: 0,
+            readers: BTreeMap::new(),
+            next_reader: 0,
+            behind: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            local_reads: 0,
+            pairs: Vec::new(),
+            ended: Vec::new(),
         };
         for (id, clock) in ids.into_iter().zip(clocks) {
             let node = SimNode {
@@ -484,6 +525,13 @@ impl World {
                 }
             }
             Event::Hint { to, hint } => self.input(to, Input::Hint(hint)),
+            Event::Reader(id) => self.reader_step(id),
+            Event::Ends { node, life } => {
+                if self.nodes[&node].life == life {
+                    let lost = self.kill(node);
+                    self.ended.extend(lost);
+                }
+            }
             Event::Gossip => {
                 // What gossip knows it says again: a node may have been away.
                 for (shard, (term, leader)) in self.claims.clone() {
@@ -557,6 +605,7 @@ impl World {
                 self.violations.push(format!("{id:?} spins: its next tick does not move on"));
             }
         }
+        let glimpses = self.watch_pairs(&host, now);
         let mut closed = Vec::new();
         for input in inbox {
             if let Input::Close(conn) = input {
@@ -587,6 +636,9 @@ impl World {
                 break;
             }
         }
+        if let Some(glimpses) = glimpses {
+            self.violations.extend(glimpses.take());
+        }
         // What was completed in the round of the closing is on its way already; a shell drops it.
         closed.into_iter().for_each(|conn| self.ledger.closed(conn));
         for (peer, channel) in dropped {
@@ -603,6 +655,13 @@ impl World {
             n.wake_at = Some(next);
             self.at(next, Event::Wake { node: id, life });
         }
+        let now = self.now;
+        let cluster: Vec<Standing<'_>> = self
+            .nodes
+            .iter()
+            .filter_map(|(node, n)| Some(Standing { node: *node, now: n.clock.now(now), host: n.host.as_deref()? }))
+            .collect();
+        self.invariants.across(id, &cluster, &mut self.violations);
     }
 
     fn give(&mut self, id: NodeId, host: &mut Host, now: Now, input: Input) {
@@ -630,6 +689,8 @@ impl World {
             Input::Close(conn) => host.connection_closed(conn),
             Input::Hint(hint) => host.leader_hint(now, hint),
             Input::Gone(node) => host.node_gone(now, node),
+            Input::Transfer { shard, to } => _ = host.transfer_leader(shard, to),
+            Input::Drain => host.drain(now),
         }
     }
 
@@ -670,6 +731,7 @@ impl World {
         }
         for c in effects.completions.drain(..) {
             self.trace.note(self.now, format!("{id:?} completes {:?} {:?}: {:?}", c.conn, c.token, c.result));
+            self.asked.remove(&(c.conn, c.token));
             if let Err(e) = self.ledger.completed(id, c.conn, c.token) {
                 self.violations.push(e);
             }
@@ -685,7 +747,13 @@ impl World {
             let text = format!("{id:?} notes {note:?}");
             self.trace.note(self.now, text.clone());
             match note {
-                Note::Joined { .. } | Note::IdInUse { .. } | Note::Drained => {}
+                Note::Joined { .. } | Note::IdInUse { .. } => {}
+                // Requests that are still in flight get a moment, as a server's do.
+                Note::Drained => {
+                    let at = self.now + self.rng.range(1, 500) * MS;
+                    let life = self.nodes[&id].life;
+                    self.at(at, Event::Ends { node: id, life });
+                }
                 // Only a node that was replaced may be fenced, and it is dead here; nothing else may happen at all.
                 _ => self.violations.push(text),
             }
@@ -855,6 +923,7 @@ impl World {
             entropy: std::array::from_fn(|_| self.rng.next_u64()),
             timing: Timing::default(),
             max_log_bytes: 1 << 30,
+            read_mode: if self.rng.permille(self.options.read_index) { ReadMode::ReadIndex } else { ReadMode::Lease },
         };
         let at = self.now;
         let n = self.nodes.get_mut(&id).expect("a known node");
@@ -900,7 +969,22 @@ impl World {
                 self.at(self.now + after * MS, Event::Break { from: other, to: id, number });
             }
         }
-        self.ledger.node_died(id)
+        let lost = self.ledger.node_died(id);
+        self.forget_reads(|node, _| node == id);
+        lost.iter().for_each(|k| _ = self.asked.remove(k));
+        lost
+    }
+
+    /// Begins a planned stop: the node hands over what it leads, and ends when that is done.
+    pub fn stop(&mut self, id: NodeId) {
+        self.trace.note(self.now, format!("{id:?} is told to stop"));
+        self.input(id, Input::Drain);
+    }
+
+    /// The node is asked to hand the leadership of `shard` over to `to`; nothing happens if it does not lead.
+    pub fn transfer(&mut self, from: NodeId, shard: ShardId, to: NodeId) {
+        self.trace.note(self.now, format!("{from:?} shall hand {shard:?} over to {to:?}"));
+        self.input(from, Input::Transfer { shard, to });
     }
 
     /// The node stands still: its frames queue, its clocks run.
@@ -970,12 +1054,15 @@ impl World {
             self.now,
             format!("{conn:?} asks {node:?}: {token:?} {shard:?} {key} {}", if write { "write" } else { "read" }),
         );
-        self.input(node, Input::Submit(ClientRequest { conn, token, shard, write, ops, deadline }));
+        let level = ReadLevel::Linearizable;
+        self.take_request(node, ClientRequest { conn, token, shard, write, level, ops, deadline });
         Some(token)
     }
 
     /// The client goes away without waiting.
     pub fn close(&mut self, node: NodeId, conn: ConnId) {
+        self.forget_reads(|_, c| c == conn);
+        self.asked.retain(|(c, _), _| *c != conn);
         self.input(node, Input::Close(conn));
     }
 }

@@ -534,6 +534,7 @@ fn push_request(batch: &mut Vec<ClientRequest>, conn: ConnId, number: u64, part:
         token: Token(number << PART_BITS | u64::from(part)),
         shard: p.shard,
         write: p.write,
+        level: crema_shard::ReadLevel::Linearizable,
         ops: p.ops.clone(),
         deadline: command.deadline,
     });

@@ -8,11 +8,15 @@
 //! A further invariant is a file with a type that implements [`Invariant`], and a line in [`Invariants::default`].
 
 mod committed;
+mod durable;
 mod election_safety;
+mod lease;
 mod log_matching;
 mod progress;
+mod ready;
 mod replica_ids;
 mod state_machine_safety;
+mod votes;
 
 use bytes::Bytes;
 use crema_core::{Incarnation, NodeId, Now, ReplicaId, ShardId};
@@ -95,10 +99,24 @@ impl<'a> Sighting<'a> {
     }
 }
 
-/// Something that must hold. Both hooks push a line for each violation; they run at every step and must be cheap.
+/// A living node at one moment, among the others.
+#[derive(Clone, Copy)]
+pub struct Standing<'a> {
+    /// Which.
+    pub node: NodeId,
+    /// Its own clock.
+    pub now: Now,
+    /// The node.
+    pub host: &'a Host,
+}
+
+/// Something that must hold. All hooks push a line for each violation; they run at every step and must be cheap.
 pub trait Invariant {
     /// Looks at a node after a step.
     fn after_step(&mut self, _seen: &Sighting<'_>, _bad: &mut Vec<String>) {}
+
+    /// Looks at all living nodes at once, after a step of `stepped`.
+    fn across(&mut self, _stepped: NodeId, _cluster: &[Standing<'_>], _bad: &mut Vec<String>) {}
 
     /// Looks at a Raft message that a node hands out, even if it finds a full queue or gets lost. `host` stands as it did
     /// when it had made the message, or a little later in the same round.
@@ -130,6 +148,10 @@ impl Default for Invariants {
                 Box::new(committed::Committed::default()),
                 Box::new(state_machine_safety::StateMachineSafety::default()),
                 Box::new(progress::Progress),
+                Box::new(votes::Votes::default()),
+                Box::new(durable::Durable),
+                Box::new(lease::OneLease),
+                Box::new(ready::Ready),
             ],
             last: BTreeMap::new(),
         }
@@ -158,6 +180,11 @@ impl Invariants {
         for invariant in &mut self.all {
             invariant.after_step(&seen, bad);
         }
+    }
+
+    /// Looks at all living nodes, after a step of `stepped`.
+    pub fn across(&mut self, stepped: NodeId, cluster: &[Standing<'_>], bad: &mut Vec<String>) {
+        self.all.iter_mut().for_each(|i| i.across(stepped, cluster, bad));
     }
 
     /// Looks at the messages of a frame that leaves a node for `to`; frames of other kinds are none of its business.
