@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod cell_model;
 pub mod check_cli;
+pub mod faults_cli;
 pub mod history;
 pub mod process;
 pub mod sim;

@@ -1,27 +1,32 @@
-//! The command line: `sim` runs the simulator, `check` judges histories.
+//! The command line: `sim` runs the simulator, `faults` hits real clusters, `check` judges histories.
 
 use crema_tests::check_cli::{self, Checked};
+use crema_tests::faults_cli;
 use crema_tests::sim::cli::{self, Arguments};
 use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let mut out = std::io::stdout().lock();
+    // Not locked: a thread of the faults writes too.
+    let mut out = std::io::stdout();
     let outcome = match args.split_first() {
         Some((first, rest)) if first == "sim" => Arguments::parse(rest)
             .and_then(|args| cli::run(&args, &mut out).map_err(|e| e.to_string()))
+            .map(|well| if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Some((first, rest)) if first == "faults" => faults_cli::Arguments::parse(rest)
+            .and_then(|args| faults_cli::run(&args, &mut out).map_err(|e| e.to_string()))
             .map(|well| if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
         Some((first, files)) if first == "check" => check_cli::run(files, &mut out).map(|checked| match checked {
             Checked::Right => ExitCode::SUCCESS,
             Checked::Wrong => ExitCode::FAILURE,
             Checked::Unjudged => ExitCode::from(2),
         }),
-        _ => Err("the commands are sim and check".into()),
+        _ => Err("the commands are sim, faults and check".into()),
     };
     outcome.unwrap_or_else(|e| {
         // If standard error is gone too, the exit code has to do.
-        let _ = write!(std::io::stderr(), "error: {e}\n{}{}", cli::USAGE, check_cli::USAGE);
+        let _ = write!(std::io::stderr(), "error: {e}\n{}{}{}", cli::USAGE, faults_cli::USAGE, check_cli::USAGE);
         ExitCode::from(2)
     })
 }

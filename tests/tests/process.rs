@@ -3,6 +3,9 @@
 //! Each test waits for its turn, so that clusters do not starve each other of processor time. A failed test shows the
 //! last lines of every log and keeps them.
 
+#[path = "process/faults.rs"]
+mod faults;
+
 use crema_tests::process::cluster::{self, Cluster};
 use crema_tests::process::load::{Load, WriterReport, check_acknowledged};
 use crema_tests::process::ports::{self, Use};

@@ -5,7 +5,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Lines of each log that a failed test shows.
@@ -15,6 +15,7 @@ const SHOWN_LINES: usize = 40;
 #[derive(Debug)]
 pub struct Scratch {
     path: PathBuf,
+    keep: AtomicBool,
 }
 
 impl Scratch {
@@ -28,18 +29,23 @@ impl Scratch {
         let name = format!("crema-process-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&path).context(format!("creating {}", path.display()))?;
-        Ok(Scratch { path })
+        Ok(Scratch { path, keep: AtomicBool::new(false) })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// The test failed, without a panic so far: show and keep it.
+    pub fn keep(&self) {
+        self.keep.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if !std::thread::panicking() {
+        if !std::thread::panicking() && !self.keep.load(Ordering::Relaxed) {
             // What cannot be removed is left to the system's own cleaning of temporary files.
             let _ = std::fs::remove_dir_all(&self.path);
             return;
@@ -48,7 +54,8 @@ impl Drop for Scratch {
         let mut files: Vec<PathBuf> =
             std::fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         files.sort();
-        for file in files.iter().filter(|f| f.is_file()) {
+        let is_log = |f: &&PathBuf| f.is_file() && f.extension().is_some_and(|e| e == "out" || e == "err");
+        for file in files.iter().filter(is_log) {
             let text = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
             if !text.is_empty() {
                 eprintln!("---- {}, last lines ----\n{}", file.display(), tail(&text, SHOWN_LINES));

@@ -1,13 +1,31 @@
 //! A cluster of `crema start` processes on this machine.
 
 use super::child::{Process, Scratch};
+use super::netns::Network;
 use super::ports::{self, Block, MAX_NODES, Use};
 use super::{Context, Failure, Result, eventually, http};
 use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// Where the nodes listen.
+#[derive(Debug)]
+enum Place {
+    Loopback(Block),
+    Network(Arc<Network>),
+}
+
+impl Place {
+    fn addr(&self, node: u64, purpose: Use) -> SocketAddr {
+        match self {
+            Place::Loopback(ports) => ports.addr(node, purpose),
+            Place::Network(net) => net.addr(node, purpose),
+        }
+    }
+}
 
 /// Nodes 1 to n, each a process of its own, ended when this is dropped.
 #[derive(Debug)]
@@ -15,7 +33,7 @@ pub struct Cluster {
     // Fields drop in this order: the processes end before their logs are shown or removed.
     nodes: BTreeMap<u64, Process>,
     scratch: Scratch,
-    ports: Block,
+    place: Place,
     count: u64,
     shards: u32,
 }
@@ -32,8 +50,11 @@ impl Cluster {
     /// If `count` is not 1 to [`MAX_NODES`].
     pub fn start(count: u64, shards: u32) -> Result<Cluster> {
         assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
-        let mut cluster =
-            Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, ports: ports::reserve()?, count, shards };
+        Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards)
+    }
+
+    fn start_at(place: Place, count: u64, shards: u32) -> Result<Cluster> {
+        let mut cluster = Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, place, count, shards };
         for node in 1..=count {
             cluster.spawn(node)?;
         }
@@ -51,28 +72,47 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// As [`Cluster::ready`], with each node in its namespace of `net`. To be called, and used, within the hub of `net`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cluster::ready`].
+    pub fn ready_in(net: Arc<Network>, count: u64, shards: u32) -> Result<Cluster> {
+        let mut cluster = Cluster::start_at(Place::Network(net), count, shards)?;
+        cluster.wait_ready(Duration::from_secs(60))?;
+        Ok(cluster)
+    }
+
     fn spawn(&mut self, node: u64) -> Result<()> {
-        let args = self.args(node, &self.ports);
-        let process = Process::spawn(&format!("node-{node}"), &self.scratch, &args)?;
+        let args = self.args(node, &|purpose| self.addr(node, purpose));
+        let spawn = || Process::spawn(&format!("node-{node}"), &self.scratch, &args);
+        let process = match &self.place {
+            Place::Loopback(_) => spawn()?,
+            Place::Network(net) => net.within_node(node, spawn)??,
+        };
         self.nodes.insert(node, process);
         Ok(())
     }
 
-    /// The command line of node `node` with its listeners in `own`.
-    fn args(&self, node: u64, own: &Block) -> Vec<String> {
+    /// The command line of node `node` with its listeners at `own`.
+    fn args(&self, node: u64, own: &dyn Fn(Use) -> SocketAddr) -> Vec<String> {
         let list = |f: &dyn Fn(u64) -> String| (1..=self.count).map(f).collect::<Vec<_>>().join(",");
         // Should the tests themselves be killed, nobody is left to end their nodes: these then stop by themselves.
         let mut args = vec!["start".to_string(), "--stop-with-stdin".into()];
+        if matches!(self.place, Place::Network(_)) {
+            // Its addresses are not of loopback, but nobody else reaches them.
+            args.push("--insecure".into());
+        }
         let mut flag = |name: &str, value: String| args.extend([format!("--{name}"), value]);
         flag("node-id", node.to_string());
         flag("initial-members", list(&|n| n.to_string()));
-        flag("seeds", list(&|n| self.ports.addr(n, Use::Gossip).to_string()));
+        flag("seeds", list(&|n| self.addr(n, Use::Gossip).to_string()));
         flag("shards", self.shards.to_string());
-        flag("gossip-addr", own.addr(node, Use::Gossip).to_string());
-        flag("raft-addr", own.addr(node, Use::Raft).to_string());
-        flag("redis-addr", own.addr(node, Use::Redis).to_string());
-        flag("redis-cluster-addr", own.addr(node, Use::RedisCluster).to_string());
-        flag("http-addr", own.addr(node, Use::Http).to_string());
+        flag("gossip-addr", own(Use::Gossip).to_string());
+        flag("raft-addr", own(Use::Raft).to_string());
+        flag("redis-addr", own(Use::Redis).to_string());
+        flag("redis-cluster-addr", own(Use::RedisCluster).to_string());
+        flag("http-addr", own(Use::Http).to_string());
         args
     }
 
@@ -82,7 +122,12 @@ impl Cluster {
     ///
     /// If it does not start.
     pub fn impostor(&self, node: u64, own: &Block) -> Result<Process> {
-        Process::spawn(&format!("impostor-{node}"), &self.scratch, &self.args(node, own))
+        Process::spawn(&format!("impostor-{node}"), &self.scratch, &self.args(node, &|purpose| own.addr(node, purpose)))
+    }
+
+    /// The directory of its logs, for further files of the test: kept when it fails.
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
     }
 
     /// Number of data shards.
@@ -92,7 +137,7 @@ impl Cluster {
 
     /// The address of `node` for `purpose`.
     pub fn addr(&self, node: u64, purpose: Use) -> SocketAddr {
-        self.ports.addr(node, purpose)
+        self.place.addr(node, purpose)
     }
 
     /// The nodes whose processes we did not end, ascending.

@@ -1,4 +1,4 @@
-//! Real `crema` processes on free loopback ports, for tests and benchmarks.
+//! Real `crema` processes on free loopback ports or in network namespaces, for tests and benchmarks.
 //!
 //! ```text
 //!   binary::crema()  -> path of the program, built once by cargo
@@ -9,6 +9,8 @@
 //!      ^                  ^
 //!      |  http::get       |  resp::Client, Load
 //!   readiness, leaders    commands, writers that remember what was acknowledged
+//!
+//!   scenarios: a Cluster, on loopback or in a netns::Network -> Recorder -> fault -> history -> verdict
 //! ```
 //!
 //! Nothing here waits without a deadline, and nothing ends a process that it did not start.
@@ -18,8 +20,11 @@ pub mod child;
 pub mod cluster;
 pub mod http;
 pub mod load;
+pub mod netns;
 pub mod ports;
+pub mod recorder;
 pub mod resp;
+pub mod scenarios;
 pub mod turn;
 
 pub use child::{Process, Scratch};

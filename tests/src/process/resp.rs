@@ -156,7 +156,7 @@ fn decode(from: &mut impl BufRead, depth: usize) -> io::Result<Value> {
     }
 }
 
-/// A server of GET, SET and INCR in a thread, which a test can make misbehave.
+/// A server of GET, SET, APPEND and INCR in a thread, which a test can make misbehave.
 #[cfg(test)]
 pub(crate) mod fake {
     use super::*;
@@ -206,6 +206,11 @@ pub(crate) mod fake {
                     store.get(&words[1]).map_or(0, |v| String::from_utf8_lossy(v).parse::<u64>().expect("a counter"));
                 store.insert(words[1].clone(), (old + 1).to_string().into_bytes());
                 format!(":{}\r\n", old + 1)
+            }
+            b"APPEND" => {
+                let value = store.entry(words[1].clone()).or_default();
+                value.extend_from_slice(&words[2]);
+                format!(":{}\r\n", value.len())
             }
             _ => match store.get(&words[1]) {
                 Some(v) => format!("${}\r\n{}\r\n", v.len(), String::from_utf8_lossy(v)),
