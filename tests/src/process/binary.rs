@@ -29,9 +29,8 @@ fn find() -> Result<PathBuf> {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join("Cargo.toml");
     let exe = std::env::current_exe().context("the path of this program")?;
     let output = Command::new(&cargo)
-        // All of the workspace decides on the features of dependencies, as in `cargo test --workspace`: so they are
-        // not compiled a second time for this.
-        .args(["build", "--workspace", "--bin", "crema", "--message-format", "json-render-diagnostics"])
+        // That package alone, as it ships: with the whole workspace the simulator's deliberate faults would be compiled in.
+        .args(["build", "-p", "crema-node", "--bin", "crema", "--message-format", "json-render-diagnostics"])
         .args(["--profile", &profile_of(&exe), "--manifest-path"])
         .arg(&manifest)
         .stdin(Stdio::null())
