@@ -17,7 +17,7 @@ use crate::node::{BindAddrs, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
 use crema_core::{KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits};
-use crema_shard::{ClientRequest, ClientResult, ConnId, ReadLevel, Refusal, Token};
+use crema_shard::{ClientRequest, ClientResult, ConnId, ReadLevel, ReadMode, Refusal, Token};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -85,6 +85,7 @@ pub struct CacheConfig {
     shards: u32,
     replicas: u32,
     request_deadline: Duration,
+    reads: ReadMode,
     stop_grace: Duration,
     redis_addr: Option<SocketAddr>,
     redis_cluster_addr: Option<SocketAddr>,
@@ -103,6 +104,7 @@ impl CacheConfig {
             shards: 16,
             replicas: 3,
             request_deadline: Duration::from_secs(5),
+            reads: ReadMode::default(),
             stop_grace: Duration::from_secs(10),
             redis_addr: None,
             redis_cluster_addr: None,
@@ -134,6 +136,13 @@ impl CacheConfig {
     /// Longest time an operation may take, 10 ms to 10 min; 5 s by default.
     pub fn with_request_deadline(mut self, deadline: Duration) -> Self {
         self.request_deadline = deadline;
+        self
+    }
+    /// How a leader makes sure that a read is linearizable; set it alike on all nodes. [`ReadMode::Lease`], the default,
+    /// costs most reads no message, and assumes that the clocks of two nodes differ in rate by less than 15 %.
+    /// [`ReadMode::ReadIndex`] costs a round to a majority, shared by the reads of a moment, and assumes nothing of clocks.
+    pub fn with_reads(mut self, reads: ReadMode) -> Self {
+        self.reads = reads;
         self
     }
     /// How long [`DistributedCache::shutdown`] waits until every shard can do without this node, at most 10 min; 10 s by
@@ -228,6 +237,7 @@ impl CacheConfig {
             metadata: BTreeMap::new(),
             requirepass: None,
             request_deadline: self.request_deadline,
+            reads: self.reads,
             max_clients: 10_000,
             stop_grace: self.stop_grace,
             max_log_bytes: 256 << 20,
@@ -905,6 +915,8 @@ mod tests {
             base().with_seed_nodes(vec![(2, addr("127.0.0.1:9002")), (1, addr("127.0.0.1:9001"))]).resolve().unwrap();
         assert_eq!(ok.initial_members, [crema_core::NodeId(1), crema_core::NodeId(2)]);
         assert_eq!(ok.static_peers.len(), 1);
+        assert_eq!(ok.reads, ReadMode::Lease);
+        assert_eq!(base().with_reads(ReadMode::ReadIndex).resolve().unwrap().reads, ReadMode::ReadIndex);
         assert_eq!(
             ok.bind,
             BindAddrs { raft: addr("127.0.0.1:9001"), gossip: None, redis: None, redis_cluster: None, http: None }
