@@ -57,7 +57,7 @@ pub enum CacheError {
         /// What stood in the way.
         reason: String,
     },
-    /// It may or may not have been executed, now or later: read before you retry.
+    /// A write may or may not have been executed, now or later: read before you retry. Never the end of a read.
     #[error("outcome unknown: the operation may or may not have been executed")]
     OutcomeUnknown,
     /// The request or the configuration is not valid, or the key holds what the operation cannot use: give up, or ask
@@ -395,6 +395,9 @@ fn key_ref(key: &[u8]) -> Result<KeyRef<'_>> {
     KeyRef::new(0, key).ok_or_else(too_long)
 }
 
+/// What becomes of a read that somebody may have answered, but not to us: asking again is always right.
+const READ_LOST: &str = "the read was not answered in time; it changed nothing";
+
 fn unexpected(reply: &Reply) -> CacheError {
     match reply {
         Reply::Error(error) => CacheError::Invalid(error.to_string()),
@@ -535,7 +538,8 @@ impl CacheClient {
                 }
                 Some(ClientResult::Reply(reply)) => Ok(reply),
                 Some(ClientResult::NotApplied(why)) => Err(refusal(why)),
-                Some(ClientResult::Unknown) => Err(CacheError::OutcomeUnknown),
+                Some(ClientResult::Unknown) if write => Err(CacheError::OutcomeUnknown),
+                Some(ClientResult::Unknown) => Err(CacheError::NotApplied { reason: READ_LOST.to_owned() }),
                 // The driver ended with the request in it.
                 None if write => Err(CacheError::OutcomeUnknown),
                 None => Err(CacheError::Stopped),
@@ -844,6 +848,8 @@ mod tests {
         let cache = CacheClient::open(client, Duration::from_secs(5)).await.unwrap();
         let run = |ops: &'static [u8]| cache.execute_encoded(Slot(0), true, Bytes::from_static(ops));
         assert_eq!(run(b"unknown").await, Err(CacheError::OutcomeUnknown));
+        let read = cache.execute_encoded(Slot(0), false, Bytes::from_static(b"unknown")).await;
+        assert_eq!(read, Err(CacheError::NotApplied { reason: READ_LOST.to_owned() }), "a read leaves no doubt behind");
         assert!(matches!(run(b"leader").await, Err(CacheError::NotApplied { reason }) if reason.contains("shard 0")));
         assert_eq!(run(b"stop").await, Err(CacheError::Stopped));
         assert_eq!(run(b"").await, Ok(Reply::Error(OpError::NotInteger)));
