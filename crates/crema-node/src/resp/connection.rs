@@ -42,6 +42,9 @@ pub const MAX_IN_FLIGHT: usize = 1024;
 pub const MAX_IN_FLIGHT_BYTES: usize = 8 * 1024 * 1024;
 /// Most bytes of replies that wait for the client to read, one reply's excess excluded.
 pub const MAX_OUTPUT_BYTES: usize = 1024 * 1024;
+/// After so many commands others have their turn. Reads under a lease wait for nobody: whoever sends them without end would
+/// keep a thread of the runtime to itself for as long as its socket has something to read.
+pub const TURN: u64 = MAX_IN_FLIGHT as u64;
 /// Commands in flight before the size of results is known; doubles with each round of results.
 const FIRST_WINDOW: usize = 128;
 /// Least commands in flight, however large results are.
@@ -111,6 +114,8 @@ enum Pause {
     Held,
     /// The placement changed: what is in flight is answered first.
     Barrier,
+    /// It is the others' turn.
+    Turn,
     /// Nothing will be planned any more.
     Ended,
 }
@@ -145,6 +150,8 @@ struct Connection {
     /// When the client last took bytes.
     progress: Instant,
     commands: u64,
+    /// Commands when others last had their turn.
+    turn: u64,
 }
 
 /// Serves one client until either side ends it, and tells the driver.
@@ -197,6 +204,7 @@ impl Connection {
             phase: Phase::Open,
             progress: Instant::now(),
             commands: 0,
+            turn: 0,
             link,
         }
     }
@@ -252,6 +260,13 @@ impl Connection {
             };
             if over {
                 return Ok(());
+            }
+            if self.commands - self.turn >= TURN {
+                tokio::task::yield_now().await;
+                self.turn = self.commands;
+                if pause == Pause::Turn {
+                    continue;
+                }
             }
             if matches!(pause, Pause::Full | Pause::Barrier) && !self.is_full() && self.may_plan(&client.view()) {
                 // Writing has made room, and the commands are at hand already. Others have their turn before.
@@ -423,6 +438,9 @@ impl Connection {
             }
             if self.is_full() {
                 return Pause::Full;
+            }
+            if self.commands - self.turn >= TURN {
+                return Pause::Turn;
             }
             match self.decoder.poll(&mut self.buf, self.state.authenticated) {
                 Ok(true) => {}

@@ -1,7 +1,7 @@
 //! The front as clients meet it: real sockets, a driver made of state machines.
 
 use crate::config::Secret;
-use crate::resp::connection::MAX_IN_FLIGHT;
+use crate::resp::connection::{MAX_IN_FLIGHT, TURN};
 use crate::resp::server::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::resp::testing::{FakeDriver, Verdict, key_of, three_shards};
 use crema_core::{Epoch, NodeId, Reply, ShardId};
@@ -576,6 +576,35 @@ async fn a_burst_of_reads_under_a_lease_is_answered_whole() {
     assert!(got.chunks(one.len()).all(|c| c == one.as_bytes()));
     assert_eq!(rig.driver.seen().len(), 1, "the driver has only seen the write");
     assert_eq!(rig.front.stats.reads_local.load(Ordering::Relaxed), total as u64);
+}
+
+#[tokio::test]
+async fn a_flood_of_reads_leaves_others_their_turn() {
+    let rig = leased(|_| Verdict::Execute).await;
+    let mut stream = std::net::TcpStream::connect(rig.addr).unwrap();
+    let mut replies = stream.try_clone().unwrap();
+    // Both ends of the client have threads of their own; all of the server shares one with this test.
+    let line = b"GET a\r\n";
+    let total = 500_000;
+    let sender = std::thread::spawn(move || {
+        std::io::Write::write_all(&mut stream, &line.repeat(total)).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let receiver = std::thread::spawn(move || std::io::copy(&mut replies, &mut std::io::sink()).unwrap());
+    let commands = || rig.front.stats.commands.load(Ordering::Relaxed);
+    let (mut last, mut most) = (0, 0);
+    in_time(async {
+        while commands() < total as u64 {
+            tokio::task::yield_now().await;
+            most = most.max(commands() - last);
+            last = commands();
+        }
+    })
+    .await;
+    assert!(most <= TURN, "{most} commands in a row");
+    sender.join().unwrap();
+    let received = in_time(tokio::task::spawn_blocking(|| receiver.join().unwrap())).await.unwrap();
+    assert_eq!(received, total as u64 * 5, "every reply is $-1 and its line end");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
