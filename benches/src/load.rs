@@ -7,6 +7,7 @@ use crate::replies::{Reply, parse};
 use hdrhistogram::Histogram;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -26,11 +27,27 @@ pub(crate) enum Operation {
     Fill,
 }
 
+/// Whom a client talks to.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    /// The server.
+    pub addr: SocketAddr,
+    /// The keys it is asked for; all of the plan's if not given. [`Operation::Fill`] asks for all in any case.
+    pub keys: Option<Arc<[u32]>>,
+}
+
+impl Target {
+    /// A server that is asked for any key.
+    pub(crate) fn anything(addr: SocketAddr) -> Target {
+        Target { addr, keys: None }
+    }
+}
+
 /// What a phase of load looks like.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
-    /// The gateways; client i talks to gateway i modulo their number.
-    pub gateways: Vec<SocketAddr>,
+    /// The servers; client i talks to target i modulo their number.
+    pub targets: Vec<Target>,
     /// Number of connections.
     pub clients: u32,
     /// Requests in flight per connection.
@@ -54,6 +71,8 @@ pub(crate) struct Measured {
     pub p99_ms: f64,
     /// Errors, missing values and values of a wrong length.
     pub wrong: u64,
+    /// How long it took.
+    pub seconds: f64,
 }
 
 struct Tally {
@@ -79,7 +98,7 @@ impl Tally {
 pub(crate) async fn run(plan: &Plan, operation: Operation) -> io::Result<Measured> {
     let mut streams = Vec::new();
     for i in 0..plan.clients {
-        let stream = TcpStream::connect(plan.gateways[i as usize % plan.gateways.len()]).await?;
+        let stream = TcpStream::connect(plan.targets[i as usize % plan.targets.len()].addr).await?;
         stream.set_nodelay(true)?;
         streams.push(stream);
     }
@@ -101,7 +120,8 @@ pub(crate) async fn run(plan: &Plan, operation: Operation) -> io::Result<Measure
         eprintln!("warning: {} wrong replies; the first: {wrong}", total.wrong);
     }
     let ms = |quantile| total.latency_us.value_at_quantile(quantile) as f64 / 1e3;
-    Ok(Measured { per_second: total.right as f64 / seconds, p50_ms: ms(0.5), p99_ms: ms(0.99), wrong: total.wrong })
+    let per_second = total.right as f64 / seconds;
+    Ok(Measured { per_second, p50_ms: ms(0.5), p99_ms: ms(0.99), wrong: total.wrong, seconds })
 }
 
 async fn client(
@@ -114,6 +134,7 @@ async fn client(
     let mut tally = Tally::new();
     let mut random = Random::new(u64::from(number) + 1);
     let value = vec![b'x'; plan.value_bytes as usize];
+    let own = plan.targets[number as usize % plan.targets.len()].keys.clone();
     // Client i of n fills the keys i, i + n, i + 2n, …
     let mut fill = (number..plan.keys).step_by(plan.clients as usize);
     let (mut requests, mut replies) = (Vec::new(), Vec::with_capacity(64 * 1024));
@@ -123,7 +144,10 @@ async fn client(
         while sent < plan.pipeline {
             let key = match operation {
                 Operation::Fill => fill.next(),
-                Operation::Set | Operation::Get => Some(random.below(plan.keys)),
+                Operation::Set | Operation::Get => Some(match &own {
+                    Some(keys) => keys[random.below(keys.len() as u32) as usize],
+                    None => random.below(plan.keys),
+                }),
             };
             let Some(key) = key else { break };
             encode(&mut requests, operation, key, &value);
@@ -177,9 +201,14 @@ fn describe(reply: Reply<'_>) -> String {
     }
 }
 
+/// The key numbered `key`: sixteen bytes, as the peers in the performance section were measured with.
+pub(crate) fn key_name(key: u32) -> String {
+    format!("key:{key:012}")
+}
+
 fn encode(into: &mut Vec<u8>, operation: Operation, key: u32, value: &[u8]) {
     use std::io::Write;
-    // Sixteen bytes, as the peers in the performance section were measured with. Writing to a vector cannot fail.
+    // As `key_name`, without an allocation. Writing to a vector cannot fail.
     let done = match operation {
         Operation::Get => write!(into, "*2\r\n$3\r\nGET\r\n$16\r\nkey:{key:012}\r\n"),
         Operation::Set | Operation::Fill => {
@@ -223,6 +252,7 @@ mod tests {
         let expected =
             "*3\r\n$3\r\nSET\r\n$16\r\nkey:000000000007\r\n$2\r\nxy\r\n*2\r\n$3\r\nGET\r\n$16\r\nkey:000000000007\r\n";
         assert_eq!(String::from_utf8(bytes).unwrap(), expected);
+        assert_eq!(key_name(7), "key:000000000007");
     }
 
     #[test]
@@ -274,16 +304,42 @@ mod tests {
     #[tokio::test]
     async fn a_phase_counts_right_and_wrong_replies() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let gateways = vec![listener.local_addr().unwrap()];
+        let targets = vec![Target::anything(listener.local_addr().unwrap())];
         // One connection a phase: each has the server's memory to itself, so GET finds nothing that Fill has set.
         let server = std::thread::spawn(move || (0..2).for_each(|_| serve(listener.accept().unwrap().0).unwrap_or(())));
         let duration = Duration::from_millis(50);
-        let plan = Plan { gateways, clients: 1, pipeline: 4, keys: 10, value_bytes: 3, duration };
+        let plan = Plan { targets, clients: 1, pipeline: 4, keys: 10, value_bytes: 3, duration };
         let fill = run(&plan, Operation::Fill).await.unwrap();
         assert_eq!(fill.wrong, 0);
         assert!(fill.per_second > 0.0 && fill.p50_ms <= fill.p99_ms);
         let get = run(&plan, Operation::Get).await.unwrap();
         assert!(get.wrong > 0 && get.per_second == 0.0, "{get:?}");
         server.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_target_is_asked_for_its_own_keys_only() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let server = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut asked = std::collections::BTreeSet::new();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let (mut writer, mut line) = (stream, String::new());
+            while reader.read_line(&mut line).unwrap() > 0 {
+                if line.starts_with("key:") {
+                    asked.insert(line.trim().to_owned());
+                    writer.write_all(b"$3\r\nabc\r\n").unwrap();
+                }
+                line.clear();
+            }
+            asked
+        });
+        let targets = vec![Target { addr, keys: Some(Arc::from([3, 5])) }];
+        let duration = Duration::from_millis(50);
+        let plan = Plan { targets, clients: 1, pipeline: 4, keys: 10, value_bytes: 3, duration };
+        let get = run(&plan, Operation::Get).await.unwrap();
+        assert!(get.wrong == 0 && get.per_second > 0.0, "{get:?}");
+        assert_eq!(server.join().unwrap(), [key_name(3), key_name(5)].into());
     }
 }

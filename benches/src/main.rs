@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   shards    crema dev --shards N  <--RESP over loopback-- clients     requests a second, percentiles per N
+//!   reads     crema dev --reads lease | read_index, redis-server     GET: throughput, latency, ratios, in turn
 //!   failover  crema start × 3       <--writers, kill -9---- survivors   longest pause, failed requests, lost writes
 //! ```
 //!
@@ -9,8 +10,10 @@
 // Its output is its purpose.
 #![allow(clippy::print_stdout)]
 
+mod dev;
 mod failover;
 mod load;
+mod reads;
 mod replies;
 mod shards;
 mod stats;
@@ -30,6 +33,8 @@ struct Args {
 enum Bench {
     /// Throughput and latency of SET and GET at several shard counts, interleaved over rounds, medians printed.
     Shards(shards::Args),
+    /// Linearizable GET under leases against ReadIndex and against Redis, in turn over rounds, medians and ratios printed.
+    Reads(reads::Args),
     /// The pause that the end of a node causes at the other gateways, a fresh cluster each time.
     Failover(failover::Args),
 }
@@ -41,6 +46,7 @@ fn main() -> ExitCode {
     }
     let result = match &args.bench {
         Bench::Shards(args) => shards::run(args),
+        Bench::Reads(args) => reads::run(args),
         Bench::Failover(args) => failover::run(args),
     };
     match result {

@@ -4,18 +4,16 @@
 //! and a phase of GET. Counts are interleaved over the rounds, so that a slow minute of the machine falls on all of
 //! them, and medians are printed.
 
-use crate::load::{self, Measured, Operation, Plan};
+use crate::dev::Dev;
+use crate::load::{self, Measured, Operation, Plan, Target};
 use crate::stats::{median, table, thousands};
-use crema_tests::process::ports::{self, MAX_NODES, Use};
-use crema_tests::process::{Context, Failure, Process, Result, Scratch, eventually};
-use rustix::process::Signal;
+use crema_tests::process::ports::{MAX_NODES, Use};
+use crema_tests::process::{Context, Failure, Result};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Most runs of one call: each takes 3 s or more.
 const MAX_RUNS: usize = 1_000;
-const READY_WITHIN: Duration = Duration::from_secs(120);
-const STOP_WITHIN: Duration = Duration::from_secs(30);
 
 /// Flags of `shards`.
 #[derive(clap::Args)]
@@ -93,28 +91,9 @@ fn row(count: u32, runs: &[(Measured, Measured)]) -> Vec<String> {
 
 /// One run: a fresh cluster, filled, then SET, then GET.
 fn measure(args: &Args, shards: u32, runtime: &tokio::runtime::Runtime) -> Result<(Measured, Measured)> {
-    let scratch = Scratch::new()?;
-    let block = ports::reserve()?;
-    let bases = [
-        ("redis-port", Use::Redis),
-        ("redis-cluster-port", Use::RedisCluster),
-        ("gossip-port", Use::Gossip),
-        ("raft-port", Use::Raft),
-        ("http-port", Use::Http),
-    ];
-    let mut flags = vec!["dev".to_string(), format!("--nodes={}", args.nodes), format!("--shards={shards}")];
-    flags.extend(bases.map(|(flag, purpose)| format!("--{flag}={}", block.port(1, purpose))));
-    let mut dev = Process::spawn("dev", &scratch, &flags)?;
-    let last_words = |dev: &Process| crema_tests::process::child::tail(&dev.stderr(), 5);
-    eventually("the cluster's ready line", READY_WITHIN, || {
-        if let Some(status) = dev.ended()? {
-            return Ok(Err(Failure::new(format!("crema dev ended: {status}\n{}", last_words(&dev)))));
-        }
-        let ready = dev.stdout().lines().any(|line| line.starts_with("ready"));
-        if ready { Ok(Ok(())) } else { Err(Failure::new(last_words(&dev))) }
-    })??;
+    let dev = Dev::start(args.nodes, shards, &[])?;
     let plan = Plan {
-        gateways: (1..=args.nodes).map(|node| block.addr(node, Use::Redis)).collect(),
+        targets: dev.addrs(Use::Redis).into_iter().map(Target::anything).collect(),
         clients: args.clients,
         pipeline: args.pipeline,
         keys: args.keys,
@@ -127,10 +106,6 @@ fn measure(args: &Args, shards: u32, runtime: &tokio::runtime::Runtime) -> Resul
         return Err(Failure::new(format!("{} keys could not be set", fill.wrong)));
     }
     let (set, get) = (phase(Operation::Set)?, phase(Operation::Get)?);
-    dev.signal(Signal::TERM)?;
-    let status = dev.wait(STOP_WITHIN)?;
-    if !status.success() {
-        return Err(Failure::new(format!("crema dev ended with {status}\n{}", last_words(&dev))));
-    }
+    dev.stop()?;
     Ok((set, get))
 }

@@ -7,6 +7,9 @@
 //!   caller <---- oneshot <---- slab of waiting callers <---- Outbox of the lane <---- driver
 //! ```
 //!
+//! A `get` looks at the table of this node's own replica first: under the leader's lease, or at a lower level, it is
+//! answered on the caller's own task, without lane or driver.
+//!
 //! Several lanes keep callers on different cores from meeting at one lock. Order between concurrent callers is not
 //! promised, so it does not matter which lane a request takes; a caller that awaits one operation before it begins
 //! the next sees them in that order, because the first has taken effect by then.
@@ -17,10 +20,10 @@ use crate::node::{BindAddrs, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
 use crema_core::{KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits};
-use crema_shard::{ClientRequest, ClientResult, ConnId, ReadLevel, Refusal, Token};
+use crema_shard::{ClientRequest, ClientResult, ConnId, ReadLevel, ReadMode, Refusal, Token};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
@@ -54,7 +57,7 @@ pub enum CacheError {
         /// What stood in the way.
         reason: String,
     },
-    /// It may or may not have been executed, now or later: read before you retry.
+    /// A write may or may not have been executed, now or later: read before you retry. Never the end of a read.
     #[error("outcome unknown: the operation may or may not have been executed")]
     OutcomeUnknown,
     /// The request or the configuration is not valid, or the key holds what the operation cannot use: give up, or ask
@@ -85,6 +88,7 @@ pub struct CacheConfig {
     shards: u32,
     replicas: u32,
     request_deadline: Duration,
+    reads: ReadMode,
     stop_grace: Duration,
     redis_addr: Option<SocketAddr>,
     redis_cluster_addr: Option<SocketAddr>,
@@ -103,6 +107,7 @@ impl CacheConfig {
             shards: 16,
             replicas: 3,
             request_deadline: Duration::from_secs(5),
+            reads: ReadMode::default(),
             stop_grace: Duration::from_secs(10),
             redis_addr: None,
             redis_cluster_addr: None,
@@ -134,6 +139,13 @@ impl CacheConfig {
     /// Longest time an operation may take, 10 ms to 10 min; 5 s by default.
     pub fn with_request_deadline(mut self, deadline: Duration) -> Self {
         self.request_deadline = deadline;
+        self
+    }
+    /// How a leader makes sure that a read is linearizable; set it alike on all nodes. [`ReadMode::Lease`], the default,
+    /// costs most reads no message, and assumes that the clocks of two nodes differ in rate by less than 15 %.
+    /// [`ReadMode::ReadIndex`] costs a round to a majority, shared by the reads of a moment, and assumes nothing of clocks.
+    pub fn with_reads(mut self, reads: ReadMode) -> Self {
+        self.reads = reads;
         self
     }
     /// How long [`DistributedCache::shutdown`] waits until every shard can do without this node, at most 10 min; 10 s by
@@ -228,6 +240,7 @@ impl CacheConfig {
             metadata: BTreeMap::new(),
             requirepass: None,
             request_deadline: self.request_deadline,
+            reads: self.reads,
             max_clients: 10_000,
             stop_grace: self.stop_grace,
             max_log_bytes: 256 << 20,
@@ -301,11 +314,40 @@ impl DistributedCache {
     }
 
     /// The value under `key`. Linearizable: it reflects every write acknowledged before the call.
+    ///
+    /// Where this node leads the key's shard and holds the lease, no message is sent and no other thread is asked.
     pub async fn get(&self, key: impl AsRef<[u8]>) -> Result<Option<Bytes>> {
+        self.get_with(key, ReadLevel::Linearizable).await
+    }
+
+    /// The value under `key`, from a state as old as `level` allows. Errors are the same at each level: a read that fails
+    /// has changed nothing.
+    ///
+    /// - [`ReadLevel::Linearizable`]: as [`DistributedCache::get`].
+    /// - [`ReadLevel::Bounded`]: every write acknowledged longer ago than the bound is seen. Answered by this node if it
+    ///   holds a replica that is known to be fresh enough; one round to the leader makes it so for all reads of the
+    ///   moment. A bound below a round trip is answered by the leader. Age is measured by this node's clock, which no
+    ///   change of the time of day moves.
+    /// - [`ReadLevel::Local`]: what this node's replica has, without a bound: it may lack writes of this very program, and
+    ///   on a node that is cut off it falls behind for as long as that lasts. Where this node holds no replica, it is
+    ///   linearizable. It never fails for want of a leader where there is a replica.
+    ///
+    /// Below linearizable, reads may run back in time: a later one can be answered by a replica that has heard less than
+    /// whoever answered the earlier one. A key is taken for expired only once the replica has heard so.
+    pub async fn get_with(&self, key: impl AsRef<[u8]>, level: ReadLevel) -> Result<Option<Bytes>> {
         let key = key_ref(key.as_ref())?;
-        match self.inner.client.execute(key.slot, Op::Get { key }).await? {
+        match self.inner.client.read(Op::Get { key }, level).await? {
             Reply::Bulk(value) => Ok(Some(value)),
             Reply::Nil => Ok(None),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Whether there is a value under `key`. Linearizable, and as cheap as [`DistributedCache::get`] without the value.
+    pub async fn contains(&self, key: impl AsRef<[u8]>) -> Result<bool> {
+        let key = key_ref(key.as_ref())?;
+        match self.inner.client.read(Op::Exists { key }, ReadLevel::Linearizable).await? {
+            Reply::Int(n) => Ok(n != 0),
             other => Err(unexpected(&other)),
         }
     }
@@ -353,6 +395,9 @@ fn key_ref(key: &[u8]) -> Result<KeyRef<'_>> {
     KeyRef::new(0, key).ok_or_else(too_long)
 }
 
+/// What becomes of a read that somebody may have answered, but not to us: asking again is always right.
+const READ_LOST: &str = "the read was not answered in time; it changed nothing";
+
 fn unexpected(reply: &Reply) -> CacheError {
     match reply {
         Reply::Error(error) => CacheError::Invalid(error.to_string()),
@@ -385,6 +430,8 @@ struct Shared {
     next: AtomicUsize,
     budget: Arc<Semaphore>,
     deadline: Duration,
+    /// Nothing is answered any more, not even from a table that is still there.
+    closed: AtomicBool,
 }
 
 impl Drop for Shared {
@@ -406,12 +453,48 @@ impl CacheClient {
             lanes.push(lane);
         }
         let budget = Arc::new(Semaphore::new(BUDGET_UNITS));
-        Ok(CacheClient { shared: Arc::new(Shared { client, lanes, next: AtomicUsize::new(0), budget, deadline }) })
+        let closed = AtomicBool::new(false);
+        Ok(CacheClient {
+            shared: Arc::new(Shared { client, lanes, next: AtomicUsize::new(0), budget, deadline, closed }),
+        })
     }
 
     /// Ends the connections. Waiting and further operations fail.
     pub fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
         self.shared.lanes.iter().for_each(|lane| lane.close());
+    }
+
+    /// Reads one key: from this node's own replica if `level` allows it now, else by way of the driver.
+    ///
+    /// Errors: as [`CacheError`] says.
+    async fn read(&self, op: Op<'_>, level: ReadLevel) -> Result<Reply> {
+        let slot = op.key().map_or(Slot(0), |key| key.slot);
+        if let Some(reply) = self.read_here(slot, &op, level) {
+            // Answered without waiting for anybody: a caller that does nothing else must let others run all the same.
+            tokio::task::coop::consume_budget().await;
+            return Ok(reply);
+        }
+        let ops = encode_ops(&[op]).map_err(|e| CacheError::Invalid(e.to_string()))?;
+        self.submit(slot, false, level, ops).await
+    }
+
+    /// The answer of this node's own replica, if it may give one.
+    fn read_here(&self, slot: Slot, op: &Op<'_>, level: ReadLevel) -> Option<Reply> {
+        let shared = &*self.shared;
+        if shared.closed.load(Ordering::Acquire) {
+            return None;
+        }
+        let view = shared.client.view();
+        let published = view.shard(view.shard_of(slot)?)?.published.as_deref()?;
+        match level {
+            ReadLevel::Linearizable => published.read(op, crate::clock::mono),
+            // A leader's replica needs nobody to tell it that it is fresh.
+            ReadLevel::Bounded(most) => published
+                .read_relaxed(op, Some(most), crate::clock::mono())
+                .or_else(|| published.read(op, crate::clock::mono)),
+            ReadLevel::Local => published.read_relaxed(op, None, crate::clock::mono()),
+        }
     }
 
     /// Executes one operation on the shard that owns `slot`.
@@ -424,6 +507,11 @@ impl CacheClient {
     ///
     /// Errors: as [`CacheError`] says. A reply may still be [`Reply::Error`].
     pub async fn execute_encoded(&self, slot: Slot, write: bool, ops: Bytes) -> Result<Reply> {
+        self.submit(slot, write, ReadLevel::Linearizable, ops).await
+    }
+
+    /// Has the driver execute encoded operations; `level` is for reads.
+    async fn submit(&self, slot: Slot, write: bool, level: ReadLevel, ops: Bytes) -> Result<Reply> {
         let shared = &*self.shared;
         let deadline = crate::clock::now().mono.after(shared.deadline);
         let until = tokio::time::Instant::now() + shared.deadline;
@@ -438,7 +526,9 @@ impl CacheClient {
             };
             let permit = self.reserve(units as u32, until, shard).await?;
             let lane = &shared.lanes[shared.next.fetch_add(1, Ordering::Relaxed) % shared.lanes.len()];
-            let result = lane.execute(&shared.client, shard, write, ops.clone(), deadline, permit).await;
+            let request =
+                ClientRequest { conn: lane.conn, token: Token(0), shard, write, level, ops: ops.clone(), deadline };
+            let result = lane.execute(&shared.client, request, permit).await;
             return match result {
                 Some(ClientResult::Reply(Reply::Error(OpError::WrongSlot { .. })))
                 | Some(ClientResult::NotApplied(Refusal::WrongShard)) => {
@@ -448,7 +538,8 @@ impl CacheClient {
                 }
                 Some(ClientResult::Reply(reply)) => Ok(reply),
                 Some(ClientResult::NotApplied(why)) => Err(refusal(why)),
-                Some(ClientResult::Unknown) => Err(CacheError::OutcomeUnknown),
+                Some(ClientResult::Unknown) if write => Err(CacheError::OutcomeUnknown),
+                Some(ClientResult::Unknown) => Err(CacheError::NotApplied { reason: READ_LOST.to_owned() }),
                 // The driver ended with the request in it.
                 None if write => Err(CacheError::OutcomeUnknown),
                 None => Err(CacheError::Stopped),
@@ -537,14 +628,12 @@ impl Lane {
         self.wake.notify_one();
     }
 
-    /// Hands one request to the driver and waits for its end; `None` if the driver has gone with it.
+    /// Hands one request, whose token is given here, to the driver and waits for its end; `None` if the driver has gone
+    /// with it.
     async fn execute(
         &self,
         client: &Client,
-        shard: ShardId,
-        write: bool,
-        ops: Bytes,
-        deadline: MonoTime,
+        mut request: ClientRequest,
         permit: OwnedSemaphorePermit,
     ) -> Option<ClientResult> {
         let (answer, answered) = oneshot::channel();
@@ -553,9 +642,8 @@ impl Lane {
             if state.closed {
                 return Some(ClientResult::NotApplied(Refusal::ShuttingDown));
             }
-            let token = state.waiting.insert(Waiting { answer, deadline, _permit: permit });
-            let request =
-                ClientRequest { conn: self.conn, token, shard, write, level: ReadLevel::Linearizable, ops, deadline };
+            let token = state.waiting.insert(Waiting { answer, deadline: request.deadline, _permit: permit });
+            request.token = token;
             if state.waiting.len > DIRECT {
                 state.queue.push(request);
                 (None, token)
@@ -667,7 +755,8 @@ mod tests {
     use crate::client::ClientInput;
     use crate::driver::Input;
     use arc_swap::ArcSwap;
-    use crema_core::{SlotRange, Term};
+    use crema_core::store::{Edit, TableWriter};
+    use crema_core::{LogTime, Published, SlotRange, Term};
     use crema_shard::{RoutingView, ShardRoute};
     use std::collections::HashMap;
 
@@ -759,9 +848,80 @@ mod tests {
         let cache = CacheClient::open(client, Duration::from_secs(5)).await.unwrap();
         let run = |ops: &'static [u8]| cache.execute_encoded(Slot(0), true, Bytes::from_static(ops));
         assert_eq!(run(b"unknown").await, Err(CacheError::OutcomeUnknown));
+        let read = cache.execute_encoded(Slot(0), false, Bytes::from_static(b"unknown")).await;
+        assert_eq!(read, Err(CacheError::NotApplied { reason: READ_LOST.to_owned() }), "a read leaves no doubt behind");
         assert!(matches!(run(b"leader").await, Err(CacheError::NotApplied { reason }) if reason.contains("shard 0")));
         assert_eq!(run(b"stop").await, Err(CacheError::Stopped));
         assert_eq!(run(b"").await, Ok(Reply::Error(OpError::NotInteger)));
+    }
+
+    /// A view of one shard whose replica is here: published, and its table, which holds k = v.
+    fn with_replica() -> (RoutingView, Arc<Published>, TableWriter) {
+        let mut view = view(1);
+        let mut table = TableWriter::new(view.shards[0].range, 1);
+        let published = Arc::new(Published::new(table.table().clone(), LogTime(1)));
+        let k = KeyRef::new(0, b"k").unwrap();
+        table.edit(k, |_| ((), Edit::Put { value: b"v", expire_at: 0 }));
+        view.shards[0].published = Some(published.clone());
+        (view, published, table)
+    }
+
+    #[tokio::test]
+    async fn reads_are_answered_here_as_far_as_their_level_allows() {
+        let (view, published, _table) = with_replica();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view)), move |r| {
+            seen.lock().unwrap().push((r.write, r.level));
+            Some(ClientResult::Reply(Reply::Bulk("driver".into())))
+        });
+        let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+        let key = KeyRef::new(0, b"k").unwrap();
+        let (here, driver) = (Ok(Reply::Bulk("v".into())), Ok(Reply::Bulk("driver".into())));
+        let age = ReadLevel::Bounded(Duration::from_secs(600));
+        let get = |level| cache.read(Op::Get { key }, level);
+        // Neither leader nor known to be fresh.
+        assert_eq!(get(ReadLevel::Linearizable).await, driver);
+        assert_eq!(get(age).await, driver);
+        assert_eq!(get(ReadLevel::Local).await, here);
+        published.set_fresh(crate::clock::mono());
+        assert_eq!(get(ReadLevel::Linearizable).await, driver);
+        assert_eq!(get(age).await, here);
+        published.set_fresh(MonoTime(1));
+        published.cell().open(1, 1, u64::MAX);
+        assert_eq!(get(ReadLevel::Linearizable).await, here);
+        assert_eq!(get(ReadLevel::Bounded(Duration::ZERO)).await, here, "under the lease");
+        assert_eq!(cache.read(Op::Exists { key }, ReadLevel::Linearizable).await, Ok(Reply::Int(1)));
+        // What no cell answers.
+        assert_eq!(cache.read(Op::Pttl { key }, ReadLevel::Linearizable).await, driver);
+        published.retire();
+        assert_eq!(get(ReadLevel::Local).await, driver);
+        let levels = [ReadLevel::Linearizable, age, ReadLevel::Linearizable, ReadLevel::Linearizable, ReadLevel::Local];
+        assert_eq!(*asked.lock().unwrap(), levels.map(|level| (false, level)));
+        // A table that is still there is no cache that has stopped.
+        cache.close();
+        published.cell().open(2, 1, u64::MAX);
+        assert_eq!(get(ReadLevel::Local).await, Err(CacheError::Stopped));
+        assert_eq!(get(ReadLevel::Linearizable).await, Err(CacheError::Stopped));
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_only_reads_here_lets_others_run() {
+        let (view, published, _table) = with_replica();
+        published.cell().open(1, 1, u64::MAX);
+        let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view)), |_| None);
+        let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+        let done = Arc::new(AtomicBool::new(false));
+        let other = tokio::spawn({
+            let done = done.clone();
+            async move { done.store(true, Ordering::Release) }
+        });
+        let key = KeyRef::new(0, b"k").unwrap();
+        // One thread: without a pause in between this loop would never end.
+        while !done.load(Ordering::Acquire) {
+            cache.read(Op::Get { key }, ReadLevel::Linearizable).await.unwrap();
+        }
+        other.await.unwrap();
     }
 
     #[tokio::test]
@@ -884,14 +1044,30 @@ mod tests {
             assert_eq!(a.get(&key).await, Ok(None));
             a.put(key.clone(), format!("value {i}")).await.unwrap();
             assert_eq!(b.get(&key).await, Ok(Some(format!("value {i}").into())));
+            // Three replicas: each node has one of each shard, and a round to the leader makes it fresh.
+            let level = if i % 2 == 0 { ReadLevel::Bounded(Duration::ZERO) } else { ReadLevel::Linearizable };
+            assert_eq!(c.get_with(&key, level).await, Ok(Some(format!("value {i}").into())), "{level:?}");
+            assert_eq!((a.contains(&key).await, a.contains("no such key").await), (Ok(true), Ok(false)));
             assert_eq!(c.delete(&key).await, Ok(true));
             assert_eq!((b.delete(&key).await, a.get(&key).await), (Ok(false), Ok(None)));
+        }
+        // Every node hears of everything in the end, and none asks another for it.
+        a.put("local", "v").await.unwrap();
+        for node in &nodes {
+            let heard = async {
+                while node.get_with("local", ReadLevel::Local).await != Ok(Some("v".into())) {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(30), heard).await.expect("replicas follow");
         }
         let long = vec![0; limits::MAX_KEY_BYTES + 1];
         assert!(matches!(a.get(&long).await, Err(CacheError::Invalid(_))));
         assert!(matches!(a.put("k", vec![0; limits::MAX_VALUE_BYTES + 1]).await, Err(CacheError::Invalid(_))));
         a.shutdown().await.unwrap();
-        assert_eq!(a.get("k").await, Err(CacheError::Stopped));
+        for level in [ReadLevel::Linearizable, ReadLevel::Bounded(Duration::from_secs(600)), ReadLevel::Local] {
+            assert_eq!(a.get_with("local", level).await, Err(CacheError::Stopped));
+        }
         // The others go on: a majority is left.
         b.put("k", "v").await.unwrap();
         assert_eq!(c.get("k").await, Ok(Some("v".into())));
@@ -905,6 +1081,8 @@ mod tests {
             base().with_seed_nodes(vec![(2, addr("127.0.0.1:9002")), (1, addr("127.0.0.1:9001"))]).resolve().unwrap();
         assert_eq!(ok.initial_members, [crema_core::NodeId(1), crema_core::NodeId(2)]);
         assert_eq!(ok.static_peers.len(), 1);
+        assert_eq!(ok.reads, ReadMode::Lease);
+        assert_eq!(base().with_reads(ReadMode::ReadIndex).resolve().unwrap().reads, ReadMode::ReadIndex);
         assert_eq!(
             ok.bind,
             BindAddrs { raft: addr("127.0.0.1:9001"), gossip: None, redis: None, redis_cluster: None, http: None }

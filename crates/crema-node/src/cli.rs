@@ -9,7 +9,7 @@
 //! configuration is wrong.
 
 use crate::admin::{MemberBody, ShardBody, StatusBody};
-use crate::config::StartArgs;
+use crate::config::{Reads, StartArgs};
 use clap::{Args, Parser, Subcommand};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use std::io::{Read, Write};
@@ -56,6 +56,9 @@ pub struct DevArgs {
     /// Number of shards.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=16_384))]
     pub shards: u32,
+    /// How reads are confirmed: see `crema start --help`.
+    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
+    pub reads: Reads,
     /// Run each node as a process of its own, so that one can be killed. Their process ids are printed.
     #[arg(long)]
     pub processes: bool,
@@ -378,12 +381,13 @@ mod tests {
         assert_eq!((start.settings.join, start.settings.insecure), (Some(true), Some(true)));
         assert_eq!(start.settings.seeds.as_deref().unwrap().len(), 2);
         let line = "crema dev --nodes 5 --shards 64 --processes --redis-port 1 --redis-cluster-port 2 --gossip-port 3 \
-                    --raft-port 4 --http-port 5";
+                    --raft-port 4 --http-port 5 --reads read_index";
         assert!(Cli::try_parse_from(line.split_whitespace()).is_ok());
         for bad in [
             "crema",
             "crema dev --nodes 0",
             "crema dev --shards 0",
+            "crema dev --reads maybe",
             "crema start --node-id x",
             "crema dev --http-port 0",
             "crema start --raft-addr 1",

@@ -13,6 +13,7 @@ use crate::node::{BindAddrs, NodeConfig};
 use clap::ArgAction;
 use confique::{Config as _, Layer as _};
 use crema_core::NodeId;
+use crema_shard::ReadMode;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -118,6 +119,13 @@ pub struct Config {
     #[config(env = "CREMA_REQUEST_DEADLINE_MS", default = 5000, layer_attr(arg(long, value_name = "MS")))]
     pub request_deadline_ms: u64,
 
+    /// How a leader makes sure that a read is linearizable: "lease" or "read_index". Set it alike on all nodes.
+    /// lease: by a promise that a majority keeps in time, so that most reads cost no message. Assumes that the
+    /// clocks of two nodes differ in rate by less than 15 %; their times of day may differ as they like.
+    /// read_index: by a round to a majority, which the reads of a moment share. Assumes nothing of clocks.
+    #[config(env = "CREMA_READS", default = "lease", layer_attr(arg(long, value_name = "HOW", value_enum)))]
+    pub reads: Reads,
+
     /// Most Redis clients connected at once, both Redis addresses together, 1 to 1000000.
     #[config(env = "CREMA_MAX_CLIENTS", default = 10000, layer_attr(arg(long, value_name = "N")))]
     pub max_clients: usize,
@@ -215,6 +223,7 @@ impl Config {
                 metadata: self.metadata.clone(),
                 requirepass,
                 request_deadline: Duration::from_millis(self.request_deadline_ms),
+                reads: self.reads.into(),
                 max_clients: self.max_clients,
                 stop_grace: Duration::from_millis(self.stop_grace_ms),
                 max_log_bytes: self.max_log_bytes.as_usize(),
@@ -471,6 +480,36 @@ impl StartArgs {
             flags.metadata = Some(self.metadata.iter().map(|p| (p.key.clone(), p.value.clone())).collect());
         }
         Config::load(flags, self.config.as_deref())
+    }
+}
+
+/// [`ReadMode`] as the configuration writes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Reads {
+    /// By the leader's lease: clocks must run at about the same rate.
+    #[default]
+    Lease,
+    /// By a round of messages: nothing is assumed of clocks.
+    ReadIndex,
+}
+
+impl From<Reads> for ReadMode {
+    fn from(reads: Reads) -> ReadMode {
+        match reads {
+            Reads::Lease => ReadMode::Lease,
+            Reads::ReadIndex => ReadMode::ReadIndex,
+        }
+    }
+}
+
+impl fmt::Display for Reads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Reads::Lease => "lease",
+            Reads::ReadIndex => "read_index",
+        })
     }
 }
 
@@ -736,6 +775,20 @@ mod tests {
         }
         for text in ["", "mb", "-1", "+1", "1.5gb", "1pb", "99999999999999999999", "18446744073709551615kb"] {
             assert!(text.parse::<ByteSize>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn reads_are_confirmed_as_the_configuration_says() {
+        let mode = |flags: &[&str]| config(flags).resolve().unwrap().node.reads;
+        assert_eq!(mode(&["--node-id", "1"]), ReadMode::Lease);
+        assert_eq!(mode(&["--node-id", "1", "--reads", "read_index"]), ReadMode::ReadIndex);
+        assert!(Cli::try_parse_from(["crema", "--reads", "stale"]).is_err());
+        let file: ConfigLayer = toml::from_str("reads = \"read_index\"").unwrap();
+        assert_eq!(file.reads, Some(Reads::ReadIndex));
+        // What `crema dev` passes on to its processes.
+        for reads in [Reads::Lease, Reads::ReadIndex] {
+            assert_eq!(mode(&["--node-id", "1", "--reads", &reads.to_string()]), reads.into());
         }
     }
 

@@ -17,3 +17,4 @@ pub mod resp;
 pub mod run;
 
 pub use cache::{CacheConfig, CacheError, DistributedCache, NodeId};
+pub use crema_shard::{ReadLevel, ReadMode};

@@ -169,6 +169,7 @@ pub fn front_samples(stats: &FrontStats, into: &mut Vec<Sample>) {
     count("resp_protocol_errors", "RESP connections closed for what they sent", &stats.protocol_errors);
     count("resp_auth_failures", "Wrong passwords of RESP clients", &stats.auth_failures);
     count("resp_holds", "RESP commands that waited for a placement or a leader", &stats.holds);
+    count("resp_reads_local", "RESP reads answered under a lease without the driver", &stats.reads_local);
     let connected = stats.connected.load(Relaxed) as f64;
     into.push(gauge("resp_connections", "RESP connections at present", connected));
 }

@@ -24,7 +24,7 @@ use crate::peers::{PeerOptions, Peers, PeersConfig, PeersHandle};
 use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crema_core::{Incarnation, NodeId};
 use crema_gossip::{GossipConfig, GossipError, Member};
-use crema_shard::{Host, HostConfig, HostStatus, NodeAddrs, RoutingView, Timing};
+use crema_shard::{Host, HostConfig, HostStatus, NodeAddrs, ReadMode, RoutingView, Timing};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -98,6 +98,8 @@ pub struct NodeConfig {
     pub requirepass: Option<Secret>,
     /// After this, a command is answered with an error; 10 ms to 10 min.
     pub request_deadline: Duration,
+    /// How linearizable reads are confirmed where this node leads.
+    pub reads: ReadMode,
     /// Most clients, both RESP listeners together.
     pub max_clients: usize,
     /// How long a stop waits until nobody needs this node, at most 10 min.
@@ -407,7 +409,7 @@ impl Node {
             entropy: entropy.map(u64::from_le_bytes),
             timing: Timing::default(),
             max_log_bytes: config.max_log_bytes,
-            read_mode: crema_shard::ReadMode::Lease,
+            read_mode: config.reads,
         };
         let book = Arc::new(Mutex::new(AddressBook::default()));
         let (view_changes, view_changed) = watch::channel(());
@@ -933,6 +935,7 @@ mod tests {
             metadata: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
             requirepass: None,
             request_deadline: Duration::from_secs(5),
+            reads: ReadMode::Lease,
             max_clients: 10,
             stop_grace: Duration::from_secs(10),
             max_log_bytes: 1 << 20,

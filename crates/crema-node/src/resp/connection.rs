@@ -12,7 +12,8 @@
 //! to come counts as large as recent ones were, so a pipeline of large reads is short; but the first of them after small
 //! ones come unannounced, up to [`MAX_IN_FLIGHT`] of them.
 //!
-//! **Order.** A shard executes a connection's requests in order. Should slots move between shards, what follows waits
+//! **Order.** A shard executes a connection's requests in order; a read that is answered here, under the leader's lease, is
+//! so only while the shard owes this connection nothing. Should slots move between shards, what follows waits
 //! until everything planned under the old placement is answered, and the refused requests have been sent again.
 
 use crate::client::{Client, Outbox};
@@ -20,6 +21,7 @@ use crate::clock;
 use crate::resp::decode::Decoder;
 use crate::resp::encode;
 use crate::resp::inflight::{InFlight, result_size};
+use crate::resp::order::Unanswered;
 use crate::resp::plan::{ClientState, Context, Plan, plan};
 use crate::resp::server::{ClientInfo, FrontConfig, ListenerKind};
 use bytes::{Buf, Bytes, BytesMut};
@@ -40,6 +42,9 @@ pub const MAX_IN_FLIGHT: usize = 1024;
 pub const MAX_IN_FLIGHT_BYTES: usize = 8 * 1024 * 1024;
 /// Most bytes of replies that wait for the client to read, one reply's excess excluded.
 pub const MAX_OUTPUT_BYTES: usize = 1024 * 1024;
+/// After so many commands others have their turn. Reads under a lease wait for nobody: whoever sends them without end would
+/// keep a thread of the runtime to itself for as long as its socket has something to read.
+pub const TURN: u64 = MAX_IN_FLIGHT as u64;
 /// Commands in flight before the size of results is known; doubles with each round of results.
 const FIRST_WINDOW: usize = 128;
 /// Least commands in flight, however large results are.
@@ -109,6 +114,8 @@ enum Pause {
     Held,
     /// The placement changed: what is in flight is answered first.
     Barrier,
+    /// It is the others' turn.
+    Turn,
     /// Nothing will be planned any more.
     Ended,
 }
@@ -125,6 +132,8 @@ struct Connection {
     first: u64,
     /// Commands of the queue without all their results.
     open: usize,
+    /// Their requests, by shard.
+    unanswered: Unanswered,
     /// Bytes of requests and unwritten results of the queue.
     bytes: usize,
     window: usize,
@@ -141,6 +150,8 @@ struct Connection {
     /// When the client last took bytes.
     progress: Instant,
     commands: u64,
+    /// Commands when others last had their turn.
+    turn: u64,
 }
 
 /// Serves one client until either side ends it, and tells the driver.
@@ -181,6 +192,7 @@ impl Connection {
             queue: VecDeque::new(),
             first: 0,
             open: 0,
+            unanswered: Unanswered::default(),
             bytes: 0,
             window: FIRST_WINDOW,
             large: 0,
@@ -192,6 +204,7 @@ impl Connection {
             phase: Phase::Open,
             progress: Instant::now(),
             commands: 0,
+            turn: 0,
             link,
         }
     }
@@ -247,6 +260,13 @@ impl Connection {
             };
             if over {
                 return Ok(());
+            }
+            if self.commands - self.turn >= TURN {
+                tokio::task::yield_now().await;
+                self.turn = self.commands;
+                if pause == Pause::Turn {
+                    continue;
+                }
             }
             if matches!(pause, Pause::Full | Pause::Barrier) && !self.is_full() && self.may_plan(&client.view()) {
                 // Writing has made room, and the commands are at hand already. Others have their turn before.
@@ -368,12 +388,17 @@ impl Connection {
                 self.large = size.max(self.large - self.large / 16);
                 self.bytes += size;
                 command.held += size;
-                command.complete(part, result, view, &mut again);
+                let shard = command.part(part).map(|p| p.shard);
+                if command.complete(part, result, view, &mut again)
+                    && let Some(shard) = shard
+                {
+                    self.unanswered.answered(shard);
+                }
                 if command.is_finished() {
                     self.open -= 1;
                 }
                 for part in again.drain(..) {
-                    push_request(&mut self.batch, self.link.conn, number, part, command);
+                    push_request(&mut self.batch, &mut self.unanswered, self.link.conn, number, part, command);
                 }
             }
             self.resend = again;
@@ -396,6 +421,10 @@ impl Connection {
             self.link.info.last_active.store(now.mono.0, Ordering::Relaxed);
             self.link.front.stats.commands.fetch_add(taken, Ordering::Relaxed);
         }
+        let reads = std::mem::take(&mut self.state.reads_local);
+        if reads > 0 {
+            self.link.front.stats.reads_local.fetch_add(reads, Ordering::Relaxed);
+        }
         if self.buf.is_empty() && self.buf.capacity() > KEPT_BUFFER {
             self.buf = BytesMut::new();
         }
@@ -409,6 +438,9 @@ impl Connection {
             }
             if self.is_full() {
                 return Pause::Full;
+            }
+            if self.commands - self.turn >= TURN {
+                return Pause::Turn;
             }
             match self.decoder.poll(&mut self.buf, self.state.authenticated) {
                 Ok(true) => {}
@@ -434,9 +466,13 @@ impl Connection {
                 deadline,
                 local: self.link.info.local,
                 patient: now.mono < since.after(self.patience(view)),
+                unanswered: &self.unanswered,
+                clock: clock::mono,
             };
             let args = self.decoder.args(&self.buf);
-            match plan(&context, &mut self.state, args, &mut self.scratch) {
+            // What is answered at once and stands behind nothing goes straight to the output.
+            let out = if self.queue.is_empty() { &mut self.out } else { &mut self.scratch };
+            match plan(&context, &mut self.state, args, out) {
                 Plan::Hold => {
                     if self.held.is_none() {
                         self.link.front.stats.holds.fetch_add(1, Ordering::Relaxed);
@@ -465,7 +501,8 @@ impl Connection {
         if view.shards.is_empty() { deadline } else { deadline / 2 }
     }
 
-    /// The reply in the scratch buffer takes its place: at once if nothing is before it.
+    /// The reply in the scratch buffer, if it is not in the output already, takes its place: at once if nothing is before
+    /// it.
     fn reply(&mut self) {
         if self.queue.is_empty() {
             self.out.extend_from_slice(&self.scratch);
@@ -481,7 +518,7 @@ impl Connection {
     fn send(&mut self, view: &RoutingView, command: InFlight) {
         let number = self.first + self.queue.len() as u64;
         for part in 0..command.part_count() {
-            push_request(&mut self.batch, self.link.conn, number, part, &command);
+            push_request(&mut self.batch, &mut self.unanswered, self.link.conn, number, part, &command);
         }
         self.bytes += command.held;
         if !command.is_finished() {
@@ -513,6 +550,7 @@ impl Connection {
             command.abandon(&result, view);
         }
         self.open = 0;
+        self.unanswered.give_up();
         self.phase = Phase::Closing;
     }
 
@@ -527,8 +565,16 @@ impl Connection {
     }
 }
 
-fn push_request(batch: &mut Vec<ClientRequest>, conn: ConnId, number: u64, part: u32, command: &InFlight) {
+fn push_request(
+    batch: &mut Vec<ClientRequest>,
+    unanswered: &mut Unanswered,
+    conn: ConnId,
+    number: u64,
+    part: u32,
+    command: &InFlight,
+) {
     let Some(p) = command.part(part) else { return };
+    unanswered.sent(p.shard);
     batch.push(ClientRequest {
         conn,
         token: Token(number << PART_BITS | u64::from(part)),

@@ -198,12 +198,12 @@ impl Many {
         }
     }
 
-    fn complete(&mut self, index: usize, result: ClientResult, view: &RoutingView, resend: &mut Vec<u32>) {
-        let Some((part, positions, done)) = self.parts.get_mut(index).filter(|(.., done)| !done) else { return };
+    fn complete(&mut self, index: usize, result: ClientResult, view: &RoutingView, resend: &mut Vec<u32>) -> bool {
+        let Some((part, positions, done)) = self.parts.get_mut(index).filter(|(.., done)| !done) else { return false };
         if result == ClientResult::NotApplied(Refusal::WrongShard) && !part.retried {
             let (part, positions) = (part.clone(), positions.clone());
             self.place_again(index, &part, &positions, view, resend);
-            return;
+            return true;
         }
         *done = true;
         self.open -= 1;
@@ -231,6 +231,7 @@ impl Many {
             Some(failure) => self.fail(failure),
             None => self.wrote |= write,
         }
+        true
     }
 
     /// The shard said that the slots are not its own: sends the operations where they belong by the present view.
@@ -433,15 +434,15 @@ impl InFlight {
         }
     }
 
-    /// Takes the result of a part; a second one for the same part is ignored. Parts to send (again) are added to
-    /// `resend`: the slots had moved, and `view` says where they are now.
-    pub fn complete(&mut self, index: u32, result: ClientResult, view: &RoutingView, resend: &mut Vec<u32>) {
+    /// Takes the result of a part; a second one for the same part is ignored. Returns whether it was taken. Parts to send
+    /// (again) are added to `resend`: the slots had moved, and `view` says where they are now.
+    pub fn complete(&mut self, index: u32, result: ClientResult, view: &RoutingView, resend: &mut Vec<u32>) -> bool {
         let new = normalise(result);
         match &mut self.body {
-            Body::Ready(_) => {}
+            Body::Ready(_) => false,
             Body::One { part, result, .. } => {
                 if index != 0 || result.is_some() {
-                    return;
+                    return false;
                 }
                 if new == ClientResult::NotApplied(Refusal::WrongShard) && !part.retried {
                     part.retried = true;
@@ -449,10 +450,11 @@ impl InFlight {
                     if let Some(shard) = slot.and_then(|s| view.shard_of(s)) {
                         part.shard = shard;
                         resend.push(0);
-                        return;
+                        return true;
                     }
                 }
                 *result = Some(new);
+                true
             }
             Body::Many(many) => many.complete(index as usize, new, view, resend),
         }
@@ -604,10 +606,11 @@ mod tests {
         let part = Part::new(ShardId(0), false, encode_ops(&[get("a")]).unwrap());
         let mut c = InFlight::one("get", Proto::Resp2, MonoTime(1), part, Fmt::Plain);
         let mut resend = Vec::new();
-        c.complete(0, wrong(), &new, &mut resend);
+        assert!(c.complete(0, wrong(), &new, &mut resend));
         assert_eq!((resend.as_slice(), c.part(0).unwrap().shard), ([0].as_slice(), ShardId(2)));
         assert!(!c.is_finished());
-        c.complete(0, wrong(), &new, &mut resend);
+        assert!(c.complete(0, wrong(), &new, &mut resend));
+        assert!(!c.complete(0, wrong(), &new, &mut resend), "it has its result");
         assert!(text(&c).starts_with("-TRYAGAIN the slot is moving"));
 
         // All keys lay on one shard; now they lie on three, and each part knows its place in the reply.
@@ -617,6 +620,7 @@ mod tests {
         let errors = vec![Reply::Error(OpError::WrongSlot { epoch: Epoch(2) }); 4];
         c.complete(0, ClientResult::Reply(Reply::Array(errors)), &new, &mut resend);
         assert_eq!(resend, [1, 2, 3]);
+        assert!(!c.complete(0, ClientResult::Unknown, &new, &mut resend), "that part is planned again");
         c.complete(3, ClientResult::Reply(bulk("A")), &new, &mut resend);
         c.complete(2, ClientResult::Reply(bulk("C")), &new, &mut resend);
         c.complete(1, ClientResult::Reply(Reply::Array(vec![bulk("B"), bulk("D")])), &new, &mut resend);

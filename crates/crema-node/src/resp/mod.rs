@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   socket -> decode -> Args -> plan (command, ops, local, topology) -> requests -> driver
-//!     ^                              \-> reply at once                               |
+//!     ^                              \-> reply at once, reads under a lease too      |
 //!     \--- encode <- in the order of the commands <- inflight <- results <-----------/
 //! ```
 //!
@@ -17,6 +17,7 @@ pub mod encode;
 pub mod inflight;
 pub mod local;
 pub mod ops;
+pub mod order;
 pub mod plan;
 pub mod server;
 #[cfg(test)]

@@ -7,7 +7,11 @@
 //!                                                          Close, Drop
 //! ```
 //!
-//! Pure: no clock, no socket, no waiting. A command that is held has changed nothing, so it can be planned again.
+//! Pure: no socket, no waiting, and the clock is an argument. A command that is held has changed nothing, so it can be
+//! planned again.
+//!
+//! **A read of one key** that this node may answer under its lease is answered here, without the driver, unless something
+//! of the same connection is on its way to the shard: then it takes its turn behind that.
 //!
 //! **The two listeners.** On the proxying one every command goes where its keys are; one over keys of several shards is
 //! scattered and gathered. On the cluster one, keys must share a slot, and a slot that another node leads is answered
@@ -22,12 +26,13 @@ use crate::resp::encode::{self, Proto};
 use crate::resp::inflight::{CROSSSLOT, Finish, InFlight, LOADING, Many, Part, Positions, Shape, TxItem, by_shard};
 use crate::resp::local;
 use crate::resp::ops::{self, Built, Combine, Fmt};
+use crate::resp::order::Unanswered;
 use crate::resp::server::{ClientInfo, FrontConfig, ListenerKind};
 use crate::resp::topology;
 use bytes::BytesMut;
 use crema_core::limits::{MAX_KEY_BYTES, MAX_OPS_PER_REQUEST, MAX_REQUEST_BYTES, MAX_SCAN_COUNT};
 use crema_core::store::SCAN_SLOT_SHIFT;
-use crema_core::{CodecError, MonoTime, Now, Op, ShardId, Slot, encode_ops, slot_of};
+use crema_core::{CodecError, MonoTime, Now, Op, Published, ShardId, Slot, encode_ops, slot_of};
 use crema_shard::{RoutingView, ShardRoute};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -52,13 +57,15 @@ pub struct ClientState {
     pub authenticated: bool,
     /// The queue, between MULTI and EXEC.
     pub multi: Option<Multi>,
+    /// Reads that were answered under a lease; whoever counts them takes the number away.
+    pub reads_local: u64,
 }
 
 impl ClientState {
     /// A new connection.
     pub fn new(info: Arc<ClientInfo>, front: &FrontConfig) -> ClientState {
         let authenticated = front.requirepass.is_none();
-        ClientState { info, db: 0, proto: Proto::Resp2, authenticated, multi: None }
+        ClientState { info, db: 0, proto: Proto::Resp2, authenticated, multi: None, reads_local: 0 }
     }
 }
 
@@ -88,6 +95,10 @@ pub struct Context<'c> {
     pub local: SocketAddr,
     /// Whether the command can still be held.
     pub patient: bool,
+    /// The connection's requests that are on their way.
+    pub unanswered: &'c Unanswered,
+    /// Reads the monotonic clock: a lease is compared with a clock that was read after the value.
+    pub clock: fn() -> MonoTime,
 }
 
 /// What becomes of a command.
@@ -374,10 +385,44 @@ fn too_large(e: CodecError) -> String {
     }
 }
 
+/// Answers a read of one key from the table that this node's replica publishes. `false`: nothing was written, the driver
+/// must be asked.
+fn read_here(ctx: &Context<'_>, state: &mut ClientState, shard: ShardId, op: &Op<'_>, out: &mut BytesMut) -> bool {
+    let published = ctx.view.shard(shard).and_then(|r| r.published.as_deref());
+    let Some(published) = published.filter(|_| Published::answers(op) && ctx.unanswered.allows(shard)) else {
+        return false;
+    };
+    let (Some(key), Some(seen)) = (op.key(), published.begin()) else { return false };
+    let (from, proto) = (out.len(), state.proto);
+    // The value is copied once, to where it leaves from; what turns out not to count is taken back.
+    let found = published.value(key, |entry| match (op, entry) {
+        (Op::Get { .. }, Some(e)) => encode::bulk(out, e.value),
+        (Op::Get { .. }, None) => encode::nil(out, proto),
+        (Op::Strlen { .. }, e) => encode::int(out, e.map_or(0, |e| e.value.len() as i64)),
+        (Op::Type { .. }, e) => encode::simple(out, if e.is_some() { "string" } else { "none" }),
+        (_, e) => encode::int(out, i64::from(e.is_some())),
+    });
+    let counts = found.is_some_and(|found| published.finish(seen, found.expire_at, (ctx.clock)()));
+    if counts {
+        state.reads_local += 1;
+    } else {
+        out.truncate(from);
+    }
+    counts
+}
+
 /// A command of one operation on one key.
-fn one(ctx: &Context<'_>, state: &ClientState, spec: &'static Spec, op: Op<'_>, fmt: Fmt, out: &mut BytesMut) -> Plan {
+fn one(
+    ctx: &Context<'_>,
+    state: &mut ClientState,
+    spec: &'static Spec,
+    op: Op<'_>,
+    fmt: Fmt,
+    out: &mut BytesMut,
+) -> Plan {
     let slot = op.key().map_or(Slot(0), |k| k.slot);
     match route(ctx, slot) {
+        Route::Shard(shard) if read_here(ctx, state, shard, &op, out) => Plan::Local,
         Route::Shard(shard) => match encode_ops(&[op]) {
             Ok(ops) => {
                 let part = Part::new(shard, op.is_write(), ops);
@@ -406,7 +451,7 @@ fn elsewhere(route: Route, slot: Slot, out: &mut BytesMut) -> Plan {
 /// A command of several keys: scattered, or on the cluster listener confined to one slot.
 fn many(
     ctx: &Context<'_>,
-    state: &ClientState,
+    state: &mut ClientState,
     spec: &'static Spec,
     ops: &[Op<'_>],
     combine: Combine,
@@ -418,9 +463,18 @@ fn many(
         encode::error(out, CROSSSLOT.as_bytes());
         return Plan::Local;
     }
-    match route(ctx, first) {
-        Route::Shard(_) => {}
+    let shard = match route(ctx, first) {
+        Route::Shard(shard) => shard,
         other => return elsewhere(other, first, out),
+    };
+    // MGET of one key. Of several, the driver reads all at one moment.
+    if let ([op], Combine::List) = (ops, combine) {
+        let from = out.len();
+        encode::array(out, 1);
+        if read_here(ctx, state, shard, op, out) {
+            return Plan::Local;
+        }
+        out.truncate(from);
     }
     let Some(groups) = by_shard(ops, ctx.view) else { return elsewhere(Route::Loading, first, out) };
     let mut parts = Vec::with_capacity(groups.len());
@@ -559,7 +613,8 @@ mod tests {
     use super::*;
     use crate::resp::testing::{Planner, three_shards};
     use bytes::Bytes;
-    use crema_core::{NodeId, OpsRef, Reply, Term};
+    use crema_core::store::{Edit, TableWriter};
+    use crema_core::{KeyRef, LogTime, NodeId, OpsRef, Reply, Term};
     use crema_shard::{ClientResult, Refusal};
 
     /// Slots: a 15495, foo 12182, somekey 11058: shard 2. c 7365: shard 1. b 3300, bar 5061, hello 866: shard 0.
@@ -583,6 +638,93 @@ mod tests {
         assert_eq!(p.sent("flushall async"), [(0, true, 1), (1, true, 1), (2, true, 1)]);
         assert_eq!(p.local("flushdb foo"), "-ERR syntax error\r\n");
         assert_eq!(p.local("flushall sync sync"), "-ERR syntax error\r\n");
+    }
+
+    /// A view whose shard 2 (keys a, foo, somekey) is leased here until the clock reads 100, and its table: a = 1, and foo
+    /// as it expires at log time 1,000.
+    fn leased() -> (RoutingView, TableWriter, Arc<Published>) {
+        let mut view = three_shards();
+        let mut table = TableWriter::new(view.shards[2].range, 1);
+        let published = Arc::new(Published::new(table.table().clone(), LogTime(500)));
+        published.set_estimate(LogTime(500), Now::default());
+        published.cell().open(5, 7, 100);
+        for (key, expire_at) in [("a", 0), ("foo", 1_000)] {
+            table.edit(KeyRef::new(0, key.as_bytes()).unwrap(), |_| ((), Edit::Put { value: b"1", expire_at }));
+        }
+        view.shards[2].published = Some(published.clone());
+        (view, table, published)
+    }
+
+    #[test]
+    fn reads_of_one_key_are_answered_under_a_lease() {
+        for kind in [ListenerKind::Proxy, ListenerKind::Cluster] {
+            let (mut view, _table, _) = leased();
+            view.shards[2].leader = Some(view.this);
+            let mut p = Planner::new(kind, view);
+            for (line, reply) in [
+                ("get a", "$1\r\n1\r\n"),
+                ("get foo", "$1\r\n1\r\n"),
+                ("get somekey", "$-1\r\n"),
+                ("strlen a", ":1\r\n"),
+                ("strlen somekey", ":0\r\n"),
+                ("exists a", ":1\r\n"),
+                ("exists somekey", ":0\r\n"),
+                ("type a", "+string\r\n"),
+                ("type somekey", "+none\r\n"),
+                ("mget a", "*1\r\n$1\r\n1\r\n"),
+                ("getex a", "$1\r\n1\r\n"),
+            ] {
+                assert_eq!(p.local(line), reply, "{line}");
+            }
+            assert_eq!(p.state.reads_local, 11);
+            // What is no read of one key, or not this shard's, takes the usual way.
+            assert_eq!(p.sent("get b"), [(0, false, 1)]);
+            assert_eq!(p.sent("mget a a"), [(2, false, 2)]);
+            assert_eq!(p.sent("exists a a"), [(2, false, 2)]);
+            assert_eq!(p.sent("ttl a"), [(2, false, 1)]);
+            assert_eq!(p.sent("getdel a"), [(2, true, 1)]);
+            // A transaction is one request, and queues.
+            assert_eq!((p.local("multi"), p.local("get a")), ("+OK\r\n".into(), "+QUEUED\r\n".into()));
+            assert_eq!(p.sent("exec"), [(2, false, 1)]);
+            p.local("hello 3");
+            assert_eq!(p.local("get somekey"), "_\r\n");
+            p.local("select 1");
+            assert_eq!(p.local("get a"), "_\r\n", "another database");
+            assert_eq!(p.state.reads_local, 13);
+        }
+    }
+
+    #[test]
+    fn a_read_that_may_not_be_answered_here_leaves_no_trace() {
+        let (view, mut table, published) = leased();
+        let mut p = Planner::new(ListenerKind::Proxy, view);
+        let asks = |p: &mut Planner, why: &str| {
+            for line in ["get a", "mget a"] {
+                // `sent` refuses a plan that has written something.
+                assert_eq!(p.sent(line), [(2, false, 1)], "{line}: {why}");
+            }
+            assert_eq!(p.state.reads_local, 0);
+        };
+        p.clock = || MonoTime(100);
+        asks(&mut p, "the lease is over once the value is read");
+        p.clock = || MonoTime(0);
+        p.unanswered.sent(ShardId(2));
+        asks(&mut p, "it would overtake");
+        p.unanswered.answered(ShardId(2));
+        p.unanswered.sent(ShardId(1));
+        assert_eq!(p.local("get a"), "$1\r\n1\r\n", "another shard is not in the way");
+        p.state.reads_local = 0;
+        published.cell().changing();
+        asks(&mut p, "half of a change");
+        published.cell().changed();
+        let soon = KeyRef::new(0, b"a").unwrap();
+        table.edit(soon, |_| ((), Edit::Put { value: b"1", expire_at: 501 }));
+        asks(&mut p, "only the log can say whether it has expired");
+        table.edit(soon, |_| ((), Edit::Put { value: b"1", expire_at: 0 }));
+        published.cell().close();
+        asks(&mut p, "no lease");
+        published.cell().open(6, 7, 100);
+        assert_eq!(p.local("get a"), "$1\r\n1\r\n");
     }
 
     #[test]

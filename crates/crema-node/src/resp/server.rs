@@ -62,6 +62,8 @@ pub struct FrontStats {
     pub auth_failures: AtomicU64,
     /// Commands that had to wait for a placement or a leader.
     pub holds: AtomicU64,
+    /// Reads answered under the leader's lease by the connections themselves, without the driver.
+    pub reads_local: AtomicU64,
 }
 
 /// What all connections of a node share: configuration, counters, and the list of clients. Fill the public fields

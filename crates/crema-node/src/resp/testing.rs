@@ -6,6 +6,7 @@ use crate::config::Secret;
 use crate::driver::{Input, input_channel};
 use crate::resp::decode::OwnedArgs;
 use crate::resp::inflight::InFlight;
+use crate::resp::order::Unanswered;
 use crate::resp::plan::{ClientState, Context, Plan, plan};
 use crate::resp::server::{ClientInfo, FrontConfig, ListenerKind};
 use arc_swap::ArcSwap;
@@ -82,6 +83,8 @@ pub(crate) struct Planner {
     pub(crate) front: FrontConfig,
     pub(crate) state: ClientState,
     pub(crate) patient: bool,
+    pub(crate) unanswered: Unanswered,
+    pub(crate) clock: fn() -> MonoTime,
 }
 
 impl Planner {
@@ -90,7 +93,7 @@ impl Planner {
         let (peer, local) = ("192.0.2.1:5000".parse().unwrap(), "192.0.2.9:6379".parse().unwrap());
         let info = Arc::new(ClientInfo::new(1, peer, local, MonoTime(0)));
         let state = ClientState::new(info, &front);
-        Planner { kind, view, front, state, patient: true }
+        Planner { kind, view, front, state, patient: true, unanswered: Unanswered::default(), clock: || MonoTime(0) }
     }
 
     pub(crate) fn with_password(mut self, password: &str) -> Planner {
@@ -109,6 +112,8 @@ impl Planner {
             deadline: now.mono.after(Duration::from_secs(5)),
             local: self.state.info.local,
             patient: self.patient,
+            unanswered: &self.unanswered,
+            clock: self.clock,
         };
         let mut out = BytesMut::new();
         let plan = plan(&context, &mut self.state, args.args(), &mut out);
@@ -230,17 +235,35 @@ pub(crate) struct FakeDriver {
 }
 
 impl FakeDriver {
-    pub(crate) fn new(view: RoutingView, mut script: Script) -> FakeDriver {
+    pub(crate) fn new(view: RoutingView, script: Script) -> FakeDriver {
+        Self::start(view, script, false)
+    }
+
+    /// Publishes what its shards hold, under a lease without end.
+    pub(crate) fn leased(view: RoutingView, script: Script) -> FakeDriver {
+        Self::start(view, script, true)
+    }
+
+    fn start(mut view: RoutingView, mut script: Script, leased: bool) -> FakeDriver {
         let (sender, receiver) = input_channel();
         let arcs: Vec<SlotRange> = match view.shards.is_empty() {
             true => three_shards().shards.iter().map(|s| s.range).collect(),
             false => view.shards.iter().map(|s| s.range).collect(),
         };
+        let mut shards: Vec<FakeShard> = arcs.into_iter().map(FakeShard::new).collect();
+        if leased {
+            let now = clock::now();
+            for (route, shard) in view.shards.iter_mut().zip(&shards) {
+                let published = shard.machine.published().clone();
+                published.set_estimate(LogTime(now.wall.0), now);
+                published.cell().open(1, 1, u64::MAX);
+                route.published = Some(published);
+            }
+        }
         let view = Arc::new(ArcSwap::from_pointee(view));
         let kept = Arc::new(Mutex::new(Kept::default()));
         let shared = kept.clone();
         let thread = std::thread::spawn(move || {
-            let mut shards: Vec<FakeShard> = arcs.into_iter().map(FakeShard::new).collect();
             while let Ok(input) = receiver.recv() {
                 match input {
                     Input::Client(ClientInput::Open(conn, outbox)) => {

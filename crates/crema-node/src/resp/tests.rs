@@ -1,11 +1,11 @@
 //! The front as clients meet it: real sockets, a driver made of state machines.
 
 use crate::config::Secret;
-use crate::resp::connection::MAX_IN_FLIGHT;
+use crate::resp::connection::{MAX_IN_FLIGHT, TURN};
 use crate::resp::server::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::resp::testing::{FakeDriver, Verdict, key_of, three_shards};
 use crema_core::{Epoch, NodeId, Reply, ShardId};
-use crema_shard::{ClientResult, Refusal, RoutingView};
+use crema_shard::{ClientRequest, ClientResult, Refusal, RoutingView};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,6 +34,11 @@ async fn start(kind: ListenerKind, driver: FakeDriver, change: impl FnOnce(&mut 
 
 async fn proxy() -> Rig {
     start(ListenerKind::Proxy, FakeDriver::obedient(three_shards()), |_| {}).await
+}
+
+/// All shards leased to this node.
+async fn leased(script: impl FnMut(&ClientRequest) -> Verdict + Send + 'static) -> Rig {
+    start(ListenerKind::Proxy, FakeDriver::leased(three_shards(), Box::new(script)), |_| {}).await
 }
 
 async fn in_time<T>(what: impl Future<Output = T>) -> T {
@@ -520,6 +525,100 @@ async fn nothing_overtakes_what_was_planned_under_an_older_placement() {
     until(|| rig.driver.kept() == 1).await;
     rig.driver.release(|_| ClientResult::Reply(Reply::Ok));
     hear(&mut stream, "+OK\r\n+OK\r\n").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conversation_under_a_lease_is_the_same() {
+    let rig = leased(|_| Verdict::Execute).await;
+    let wanted: String = CONVERSATION.iter().map(|(_, r)| *r).collect();
+    let stream = lines(&CONVERSATION.iter().map(|(c, _)| *c).collect::<Vec<_>>());
+    assert_eq!(rig.says(&stream).await, wanted, "in one piece, where reads stand behind writes");
+    let before = rig.front.stats.reads_local.load(Ordering::Relaxed);
+    let mut one = rig.connect().await;
+    for (command, reply) in CONVERSATION {
+        say(&mut one, &lines(&[command]), reply).await;
+    }
+    closed(&mut one).await;
+    let local = rig.front.stats.reads_local.load(Ordering::Relaxed) - before;
+    // Six GET, three of STRLEN and TYPE; none of those within MULTI.
+    assert_eq!(local, 9, "answered without the driver");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_does_not_overtake_its_connections_writes() {
+    let rig = leased(|r| if r.write { Verdict::Keep } else { Verdict::Execute }).await;
+    let (mut busy, mut idle) = (rig.connect().await, rig.connect().await);
+    // a is of shard 2, b of shard 0: the read of b need not wait, but its reply must.
+    busy.write_all(&lines(&["SET a 1", "GET b", "GET a", "GET b"])).await.unwrap();
+    until(|| rig.driver.seen().len() == 2).await;
+    say(&mut idle, &lines(&["GET a", "GET b"]), "$-1\r\n$-1\r\n").await;
+    let seen: Vec<_> = rig.driver.seen().into_iter().map(|(_, shard, write)| (shard.0, write)).collect();
+    assert_eq!(seen, [(2, true), (2, false)], "only what stands behind the write asks the driver");
+    rig.driver.release(|_| ClientResult::Reply(Reply::Ok));
+    hear(&mut busy, "+OK\r\n$-1\r\n$-1\r\n$-1\r\n").await;
+    // Nothing is on its way any more.
+    say(&mut busy, &lines(&["GET a"]), "$-1\r\n").await;
+    assert_eq!(rig.driver.seen().len(), 2);
+    assert_eq!(rig.front.stats.reads_local.load(Ordering::Relaxed), 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_burst_of_reads_under_a_lease_is_answered_whole() {
+    let rig = leased(|_| Verdict::Execute).await;
+    let mut stream = rig.connect().await;
+    let value = "v".repeat(10_000);
+    say(&mut stream, &bytes_of(&["SET", "a", &value]), "+OK\r\n").await;
+    // More than the output may hold: the connection stops planning, and goes on when the client has read.
+    let total = 2_000;
+    let one = format!("${}\r\n{value}\r\n", value.len());
+    let got = rig.exchange(&lines(&["GET a"]).repeat(total)).await;
+    assert_eq!(got.len(), total * one.len());
+    assert!(got.chunks(one.len()).all(|c| c == one.as_bytes()));
+    assert_eq!(rig.driver.seen().len(), 1, "the driver has only seen the write");
+    assert_eq!(rig.front.stats.reads_local.load(Ordering::Relaxed), total as u64);
+}
+
+#[tokio::test]
+async fn a_flood_of_reads_leaves_others_their_turn() {
+    let rig = leased(|_| Verdict::Execute).await;
+    let mut stream = std::net::TcpStream::connect(rig.addr).unwrap();
+    let mut replies = stream.try_clone().unwrap();
+    // Both ends of the client have threads of their own; all of the server shares one with this test.
+    let line = b"GET a\r\n";
+    let total = 500_000;
+    let sender = std::thread::spawn(move || {
+        std::io::Write::write_all(&mut stream, &line.repeat(total)).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let receiver = std::thread::spawn(move || std::io::copy(&mut replies, &mut std::io::sink()).unwrap());
+    let commands = || rig.front.stats.commands.load(Ordering::Relaxed);
+    let (mut last, mut most) = (0, 0);
+    in_time(async {
+        while commands() < total as u64 {
+            tokio::task::yield_now().await;
+            most = most.max(commands() - last);
+            last = commands();
+        }
+    })
+    .await;
+    assert!(most <= TURN, "{most} commands in a row");
+    sender.join().unwrap();
+    let received = in_time(tokio::task::spawn_blocking(|| receiver.join().unwrap())).await.unwrap();
+    assert_eq!(received, total as u64 * 5, "every reply is $-1 and its line end");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_is_lost_leads_back_to_the_driver() {
+    let rig = leased(|_| Verdict::Execute).await;
+    let mut stream = rig.connect().await;
+    say(&mut stream, &lines(&["SET a 1"]), "+OK\r\n").await;
+    say(&mut stream, &lines(&["GET a"]), "$1\r\n1\r\n").await;
+    assert_eq!(rig.driver.seen().len(), 1);
+    for shard in &rig.driver.view.load().shards {
+        shard.published.as_ref().unwrap().cell().close();
+    }
+    say(&mut stream, &lines(&["GET a", "PING"]), "$1\r\n1\r\n+PONG\r\n").await;
+    assert_eq!(rig.driver.seen().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
