@@ -490,14 +490,17 @@ impl Replica {
                     // A delayed one: its sender does not lead us any more, or has gone on since (`Lease::suspend`).
                     return;
                 }
-                if m.term > self.raw.raft.term && self.promised(now) && !passes_promise(&m) {
+                // A forced vote that failed may have lifted this voter's term, so an ordinary one may come of an equal term.
+                let asks = m.msg_type == MessageType::MsgRequestVote;
+                if (asks || m.term > self.raw.raft.term) && self.promised(now) && !passes_promise(&m) {
                     return;
                 }
                 if planted(Mutant::NoPromise) {
                     // Nor raft-rs's own, which counts ticks.
                     self.raw.raft.election_elapsed = self.raw.raft.election_elapsed.max(self.timing.election_ticks);
                 }
-                let from_leader = matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat);
+                let from_leader =
+                    matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot);
                 let (sender, term) = (m.from, m.term);
                 if self.asleep {
                     self.wake();
