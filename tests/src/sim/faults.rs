@@ -64,8 +64,8 @@ impl Fault {
         Fault::Lull,
         Fault::Gossip,
         Fault::Transfer,
-        Fault::Stop,
         Fault::Stall,
+        Fault::Stop,
     ];
 
     /// The name on the command line.

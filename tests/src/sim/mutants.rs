@@ -15,14 +15,16 @@ pub struct Hunt {
     pub name: &'static str,
     /// Seeds within which it must be caught, from 1 on.
     pub within: u64,
-    /// Faults, as on the command line: a random part of all, or all of a few that the mutant needs together.
+    /// Faults, as on the command line; few where the mutant needs them together.
     pub faults: &'static str,
+    /// Whether each seed gets all of these faults, or a random part.
+    pub always: bool,
     /// How nodes confirm reads, where only one way is concerned.
     pub reads: Option<ReadMode>,
 }
 
 const fn hunt(mutant: Mutant, name: &'static str, within: u64) -> Hunt {
-    Hunt { mutant, name, within, faults: "all", reads: None }
+    Hunt { mutant, name, within, faults: "all", always: false, reads: None }
 }
 
 /// All mutants. The bounds are several times what was seen, so that a change of the workload does not break them.
@@ -31,18 +33,19 @@ pub const HUNTS: [Hunt; 16] = [
     Hunt {
         reads: Some(ReadMode::ReadIndex),
         faults: "oneway,lag,partition,lull",
+        always: true,
         ..hunt(Mutant::ReusedReadContext, "reused-read-context", 1_000)
     },
     hunt(Mutant::PersistAfterSend, "persist-after-send", 20),
     hunt(Mutant::VoteAfterWipe, "vote-after-wipe", 40),
-    Hunt { faults: "oneway,lag", ..hunt(Mutant::LeaseFromReply, "lease-from-reply", 500) },
+    Hunt { faults: "oneway,lag", always: true, ..hunt(Mutant::LeaseFromReply, "lease-from-reply", 500) },
     hunt(Mutant::TransferUnderLease, "transfer-under-lease", 40),
     Hunt { faults: "delay,reorder,duplicate,transfer", ..hunt(Mutant::LateTimeoutNow, "late-timeout-now", 500) },
     hunt(Mutant::NoPromise, "no-promise", 100),
-    Hunt { faults: "stall,transfer,delay,lag", ..hunt(Mutant::CellLoadedOnce, "cell-loaded-once", 500) },
+    Hunt { faults: "stall,transfer,delay,lag", always: true, ..hunt(Mutant::CellLoadedOnce, "cell-loaded-once", 500) },
     hunt(Mutant::NoDedup, "no-dedup", 20),
     hunt(Mutant::LocalClockInApply, "local-clock-in-apply", 20),
-    Hunt { faults: "clock,kill,transfer", ..hunt(Mutant::WallStamps, "wall-stamps", 100) },
+    Hunt { faults: "clock,kill,transfer", always: true, ..hunt(Mutant::WallStamps, "wall-stamps", 100) },
     hunt(Mutant::ReadyEarly, "ready-early", 40),
     hunt(Mutant::ReorderedRetry, "reordered-retry", 100),
     hunt(Mutant::HalfVisible, "half-visible", 40),
@@ -66,13 +69,12 @@ impl Hunt {
     fn plan(&self, seed: u64) -> Plan {
         // The table is ours; a name in it that is wrong shows in its test.
         let faults = self.faults.parse().unwrap_or_else(|_| Faults::all());
-        let always = faults != Faults::all();
         Plan {
             seed,
             nodes: None,
             shards: None,
             faults,
-            always,
+            always: self.always,
             reads: self.reads,
             mutant: Some(self.mutant),
             history: false,
@@ -96,6 +98,15 @@ impl Hunt {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Those that are caught soon; the others by command, `sim --mutants`.
+    #[test]
+    fn quick_mutants_are_caught() {
+        for hunt in HUNTS.iter().filter(|h| h.within <= 40) {
+            let caught = hunt.run(pool::default_jobs());
+            assert!(caught.is_some(), "{} survives {} seeds", hunt.name, hunt.within);
+        }
+    }
 
     #[test]
     fn every_mutant_is_hunted_once_under_a_name_of_its_own() {

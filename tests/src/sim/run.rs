@@ -671,6 +671,7 @@ impl<'a> Run<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sim::pool;
 
     fn plan(seed: u64) -> Plan {
         Plan {
@@ -685,18 +686,25 @@ mod tests {
         }
     }
 
-    /// Seeds of the ordinary test run: about half a minute without optimisation. Long runs are for the command line.
-    const SEEDS: std::ops::Range<u64> = 0..60;
+    /// Seeds of the ordinary test run: about half a minute. Long runs are for the command line.
+    const SEEDS: std::ops::Range<u64> = 0..500;
 
     #[test]
     fn a_fixed_budget_of_seeds_holds() {
         let mut answered = 0;
-        for seed in SEEDS {
-            let report = run_seed(&plan(seed));
-            assert!(report.failures.is_empty(), "{}", report.describe());
+        let mut local = 0;
+        let mut failed = None;
+        pool::run(SEEDS.map(plan), pool::default_jobs(), |report| {
             answered += report.outcomes[0];
-        }
-        assert!(answered > 10_000, "the workload works: {answered} answers");
+            local += report.local_reads;
+            failed = Some(report).filter(|r| !r.failures.is_empty());
+            failed.is_none()
+        });
+        assert!(failed.is_none(), "{}", failed.map_or(String::new(), |r| r.describe()));
+        assert!(
+            answered > 100_000 && local > 10_000,
+            "the workload works: {answered} answers, {local} outside of a driver"
+        );
     }
 
     #[test]
