@@ -145,7 +145,7 @@ pub struct Operation {
     /// What was written, of operations that write a value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<Text>,
-    /// Lifetime of the value in milliseconds, of `set_px`.
+    /// Lifetime of the value in milliseconds, of `set_px`; greatest age, of `get_bounded`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub px: Option<u64>,
     /// How it ended.
@@ -160,6 +160,8 @@ impl Operation {
     pub fn open(client: u64, call: u64, key: &str, command: &Command) -> Self {
         let (op, value, px) = match command {
             Command::Get => ("get", None, None),
+            Command::GetRelaxed { max_age_ms: Some(ms) } => ("get_bounded", None, Some(*ms)),
+            Command::GetRelaxed { max_age_ms: None } => ("get_local", None, None),
             Command::Set(v) => ("set", Some(v), None),
             Command::SetNx(v) => ("set_nx", Some(v), None),
             Command::Incr => ("incr", None, None),
@@ -201,6 +203,8 @@ impl Operation {
         let value = || self.value.as_ref().map(|v| v.0.clone()).ok_or(format!("{} needs a value", self.op));
         let command = match self.op.as_str() {
             "get" => Command::Get,
+            "get_bounded" => Command::GetRelaxed { max_age_ms: Some(self.px.ok_or("get_bounded needs px")?) },
+            "get_local" => Command::GetRelaxed { max_age_ms: None },
             "set" => Command::Set(value()?),
             "set_nx" => Command::SetNx(value()?),
             "incr" => Command::Incr,

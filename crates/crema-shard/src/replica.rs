@@ -148,7 +148,8 @@ pub struct Replica {
     reads: Reads,
     /// Reads of keys that expire between log time and the leader's estimate.
     awaiting_advance: Vec<Read>,
-    advance_proposed: bool,
+    /// Stamp of the `Advance` entry that was proposed for them, until it is applied.
+    advance_proposed: Option<LogTime>,
     read_mode: ReadMode,
     lease: Lease,
     promise: Promise,
@@ -245,7 +246,7 @@ impl Replica {
             proposals: Proposals::default(),
             reads: Reads::default(),
             awaiting_advance: Vec::new(),
-            advance_proposed: false,
+            advance_proposed: None,
             read_mode: init.read_mode,
             lease: Lease::default(),
             promise: Promise::default(),
@@ -816,7 +817,7 @@ impl Replica {
         for read in reads {
             out.answers.push((self.shard, read.ticket, refusal.clone()));
         }
-        self.advance_proposed = false;
+        self.advance_proposed = None;
         self.floor = 0;
         self.lease = Lease::default();
         self.reviving = false;
@@ -944,7 +945,7 @@ impl Replica {
             for ticket in tickets.into_iter().flatten() {
                 out.answers.push((self.shard, ticket, Answer::Busy));
             }
-            self.advance_proposed = false;
+            self.advance_proposed = None;
             return;
         }
         self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);
@@ -1157,7 +1158,7 @@ impl Replica {
         }
         self.ready_reads = ready;
         if self.awaiting_advance.is_empty() {
-            self.advance_proposed = false;
+            self.advance_proposed = None;
             return;
         }
         if !self.leads() {
@@ -1166,8 +1167,12 @@ impl Replica {
             for read in std::mem::take(&mut self.awaiting_advance) {
                 out.answers.push((self.shard, read.ticket, refusal.clone()));
             }
-        } else if !self.advance_proposed {
-            self.advance_proposed = self.command(encode_advance(estimate));
+            return;
+        }
+        // Reads that came after the entry was proposed may need a later one.
+        self.advance_proposed = self.advance_proposed.filter(|stamp| *stamp > self.applied_time());
+        if self.advance_proposed.is_none() && self.command(encode_advance(estimate)) {
+            self.advance_proposed = Some(estimate);
         }
     }
 
@@ -1215,7 +1220,8 @@ impl Replica {
 
     /// Whether [`Replica::flush`] has something to do.
     pub fn has_work(&self) -> bool {
-        !self.failed && (!self.queue.is_empty() || self.reads.wants_round() || self.raw.has_ready())
+        let unadvanced = !self.awaiting_advance.is_empty() && self.advance_proposed.is_none();
+        !self.failed && (!self.queue.is_empty() || self.reads.wants_round() || unadvanced || self.raw.has_ready())
     }
 }
 

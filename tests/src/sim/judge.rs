@@ -1,6 +1,7 @@
 //! Judges a history key by key, with every check that fits what was done to the key.
 //!
 //! ```text
+//!   relaxed reads of a list           -> relaxed; the rest of the key as without them
 //!   SET PX among SET, DEL, GET        -> ttl (what it holds depends on time: no search)
 //!   only APPEND of elements, and GET  -> set, list          \
 //!   only INCR and GET                 -> once                > and the search for an order of all
@@ -8,7 +9,7 @@
 //!   keys that begin with `own`        -> order, besides
 //! ```
 
-use super::check::{linearizable, list, once, order, set, ttl};
+use super::check::{linearizable, list, once, order, relaxed, set, ttl};
 use super::model::{Command, Record};
 use std::collections::BTreeMap;
 
@@ -63,6 +64,17 @@ fn judge_key(key: &str, records: &[&Record], without_search: bool) -> Result<Vec
         } else {
             Err("a key with set_px takes set, del and get besides, and no value twice")
         };
+    }
+    let relaxed = |r: &&&Record| matches!(r.command, Command::GetRelaxed { .. });
+    if records.iter().any(|r| relaxed(&r)) {
+        // The other operations are judged without them.
+        let others: Vec<&Record> = records.iter().filter(|r| !relaxed(r)).copied().collect();
+        if !set::fits(&others) && others.iter().any(|r| r.command != Command::Get) {
+            return Err("only keys that are appended to take get_bounded and get_local");
+        }
+        let mut wrong = judge_key(key, &others, without_search)?;
+        wrong.extend(relaxed::check(records).err());
+        return Ok(wrong);
     }
     let pair = |r: &&Record| matches!(r.command, Command::PairSet(_) | Command::PairGet | Command::PairHalf(_));
     let pairs = records.iter().filter(|r| pair(r)).count();

@@ -22,6 +22,12 @@ pub enum Half {
 pub enum Command {
     /// GET.
     Get,
+    /// A read that may be answered from an older state: at most so many milliseconds old, or any that was. Only
+    /// [`super::check::relaxed`] judges it.
+    GetRelaxed {
+        /// The bound; none for a local read.
+        max_age_ms: Option<u64>,
+    },
     /// SET.
     Set(Vec<u8>),
     /// SET NX.
@@ -53,7 +59,7 @@ pub type Value = Option<Vec<u8>>;
 impl Command {
     /// Whether it may change something.
     pub fn is_write(&self) -> bool {
-        !matches!(self, Command::Get | Command::PairGet | Command::PairHalf(_))
+        !matches!(self, Command::Get | Command::GetRelaxed { .. } | Command::PairGet | Command::PairHalf(_))
     }
 
     /// What a SET of a register or of a pair writes, regardless of what was there.
@@ -72,7 +78,7 @@ impl Command {
             _ => None,
         };
         match (self, reply) {
-            (Command::Get | Command::PairHalf(_), reply) => found(reply),
+            (Command::Get | Command::GetRelaxed { .. } | Command::PairHalf(_), reply) => found(reply),
             (Command::PairGet, Reply::Array(both)) => match &both[..] {
                 [a, b] if a == b => found(a),
                 _ => None,
@@ -85,7 +91,7 @@ impl Command {
     pub fn apply(&self, value: &Value) -> (Value, Reply) {
         let read = || value.as_ref().map_or(Reply::Nil, |v| Reply::Bulk(v.clone().into()));
         match self {
-            Command::Get | Command::PairHalf(_) => (value.clone(), read()),
+            Command::Get | Command::GetRelaxed { .. } | Command::PairHalf(_) => (value.clone(), read()),
             Command::PairGet => (value.clone(), Reply::Array(vec![read(), read()])),
             Command::Set(v) | Command::SetPx { value: v, .. } => (Some(v.clone()), Reply::Ok),
             Command::PairSet(v) => (Some(v.clone()), Reply::Array(vec![Reply::Ok, Reply::Ok])),
@@ -121,7 +127,7 @@ impl Command {
         let [key, a, b] = [key, &a, &b].map(|k| KeyRef::new(0, k.as_bytes()).expect("a short key"));
         let set = |key, value, cond, expire| Op::Set { key, value, cond, expire, get: false };
         let ops = match self {
-            Command::Get => vec![Op::Get { key }],
+            Command::Get | Command::GetRelaxed { .. } => vec![Op::Get { key }],
             Command::Set(v) => vec![set(key, v, SetCond::Always, SetExpire::Clear)],
             Command::SetNx(v) => vec![set(key, v, SetCond::IfAbsent, SetExpire::Clear)],
             Command::Incr => vec![Op::IncrBy { key, by: 1 }],

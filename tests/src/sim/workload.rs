@@ -11,7 +11,7 @@ use super::rng::Rng;
 use super::world::{Finished, MS, Pair, World};
 use crate::history::{self, Operation};
 use crema_core::{NodeId, ShardId};
-use crema_shard::{ClientResult, ConnId, Refusal, Token};
+use crema_shard::{ClientResult, ConnId, ReadLevel, Refusal, Token};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::time::Duration;
@@ -23,6 +23,9 @@ const MOST_RECORDS: usize = 20_000;
 
 /// Rates of clocks that steering towards wall time makes up for; with wilder ones nothing can be said of lifetimes.
 const STEERED_PPM: u64 = 1_000;
+
+/// Part of the reads of lists, in 1,000, that are bounded or local.
+const RELAXED_PERMILLE: u64 = 300;
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -215,6 +218,10 @@ impl Workload {
                 1 => Command::PairHalf(Half::A),
                 _ => Command::PairHalf(Half::B),
             },
+            Kind::List | Kind::Set if reads && self.rng.permille(RELAXED_PERMILLE) => {
+                let bounded = self.rng.permille(700);
+                Command::GetRelaxed { max_age_ms: bounded.then_some(self.rng.range(0, 1_000)) }
+            }
             _ if reads => Command::Get,
             Kind::Register => Command::Set(self.value()),
             Kind::Counter => Command::Incr,
@@ -249,7 +256,13 @@ impl Workload {
         command: Command,
         patience: Duration,
     ) -> Option<usize> {
-        let token = world.submit(gateway, conn, key, command.is_write(), command.encode(key), patience)?;
+        let level = match command {
+            Command::GetRelaxed { max_age_ms: Some(ms) } => ReadLevel::Bounded(Duration::from_millis(ms)),
+            Command::GetRelaxed { max_age_ms: None } => ReadLevel::Local,
+            _ => ReadLevel::Linearizable,
+        };
+        let ops = command.encode(key);
+        let token = world.submit_at(gateway, conn, key, command.is_write(), level, ops, patience)?;
         let call = self.tick();
         let place = self.history.len();
         let (key, call_ns) = (key.to_owned(), world.now());

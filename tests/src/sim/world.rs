@@ -1048,6 +1048,21 @@ impl World {
         ops: Bytes,
         patience: Duration,
     ) -> Option<Token> {
+        self.submit_at(node, conn, key, write, ReadLevel::Linearizable, ops, patience)
+    }
+
+    /// As [`World::submit`], for a read of any level.
+    #[allow(clippy::too_many_arguments, reason = "a request is what it is")]
+    pub fn submit_at(
+        &mut self,
+        node: NodeId,
+        conn: ConnId,
+        key: &str,
+        write: bool,
+        level: ReadLevel,
+        ops: Bytes,
+        patience: Duration,
+    ) -> Option<Token> {
         let n = &self.nodes[&node];
         let shard = n.host.as_ref()?.view().shard_of(slot_of(key.as_bytes()))?;
         let deadline = n.clock.now(self.now).mono.after(patience);
@@ -1058,7 +1073,6 @@ impl World {
             self.now,
             format!("{conn:?} asks {node:?}: {token:?} {shard:?} {key} {}", if write { "write" } else { "read" }),
         );
-        let level = ReadLevel::Linearizable;
         self.take_request(node, ClientRequest { conn, token, shard, write, level, ops, deadline });
         Some(token)
     }

@@ -17,7 +17,7 @@ use crema_core::Reply;
 use std::collections::{HashMap, HashSet};
 
 /// Steps after which a search gives up. A giving up counts as a failure: the history was not proved right.
-pub const MAX_STEPS: u64 = 3_000_000;
+pub const MAX_STEPS: u64 = 30_000_000;
 
 /// Why a key's history is not accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]

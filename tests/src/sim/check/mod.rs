@@ -6,5 +6,6 @@ pub mod linearizable;
 pub mod list;
 pub mod once;
 pub mod order;
+pub mod relaxed;
 pub mod set;
 pub mod ttl;

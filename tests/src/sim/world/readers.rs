@@ -14,6 +14,8 @@ use crema_core::{Found, KeyRef, Op, OpsRef, Published, Reply, Seen};
 
 enum Stage {
     Begin,
+    /// A read that needs no lease, all at once.
+    Relaxed(Option<Duration>),
     Value(Seen),
     Finish(Seen, Found<Reply>),
 }
@@ -64,7 +66,12 @@ impl World {
             Some(published) => {
                 self.next_reader += 1;
                 let id = self.next_reader;
-                self.readers.insert(id, Reader { node, published, request, stage: Stage::Begin });
+                let stage = match request.level {
+                    ReadLevel::Linearizable => Stage::Begin,
+                    ReadLevel::Bounded(age) => Stage::Relaxed(Some(age)),
+                    ReadLevel::Local => Stage::Relaxed(None),
+                };
+                self.readers.insert(id, Reader { node, published, request, stage });
                 self.behind.insert(conn, VecDeque::new());
                 let at = self.now + self.step_pause();
                 self.at(at, Event::Reader(id));
@@ -102,25 +109,24 @@ impl World {
             self.at(at, Event::Reader(id));
             return;
         }
-        let next = match reader.stage {
+        let next = match std::mem::replace(&mut reader.stage, Stage::Begin) {
             Stage::Begin => reader.published.begin().map(Stage::Value),
             Stage::Value(seen) => {
                 let op = OpsRef::parse(&reader.request.ops).ok().and_then(|ops| ops.iter().next());
                 op.and_then(|op| reader.published.observe(&op)).map(|found| Stage::Finish(seen, found))
             }
+            Stage::Relaxed(age) => {
+                let clock = self.nodes[&reader.node].clock.now(self.now).mono;
+                let op = OpsRef::parse(&reader.request.ops).ok().and_then(|ops| ops.iter().next());
+                if let Some(reply) = op.and_then(|op| reader.published.read_relaxed(&op, age, clock)) {
+                    return self.read_done(&reader, reply);
+                }
+                None
+            }
             Stage::Finish(seen, found) => {
                 let clock = self.nodes[&reader.node].clock.now(self.now).mono;
                 if reader.published.finish(seen, found.expire_at, clock) {
-                    let (conn, token) = (reader.request.conn, reader.request.token);
-                    self.local_reads += 1;
-                    self.trace
-                        .note(self.now, format!("{:?} reads for {conn:?} {token:?}: {:?}", reader.node, found.answer));
-                    if let Err(e) = self.ledger.completed(reader.node, conn, token) {
-                        self.violations.push(e);
-                    }
-                    self.finished.push(Finished { conn, token, result: ClientResult::Reply(found.answer) });
-                    self.release(reader.node, conn);
-                    return;
+                    return self.read_done(&reader, found.answer);
                 }
                 None
             }
@@ -139,6 +145,17 @@ impl World {
                 self.release(node, conn);
             }
         }
+    }
+
+    fn read_done(&mut self, reader: &Reader, reply: Reply) {
+        let (conn, token) = (reader.request.conn, reader.request.token);
+        self.local_reads += 1;
+        self.trace.note(self.now, format!("{:?} reads for {conn:?} {token:?}: {reply:?}", reader.node));
+        if let Err(e) = self.ledger.completed(reader.node, conn, token) {
+            self.violations.push(e);
+        }
+        self.finished.push(Finished { conn, token, result: ClientResult::Reply(reply) });
+        self.release(reader.node, conn);
     }
 
     /// The read is over: what came behind it goes on.
