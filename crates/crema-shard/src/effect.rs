@@ -20,7 +20,8 @@ pub enum ReadLevel {
     /// Not at all: everything acknowledged before the read began is seen.
     #[default]
     Linearizable,
-    /// At most so old: everything acknowledged longer ago is seen. Answered by this node if it holds a replica.
+    /// At most so old: everything acknowledged longer ago is seen. Answered by this node if it holds a replica; where its
+    /// state is too old, after a round to the leader and, if there were writes, the next heartbeat (100 ms).
     Bounded(std::time::Duration),
     /// Whatever this node's replica has; linearizable if it holds none. Two such reads may even run back in time when the
     /// second is asked elsewhere.

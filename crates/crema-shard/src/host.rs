@@ -1366,6 +1366,90 @@ mod tests {
     }
 
     #[test]
+    fn every_read_gets_the_log_time_that_it_needs() {
+        let mut net = Net::new(3, 1);
+        net.settle();
+        net.run(1000);
+        let l = net.leaders().into_iter().find(|(_, count)| *count > 0).unwrap().0;
+        let mut put = |key: &[u8], ms| {
+            net.submit(l.0, key, true, |key| {
+                let (cond, expire) = (SetCond::Always, SetExpire::After(ms));
+                encode_ops(&[Op::Set { key, value: b"v", cond, expire, get: false }]).unwrap()
+            })
+        };
+        (put(b"a", 100), put(b"b", 120));
+        net.settle();
+        // The first read proposes an Advance; before it commits, a second read needs a later one.
+        let mut tokens = Vec::new();
+        for (key, ms) in [(b"a", 110), (b"b", 20)] {
+            net.now.mono.0 += ms * 1_000_000;
+            net.now.wall.0 += ms;
+            tokens.push(net.get(l.0, key));
+            let mut e = Effects::default();
+            net.hosts.get_mut(&l).unwrap().poll(net.now, &mut e);
+            assert!(e.completions.is_empty(), "only the log can say that they have expired");
+            let host = net.hosts.get_mut(&l).unwrap();
+            e.persist.iter().for_each(|b| host.persisted(net.now, b.number));
+            net.frames.extend(e.sends.into_iter().map(|s| (l, s)));
+        }
+        net.settle();
+        for t in tokens {
+            assert_eq!(net.done.get(&(l, t)), Some(&ClientResult::Reply(Reply::Nil)));
+        }
+    }
+
+    #[test]
+    fn a_follower_answers_relaxed_reads_and_a_bound_costs_one_round() {
+        let mut net = Net::new(3, 1);
+        net.settle();
+        net.run(1000);
+        let l = net.leaders().into_iter().find(|(_, count)| *count > 0).unwrap().0;
+        let f = *net.hosts.keys().find(|n| **n != l).unwrap();
+        net.set(l.0, b"k", b"v");
+        net.settle();
+        let mut ask = |net: &mut Net, level| {
+            let key = KeyRef::new(0, b"k").unwrap();
+            net.next_token += 1;
+            let (token, deadline) = (net.next_token, net.now.mono.after(Duration::from_secs(5)));
+            let host = net.hosts.get_mut(&f).unwrap();
+            let request = ClientRequest {
+                conn: ConnId(9),
+                token: Token(token),
+                shard: ShardId(0),
+                write: false,
+                level,
+                ops: encode_ops(&[Op::Get { key }]).unwrap(),
+                deadline,
+            };
+            host.submit(net.now, request);
+            // A follower learns of a commit by the next heartbeat.
+            net.settle();
+            (0..15).for_each(|_| {
+                if !net.done.contains_key(&(f, token)) {
+                    net.run(10)
+                }
+            });
+            net.done.remove(&(f, token))
+        };
+        let forwarded = |net: &Net| net.hosts[&f].requests_forwarded;
+        let v = Some(ClientResult::Reply(Reply::Bulk("v".into())));
+        let before = forwarded(&net);
+        let age = Duration::from_millis(100);
+        assert_eq!(ask(&mut net, ReadLevel::Bounded(age)), v);
+        assert_eq!(forwarded(&net), before + 1, "a round to the leader");
+        assert_eq!(ask(&mut net, ReadLevel::Bounded(age)), v);
+        assert_eq!(forwarded(&net), before + 1, "fresh enough");
+        // Alone, it still answers what it has; a bound it cannot keep is a linearizable read's business.
+        net.hosts.retain(|n, _| *n == f);
+        net.now.mono.0 += 101_000_000;
+        assert_eq!(ask(&mut net, ReadLevel::Local), v);
+        assert_eq!(ask(&mut net, ReadLevel::Bounded(age)), None, "too old by now, and nobody to ask");
+        net.run(6_000);
+        let refused = |r: &ClientResult| matches!(r, ClientResult::NotApplied(_));
+        assert!(net.done.values().any(refused), "and in the end it says so");
+    }
+
+    #[test]
     fn an_invitation_to_sleep_from_the_dead_is_not_followed() {
         use crate::message::{Body, Envelope, encode_envelope};
         let mut net = Net::new(3, 1);
