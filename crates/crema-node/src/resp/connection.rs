@@ -150,6 +150,8 @@ struct Connection {
     /// When the client last took bytes.
     progress: Instant,
     commands: u64,
+    /// Since when every look has found requests long past their deadline.
+    overdue_since: Option<Instant>,
     /// Commands when others last had their turn.
     turn: u64,
 }
@@ -204,6 +206,7 @@ impl Connection {
             phase: Phase::Open,
             progress: Instant::now(),
             commands: 0,
+            overdue_since: None,
             turn: 0,
             link,
         }
@@ -557,7 +560,12 @@ impl Connection {
     /// Ends commands whose results are long overdue.
     fn give_up_lost(&mut self, view: &RoutingView, now: MonoTime) {
         let lost = |c: &InFlight| !c.is_finished() && c.deadline.after(LOST_AFTER) < now;
-        if self.open == 0 || !self.queue.iter().any(lost) {
+        let overdue = self.open > 0 && self.queue.iter().any(lost);
+        // For a guard's period on end: a process that stood still wakes to overdue requests that its driver, too, has only
+        // now a chance to answer.
+        let since = overdue.then(|| self.overdue_since.unwrap_or_else(Instant::now));
+        self.overdue_since = since;
+        if since.is_none_or(|since| since.elapsed() < GUARD_CHECK) {
             return;
         }
         tracing::error!(conn = self.link.conn.0, "the driver has not answered requests long past their deadline");
