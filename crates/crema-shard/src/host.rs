@@ -526,7 +526,9 @@ impl Host {
     }
 
     /// Hands the leadership of `shard` over to `to`'s replica. Returns whether that is under way: not if this node does not
-    /// lead, or that replica is too far behind. Placement may move it back later.
+    /// lead, or that replica is too far behind. Placement may move it back later. For the simulator: operators cannot ask
+    /// for it yet.
+    #[cfg(feature = "mutants")]
     pub fn transfer_leader(&mut self, shard: ShardId, to: NodeId) -> bool {
         let Some(replica) = self.coordinator.replica(shard) else { return false };
         let Some(id) = replica.voters().iter().find(|v| v.node == to).map(|v| v.id) else { return false };
