@@ -946,6 +946,7 @@ impl Replica {
                 out.answers.push((self.shard, ticket, Answer::Busy));
             }
             self.advance_proposed = None;
+            self.reviving = false;
             return;
         }
         self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);
