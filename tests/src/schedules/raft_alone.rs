@@ -22,15 +22,15 @@ use raft::{RawNode, ReadOnlyOption, StateRole};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The one that campaigns next: its rank has the first turn in term 3.
-const C: Id = 1;
+pub(super) const C: Id = 1;
 /// The leader of term 3.
-const L: Id = 2;
+pub(super) const L: Id = 2;
 /// The founding leader, later the follower that both need.
-const F: Id = 3;
+pub(super) const F: Id = 3;
 
 /// raft-rs 0.7 as its documentation has it: check_quorum, pre_vote, LeaseBased. No wishes of ours beside the election
 /// timeouts, which are the same as our replica's, so that both run the same schedule.
-struct Alone {
+pub(super) struct Alone {
     id: Id,
     of: u64,
     raw: RawNode<MemStorage>,
@@ -159,10 +159,10 @@ impl Member for Alone {
 }
 
 /// Plants a fault for one test.
-struct Planted;
+pub(super) struct Planted;
 
 impl Planted {
-    fn new(mutant: Mutant) -> Planted {
+    pub(super) fn new(mutant: Mutant) -> Planted {
         plant(Some(mutant));
         Planted
     }
@@ -176,7 +176,7 @@ impl Drop for Planted {
 
 /// L leads term 3 and has written 1 everywhere; the next check of its quorum is ten ticks away. One heartbeat of F to C,
 /// from the term before, is still on its way.
-fn l_leads<M: Member>() -> Stage<M> {
+pub(super) fn l_leads<M: Member>() -> Stage<M> {
     let mut s = Stage::<M>::new(3, F);
     assert_eq!(s.term(F), 2);
     let late = way(F, C).only(MessageType::MsgHeartbeat);

@@ -18,6 +18,9 @@ use std::collections::BTreeMap;
 /// Mark of the request that opens the session; no read and no write has it.
 const OPENING: u64 = u64::MAX;
 
+/// Most bytes of log that are kept for a member that lags.
+pub(super) const MAX_LOG_BYTES: usize = 1024 * 1024;
+
 enum Asked {
     Write(u64),
     Read(u64),
@@ -34,6 +37,8 @@ pub(super) struct Ours {
     seq: u64,
     next_ticket: u64,
     asked: BTreeMap<u64, Asked>,
+    /// Least length of a number when it is written.
+    pub(super) width: usize,
 }
 
 fn key() -> KeyRef<'static> {
@@ -44,6 +49,10 @@ fn encode(op: Op<'_>) -> Bytes {
 }
 
 impl Ours {
+    pub(super) fn replica(&self) -> &Replica {
+        &self.replica
+    }
+
     fn ticket(&mut self, asked: Asked) -> Ticket {
         self.next_ticket += 1;
         self.asked.insert(self.next_ticket, asked);
@@ -55,7 +64,7 @@ impl Ours {
         for number in std::mem::take(&mut self.waiting) {
             self.seq += 1;
             let tag = SessionTag { session, seq: Seq(self.seq), low: Seq(self.seq - 1) };
-            let value = number.to_string();
+            let value = format!("{number:0width$}", width = self.width);
             let (cond, expire) = (SetCond::Always, SetExpire::Clear);
             let ops = encode(Op::Set { key: key(), value: value.as_bytes(), cond, expire, get: false });
             let ticket = self.ticket(Asked::Write(number));
@@ -103,7 +112,7 @@ impl Member for Ours {
             machine: Machine::Data(Box::new(machine)),
             log_time,
             timing: timing(),
-            max_log_bytes: 1024 * 1024,
+            max_log_bytes: MAX_LOG_BYTES,
             context_prefix: id,
             read_mode: ReadMode::Lease,
         };
@@ -117,6 +126,7 @@ impl Member for Ours {
             seq: 0,
             next_ticket: 0,
             asked: BTreeMap::new(),
+            width: 1,
         }
     }
 

@@ -52,6 +52,8 @@ pub(super) trait Member {
 pub(super) enum Fate {
     Hold,
     Lose,
+    /// It arrives, and a copy of it is held.
+    Copy,
 }
 
 /// Sender, receiver and type of messages; `None` stands for any.
@@ -174,10 +176,20 @@ impl<M: Member> Stage<M> {
     pub(super) fn lift(&mut self, which: Which) {
         self.rules.retain(|(w, _)| *w != which);
     }
+    /// All rules end.
+    pub(super) fn lift_all(&mut self) {
+        self.rules.clear();
+    }
     /// Nothing that `id` sends arrives, and nothing arrives at it.
     pub(super) fn cut(&mut self, id: Id) {
         self.rule(from(id), Fate::Lose);
         self.rule(to(id), Fate::Lose);
+    }
+    pub(super) fn member(&self, id: Id) -> &M {
+        &self.members[&id]
+    }
+    pub(super) fn member_mut(&mut self, id: Id) -> &mut M {
+        self.members.get_mut(&id).expect("a member")
     }
     pub(super) fn held(&self) -> usize {
         self.held.len()
@@ -186,6 +198,14 @@ impl<M: Member> Stage<M> {
     pub(super) fn release(&mut self) {
         let e = self.held.remove(0);
         self.deliver(e);
+        self.settle();
+    }
+
+    /// Ticks that fell due together, as after a stall, at one member.
+    pub(super) fn burst(&mut self, id: Id, n: usize) {
+        for _ in 0..n {
+            self.members.get_mut(&id).expect("a member").tick(self.now);
+        }
         self.settle();
     }
 
@@ -251,6 +271,10 @@ impl<M: Member> Stage<M> {
                         None => self.deliver(e),
                         Some(Fate::Hold) => self.held.push(e),
                         Some(Fate::Lose) => {}
+                        Some(Fate::Copy) => {
+                            self.held.push(e.clone());
+                            self.deliver(e);
+                        }
                     }
                 }
             }
