@@ -1,5 +1,6 @@
 //! Stories with a known end: no chance in what happens, only in the delays within a millisecond. One file a theme.
 
+mod clocks;
 mod expiry;
 mod leadership;
 mod leases;
