@@ -9,6 +9,8 @@ pub mod check_cli;
 pub mod faults_cli;
 pub mod history;
 pub mod process;
+#[cfg(test)]
+mod schedules;
 pub mod sim;
 
 /// The examples of the README, compiled with the documentation tests so that they stay true.

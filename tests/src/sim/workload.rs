@@ -256,13 +256,14 @@ impl Workload {
         command: Command,
         patience: Duration,
     ) -> Option<usize> {
-        let level = match command {
-            Command::GetRelaxed { max_age_ms: Some(ms) } => ReadLevel::Bounded(Duration::from_millis(ms)),
-            Command::GetRelaxed { max_age_ms: None } => ReadLevel::Local,
-            _ => ReadLevel::Linearizable,
-        };
         let ops = command.encode(key);
-        let token = world.submit_at(gateway, conn, key, command.is_write(), level, ops, patience)?;
+        let token = match command {
+            Command::GetRelaxed { max_age_ms } => {
+                let level = max_age_ms.map_or(ReadLevel::Local, |ms| ReadLevel::Bounded(Duration::from_millis(ms)));
+                world.submit_read(gateway, conn, key, ops, level, patience)?
+            }
+            _ => world.submit(gateway, conn, key, command.is_write(), ops, patience)?,
+        };
         let call = self.tick();
         let place = self.history.len();
         let (key, call_ns) = (key.to_owned(), world.now());

@@ -436,6 +436,11 @@ impl World {
         self.nodes.get(&node)?.host.as_deref()
     }
 
+    /// What the node's clocks read.
+    pub fn clock(&self, node: NodeId) -> Now {
+        self.nodes[&node].clock.now(self.now)
+    }
+
     /// The data shards.
     pub fn shards(&self) -> Vec<ShardId> {
         (0..self.options.shards).map(ShardId).collect()
@@ -1024,6 +1029,11 @@ impl World {
         self.nodes.get_mut(&id).expect("a known node").clock.wall_jump_ms += ms;
     }
 
+    /// Gossip tells `to` who leads, be it true or not.
+    pub fn gossip_hint(&mut self, to: NodeId, hint: LeaderHint) {
+        self.input(to, Input::Hint(hint));
+    }
+
     /// Gossip tells `to` that `node` is gone.
     pub fn gossip_gone(&mut self, to: NodeId, node: NodeId) {
         self.input(to, Input::Gone(node));
@@ -1048,33 +1058,43 @@ impl World {
         ops: Bytes,
         patience: Duration,
     ) -> Option<Token> {
-        self.submit_at(node, conn, key, write, ReadLevel::Linearizable, ops, patience)
+        let (shard, deadline) = self.addressed(node, key, patience)?;
+        let level = ReadLevel::Linearizable;
+        let request = ClientRequest { conn, token: Token(0), shard, write, level, ops, deadline };
+        Some(self.enter(node, key, request))
     }
 
-    /// As [`World::submit`], for a read of any level.
-    #[allow(clippy::too_many_arguments, reason = "a request is what it is")]
-    pub fn submit_at(
+    /// Sends a read for `key` that may be answered from a state of the given age.
+    pub fn submit_read(
         &mut self,
         node: NodeId,
         conn: ConnId,
         key: &str,
-        write: bool,
-        level: ReadLevel,
         ops: Bytes,
+        level: ReadLevel,
         patience: Duration,
     ) -> Option<Token> {
-        let n = &self.nodes[&node];
-        let shard = n.host.as_ref()?.view().shard_of(slot_of(key.as_bytes()))?;
-        let deadline = n.clock.now(self.now).mono.after(patience);
+        let (shard, deadline) = self.addressed(node, key, patience)?;
+        let request = ClientRequest { conn, token: Token(0), shard, write: false, level, ops, deadline };
+        Some(self.enter(node, key, request))
+    }
+
+    fn addressed(&self, node: NodeId, key: &str, patience: Duration) -> Option<(ShardId, MonoTime)> {
+        let shard = self.host(node)?.view().shard_of(slot_of(key.as_bytes()))?;
+        Some((shard, self.clock(node).mono.after(patience)))
+    }
+
+    fn enter(&mut self, node: NodeId, key: &str, mut request: ClientRequest) -> Token {
         self.next_token += 1;
-        let token = Token(self.next_token);
+        request.token = Token(self.next_token);
+        let ClientRequest { conn, token, shard, write, .. } = request;
         self.ledger.submitted(node, conn, token);
         self.trace.note(
             self.now,
             format!("{conn:?} asks {node:?}: {token:?} {shard:?} {key} {}", if write { "write" } else { "read" }),
         );
-        self.take_request(node, ClientRequest { conn, token, shard, write, level, ops, deadline });
-        Some(token)
+        self.take_request(node, request);
+        token
     }
 
     /// The client goes away without waiting.
