@@ -86,7 +86,6 @@ fn an_expired_key_does_not_come_back_with_a_leader_whose_time_is_behind() {
 /// A read that waits for log time behind another one: when the other's Advance has committed, its own key has expired by the
 /// estimate but not by that Advance.
 #[test]
-#[ignore = "the second Advance is never proposed: `advance_proposed` stays set while any read waits"]
 fn a_read_behind_one_that_waited_for_log_time_is_answered_too() {
     let mut s = Story::begin();
     let leader = s.leader();
