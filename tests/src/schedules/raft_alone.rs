@@ -379,6 +379,25 @@ fn a_lease_that_is_not_suspended_makes_ours_stale() {
     assert_eq!(s.stale.len(), 1);
 }
 
+/// L hands over to C, and its TimeoutNow is on its way for a while, in which rounds are confirmed.
+#[test]
+fn a_round_does_not_revive_a_lease_that_was_suspended() {
+    let mut s = l_leads::<Ours>();
+    s.release();
+    s.rule(way(L, C).only(MessageType::MsgTimeoutNow), Fate::Hold);
+    s.transfer(L, C);
+    // A read for each, answered by a round.
+    let before = s.reads.len();
+    s.ticks(4);
+    assert_eq!(s.reads[before..], [(L, 1); 4]);
+    assert!(!s.answers_alone(L));
+    s.cut(L);
+    s.release();
+    assert_eq!((s.leader(C), s.leader(L)), (C, L), "nobody has gone on since");
+    s.write(C, 2);
+    others_go_on(&mut s, 3);
+}
+
 /// Five members. A forced vote that fails lifts two promised voters to the term for which a third, whose promise is over,
 /// asks for ordinary votes: an equal term to them, not a higher one.
 #[test]
