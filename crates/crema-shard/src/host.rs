@@ -1379,7 +1379,8 @@ mod tests {
                 encode_ops(&[Op::Set { key, value: b"v", cond, expire, get: false }]).unwrap()
             })
         };
-        (put(b"a", 100), put(b"b", 120));
+        put(b"a", 100);
+        put(b"b", 120);
         net.settle();
         // The first read proposes an Advance; before it commits, a second read needs a later one.
         let mut tokens = Vec::new();
@@ -1409,7 +1410,7 @@ mod tests {
         let f = *net.hosts.keys().find(|n| **n != l).unwrap();
         net.set(l.0, b"k", b"v");
         net.settle();
-        let mut ask = |net: &mut Net, level| {
+        let ask = |net: &mut Net, level| {
             let key = KeyRef::new(0, b"k").unwrap();
             net.next_token += 1;
             let (token, deadline) = (net.next_token, net.now.mono.after(Duration::from_secs(5)));
