@@ -245,7 +245,7 @@ impl StateMachine {
             let wide = matches!(op, Op::Flush { .. });
             return self.together(wide, |m| m.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error));
         }
-        self.together(true, |m| {
+        self.together(ops.is_write(), |m| {
             let one = |op: Op<'_>| {
                 let reply = m.change(&op, wall_offset, &mut budget).unwrap_or_else(Reply::Error);
                 mutant::between_keys();

@@ -340,6 +340,10 @@ impl Host {
         self.coordinator.node_down(node);
         self.router.node_gone(node);
         self.gateway.peer_lost(node, now.mono);
+        // Rounds that it was asked for have no answer; of the others little is lost.
+        let mut due = Due::default();
+        self.followers.expire(now.mono, Duration::ZERO, &mut due);
+        self.settle_relaxed(due);
         self.retarget_all(now);
         self.view_stale = true;
     }

@@ -87,6 +87,12 @@ impl Lease {
         }
     }
 
+    /// The group falls asleep: nothing holds any more. A suspension lasts, since the TimeoutNow may still be on its way.
+    pub fn rest(&mut self) {
+        self.until = MonoTime(0);
+        self.proposals.clear();
+    }
+
     /// A TimeoutNow may leave from now on; `last` is the last index of the log, and stays so while a transfer is under
     /// way. Whoever acts on the message has no entry beyond `last`, however late it arrives (the message names `last`, and
     /// a voter that has more ignores it). So a majority that has committed a later proposal does not elect it, not even by
@@ -170,6 +176,18 @@ mod tests {
         l.committed(11, &t());
         assert!(!l.suspended());
         assert_eq!(l.until(), at(625));
+    }
+
+    #[test]
+    fn sleep_ends_a_lease_but_no_suspension() {
+        let mut l = Lease::default();
+        l.confirmed(at(100), &t());
+        l.rest();
+        assert!(!l.holds(at(101)) && !l.suspended());
+        l.suspend(10);
+        l.rest();
+        l.confirmed(at(5_000), &t());
+        assert!(l.suspended() && !l.holds(at(5_001)), "a round after the sleep revives nothing");
     }
 
     #[test]

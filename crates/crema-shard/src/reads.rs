@@ -51,6 +51,11 @@ impl Reads {
         !self.queued.is_empty() && self.round.is_none()
     }
 
+    /// Whether there are reads that no round has confirmed.
+    pub fn unconfirmed(&self) -> bool {
+        !self.queued.is_empty() || self.round.as_ref().is_some_and(|r| !r.reads.is_empty())
+    }
+
     /// Whether a round is on its way.
     pub fn in_round(&self) -> bool {
         self.round.is_some()

@@ -492,11 +492,11 @@ impl Replica {
                     return;
                 }
                 // A forced vote that failed may have lifted this voter's term, so an ordinary one may come of an equal term.
-                let asks = m.msg_type == MessageType::MsgRequestVote;
+                let asks = matches!(m.msg_type, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
                 if (asks || m.term > self.raw.raft.term) && self.promised(now) && !passes_promise(&m) {
                     return;
                 }
-                if planted(Mutant::NoPromise) {
+                if planted(Mutant::NoPromise) && !self.leads() {
                     // Nor raft-rs's own, which counts ticks.
                     self.raw.raft.election_elapsed = self.raw.raft.election_elapsed.max(self.timing.election_ticks);
                 }
@@ -588,7 +588,7 @@ impl Replica {
 
     fn fall_asleep(&mut self) {
         self.asleep = true;
-        self.lease = Lease::default();
+        self.lease.rest();
         self.close_cell();
         self.sleep_round = None;
         self.raw.raft.maybe_free_inflight_buffers();
@@ -727,6 +727,8 @@ impl Replica {
             if !planted(Mutant::TransferUnderLease) {
                 self.lease.suspend(last);
                 self.close_cell();
+                // One on its way was proposed before this suspension, and does not end it.
+                self.reviving = false;
             }
             self.raw.transfer_leader(to.0);
         }
@@ -786,18 +788,28 @@ impl Replica {
         let present = Leadership { term: self.term(), leader, leads: self.leads() };
         let before = std::mem::replace(&mut self.leadership, present);
         if before == present {
+            self.turn_away(out);
             return;
         }
         out.roles.push(self.shard);
         if before.leads && (!present.leads || before.term != present.term) {
             self.step_down(out);
         }
+        self.turn_away(out);
         if present.leads && !(before.leads && before.term == present.term) {
             // The empty entry that begins a leadership is a proposal too, and no message of it has left yet.
             self.lease = Lease::default();
             self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);
         }
         self.publish(now);
+    }
+
+    /// A replica that was elected and deposed between two rounds may have taken requests that nobody would answer.
+    fn turn_away(&mut self, out: &mut Out) {
+        let taken = !self.queue.is_empty() || self.reads.unconfirmed();
+        if taken && !self.leads() {
+            self.step_down(out);
+        }
     }
 
     /// Everything that this leadership took and did not finish goes back to where it came from.

@@ -11,7 +11,7 @@ use std::sync::mpsc;
 pub fn run(plans: impl Iterator<Item = Plan> + Send, jobs: usize, mut each: impl FnMut(Report) -> bool) {
     let plans = Mutex::new(plans.enumerate());
     let over = AtomicBool::new(false);
-    // Reports wait here for those of earlier seeds; a slow seed must not let them pile up.
+    // Reports of later seeds wait for that of an earlier one: few, since every thread works on one.
     let (tell, told) = mpsc::sync_channel(4 * jobs);
     std::thread::scope(|scope| {
         for _ in 0..jobs.max(1) {

@@ -192,11 +192,13 @@ impl<'a> Run<'a> {
         // A lease bears 15 % between two clocks; most machines keep a thousandth of that.
         let drift_ppm = *rng.pick(&[200, 200, 10_000, 50_000]);
         let read_index = *rng.pick(&[0, 0, 0, 300, 1_000]);
+        let five = rng.permille(500);
+        let nodes = plan.nodes.unwrap_or(nodes);
         let options = Options {
             seed: rng.next_u64(),
-            nodes: plan.nodes.unwrap_or(nodes),
+            nodes,
             shards: plan.shards.unwrap_or(shards),
-            replication: 3,
+            replication: if five && nodes >= 5 { 5 } else { 3 },
             drift_ppm: if faults.has(Fault::Clock) { drift_ppm } else { 0 },
             read_index: match plan.reads {
                 Some(ReadMode::Lease) => 0,
@@ -640,7 +642,7 @@ impl<'a> Run<'a> {
 
     /// Equal states sleep; asleep, they are still equal, and a write wakes them.
     fn sleep_and_wake(&mut self) -> Result<(), ()> {
-        let whole = |r: &Self, s: ShardId| r.world.holders(s).len() == 3;
+        let whole = |r: &Self, s: ShardId| r.world.holders(s).len() == r.world.options().replication as usize;
         let asleep = move |r: &Self| {
             r.world.shards().into_iter().filter(|s| whole(r, *s)).all(|s| {
                 r.world

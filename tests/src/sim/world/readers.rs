@@ -186,8 +186,9 @@ impl World {
         let view = host.view();
         let mut watched = Vec::new();
         for pair in &self.pairs {
-            let shard = view.shard_of(slot_of(pair.a.as_bytes()))?;
-            watched.push((pair.clone(), view.shard(shard)?.published.clone()?));
+            let route = view.shard_of(slot_of(pair.a.as_bytes())).and_then(|shard| view.shard(shard));
+            let Some(published) = route.and_then(|r| r.published.clone()) else { continue };
+            watched.push((pair.clone(), published));
         }
         let torn = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
         let found = torn.clone();

@@ -26,6 +26,11 @@ impl Invariant for Durable {
             return;
         }
         let Some(replica) = host.coordinator().replica(envelope.shard).filter(|r| !r.failed()) else { return };
+        // One of an earlier term speaks of entries that may have been overwritten since; the later term is durable before it
+        // goes, and such an entry is never committed.
+        if m.term < replica.leadership().term.0 {
+            return;
+        }
         let durable = replica.persisted_index().0;
         if m.index > durable {
             bad.push(format!(

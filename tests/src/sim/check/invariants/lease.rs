@@ -4,7 +4,8 @@
 //! Stronger than what clients can see, and sooner: the stale read need not happen.
 
 use super::{Invariant, Standing};
-use crema_core::NodeId;
+use crema_core::{NodeId, Now};
+use crema_shard::replica::Replica;
 
 /// See the module.
 #[derive(Default)]
@@ -19,10 +20,15 @@ impl Invariant for OneLease {
                     continue;
                 };
                 let (mine, theirs) = (r.leadership().term, o.leadership().term);
+                // What it would answer itself, and what it lets readers answer.
+                let answers = |r: &Replica, now: Now| {
+                    let open = r.published().and_then(|p| p.cell().begin()).is_some_and(|seen| now.mono.0 < seen.bound);
+                    r.holds_lease(now) || open
+                };
                 let (late, late_node, holds) = if mine < theirs {
-                    (mine, stepped, r.holds_lease(own.now))
+                    (mine, stepped, answers(r, own.now))
                 } else {
-                    (theirs, other.node, o.holds_lease(other.now))
+                    (theirs, other.node, answers(o, other.now))
                 };
                 if holds {
                     bad.push(format!(
