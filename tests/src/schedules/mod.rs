@@ -8,4 +8,5 @@ mod memory;
 mod raft_alone;
 mod replays;
 mod replica;
+mod revival;
 mod stage;

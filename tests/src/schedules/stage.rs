@@ -194,6 +194,13 @@ impl<M: Member> Stage<M> {
     pub(super) fn held(&self) -> usize {
         self.held.len()
     }
+    /// The first message held, for whoever delivers it otherwise.
+    pub(super) fn take_held(&mut self) -> Envelope {
+        self.held.remove(0)
+    }
+    pub(super) fn now(&self) -> Now {
+        self.now
+    }
     /// The first message held arrives after all, whatever the rules say.
     pub(super) fn release(&mut self) {
         let e = self.held.remove(0);
