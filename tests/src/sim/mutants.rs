@@ -32,22 +32,26 @@ pub const HUNTS: [Hunt; 16] = [
     hunt(Mutant::AckBeforeApply, "ack-before-apply", 20),
     Hunt {
         reads: Some(ReadMode::ReadIndex),
-        faults: "oneway,lag,partition,lull",
+        faults: "estrange",
         always: true,
-        ..hunt(Mutant::ReusedReadContext, "reused-read-context", 1_000)
+        ..hunt(Mutant::ReusedReadContext, "reused-read-context", 500)
     },
     hunt(Mutant::PersistAfterSend, "persist-after-send", 20),
     hunt(Mutant::VoteAfterWipe, "vote-after-wipe", 40),
-    Hunt { faults: "oneway,lag", always: true, ..hunt(Mutant::LeaseFromReply, "lease-from-reply", 500) },
-    hunt(Mutant::TransferUnderLease, "transfer-under-lease", 40),
-    Hunt { faults: "delay,reorder,duplicate,transfer", ..hunt(Mutant::LateTimeoutNow, "late-timeout-now", 500) },
-    hunt(Mutant::NoPromise, "no-promise", 100),
-    Hunt { faults: "stall,transfer,delay,lag", always: true, ..hunt(Mutant::CellLoadedOnce, "cell-loaded-once", 500) },
+    Hunt { faults: "estrange", always: true, ..hunt(Mutant::LeaseFromReply, "lease-from-reply", 300) },
+    hunt(Mutant::TransferUnderLease, "transfer-under-lease", 200),
+    Hunt { faults: "delay,reorder,duplicate,transfer", ..hunt(Mutant::LateTimeoutNow, "late-timeout-now", 5_000) },
+    hunt(Mutant::NoPromise, "no-promise", 300),
+    Hunt {
+        faults: "stall,transfer,delay,lag",
+        always: true,
+        ..hunt(Mutant::CellLoadedOnce, "cell-loaded-once", 1_000)
+    },
     hunt(Mutant::NoDedup, "no-dedup", 20),
     hunt(Mutant::LocalClockInApply, "local-clock-in-apply", 20),
     Hunt { faults: "clock,kill,transfer", always: true, ..hunt(Mutant::WallStamps, "wall-stamps", 100) },
     hunt(Mutant::ReadyEarly, "ready-early", 40),
-    hunt(Mutant::ReorderedRetry, "reordered-retry", 100),
+    hunt(Mutant::ReorderedRetry, "reordered-retry", 300),
     hunt(Mutant::HalfVisible, "half-visible", 40),
     hunt(Mutant::FoundAlone, "found-alone", 100),
 ];

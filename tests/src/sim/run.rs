@@ -159,6 +159,8 @@ enum Undo {
     SlowDisk,
     Stalled,
     Lags(Vec<(NodeId, NodeId)>),
+    /// Not an end but the second half of a fault: the node falls silent.
+    Mute(NodeId),
     Cuts(Vec<(NodeId, NodeId)>),
     Resume(NodeId),
     Restart(NodeId),
@@ -373,7 +375,8 @@ impl<'a> Run<'a> {
         }
         let pause = self.rng.range(50, 1_500) * MS;
         self.world.remind(pause, NEMESIS);
-        let enabled: Vec<Fault> = Fault::ALL.into_iter().filter(|f| self.faults.has(*f)).collect();
+        let named = Fault::ALL.into_iter().chain([Fault::Estrange]);
+        let enabled: Vec<Fault> = named.filter(|f| self.faults.has(*f)).collect();
         if enabled.is_empty() {
             return;
         }
@@ -441,6 +444,14 @@ impl<'a> Run<'a> {
                 }
                 Undo::Cuts(cuts)
             }
+            Fault::Estrange => {
+                let ways: Vec<_> = self.world.ids().into_iter().map(|from| (from, node)).collect();
+                let lag = self.rng.range(150, 900) * MS;
+                self.world.conditions.lags.extend(ways.iter().map(|w| (*w, lag)));
+                self.world.remind(self.rng.range(100, 1_000) * MS, UNDO + self.undo.len() as u64);
+                self.undo.push(Some(Undo::Mute(node)));
+                Undo::Lags(ways)
+            }
             Fault::Lag => {
                 let ways = self.one_way(node);
                 let lag = self.rng.range(20, 1_200) * MS;
@@ -505,7 +516,8 @@ impl<'a> Run<'a> {
         self.injected(fault);
         self.world.trace.note(self.world.now(), format!("nemesis: {} for {} ms", fault.name(), length / MS));
         // A lull shorter than it takes to fall asleep would test nothing.
-        let length = if fault == Fault::Lull { length + 2 * S } else { length };
+        // Nor would being estranged for less than an election.
+        let length = if matches!(fault, Fault::Lull | Fault::Estrange) { length + 2 * S } else { length };
         self.world.remind(length, UNDO + self.undo.len() as u64);
         self.undo.push(Some(undo));
     }
@@ -539,6 +551,14 @@ impl<'a> Run<'a> {
             Some(Undo::Full) => c.full = 0,
             Some(Undo::SlowDisk) => c.persist = None,
             Some(Undo::Stalled) => c.stalled = 0,
+            Some(Undo::Mute(node)) if !self.calm => {
+                let cuts: Vec<_> = self.world.ids().into_iter().map(|to| (node, to)).collect();
+                cuts.iter().for_each(|(from, to)| self.world.cut_one_way(*from, *to));
+                let length = self.rng.range(700, 2_500) * MS;
+                self.world.remind(length, UNDO + self.undo.len() as u64);
+                self.undo.push(Some(Undo::Cuts(cuts)));
+            }
+            Some(Undo::Mute(_)) => {}
             Some(Undo::Lags(ways)) => c.lags.retain(|w, _| !ways.contains(w)),
             Some(Undo::Gossip) => c.gossip = calm.gossip,
             Some(Undo::Cuts(cuts)) => cuts.iter().for_each(|(a, b)| self.world.heal_one_way(*a, *b)),
