@@ -67,11 +67,11 @@ impl Flavor for Append<'_> {
     }
 }
 
-fn put<T: Serialize>(out: &mut Vec<u8>, value: &T) {
+pub(crate) fn put<T: Serialize>(out: &mut Vec<u8>, value: &T) {
     postcard::serialize_with_flavor(value, Append(out)).expect("plain data of known length always serializes");
 }
 
-fn take<'a, T: Deserialize<'a>>(bytes: &mut &'a [u8]) -> Result<T, CodecError> {
+pub(crate) fn take<'a, T: Deserialize<'a>>(bytes: &mut &'a [u8]) -> Result<T, CodecError> {
     let (value, rest) = postcard::take_from_bytes(bytes).map_err(|_| CodecError::Malformed)?;
     *bytes = rest;
     Ok(value)
@@ -85,7 +85,7 @@ fn put_varint(out: &mut Vec<u8>, mut n: u64) {
     out.push(n as u8);
 }
 
-fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     put_varint(out, bytes.len() as u64);
     out.extend_from_slice(bytes);
 }

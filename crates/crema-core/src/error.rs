@@ -60,3 +60,14 @@ pub struct CorruptEntry {
     /// What is wrong with it.
     pub reason: String,
 }
+
+/// A snapshot that cannot be restored: damaged, incomplete, out of order, or of another version. Nothing has changed but
+/// the restoration, which is of no use any more; ask for another snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("chunk {chunk} of a snapshot cannot be taken: {reason}")]
+pub struct CorruptSnapshot {
+    /// Number of the chunk, from 0 on.
+    pub chunk: u32,
+    /// What is wrong with it.
+    pub reason: &'static str,
+}

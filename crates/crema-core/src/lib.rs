@@ -21,6 +21,7 @@ pub mod published;
 pub mod reply;
 pub mod session;
 pub mod slot;
+pub mod snapshot;
 pub mod state_machine;
 pub mod store;
 mod sync;
@@ -33,7 +34,7 @@ pub use cell::{ReadCell, Seen};
 pub use codec::{
     EntryBuilder, EntryView, OpsRef, decode_entry, encode_advance, encode_check_digest, encode_open_session, encode_ops,
 };
-pub use error::{CodecError, CorruptEntry, OpError};
+pub use error::{CodecError, CorruptEntry, CorruptSnapshot, OpError};
 pub use ids::{ClusterUuid, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, Seq, SessionId, ShardId, Term};
 pub use key::KeyRef;
 pub use op::{ExpireCond, Op, SetCond, SetExpire};
@@ -41,5 +42,6 @@ pub use published::{Found, Published};
 pub use reply::{Outcome, Reply};
 pub use session::SessionTag;
 pub use slot::{SLOT_COUNT, Slot, SlotRange, slot_of};
+pub use snapshot::{Restore, SnapshotStep};
 pub use state_machine::{Applied, ReadResult, ShardInit, StateMachine};
 pub use time::{LogClock, LogTime, MonoTime, Now, WallTime};

@@ -8,11 +8,13 @@
 //!
 //! The table is part of the replicated state: it is changed by apply only and is the same on every replica.
 
+use crate::codec::{decode_outcome, encode_outcome, put, put_bytes, take};
 use crate::ids::{Incarnation, LogIndex, Seq, SessionId};
 use crate::limits::{MAX_SESSIONS, SESSION_REPLY_BYTES, SESSION_WINDOW};
 use crate::mutant::{Mutant, planted};
-use crate::reply::Reply;
+use crate::reply::{Outcome, Reply};
 use crate::slot::Slot;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -164,6 +166,60 @@ impl Sessions {
     }
 }
 
+impl Sessions {
+    /// Every session whole, kept replies included, each as bytes of its own; at most some 80 KiB each.
+    pub(crate) fn encode(&self) -> impl Iterator<Item = Vec<u8>> {
+        self.by_id.iter().map(|(id, s)| {
+            let mut out = Vec::with_capacity(64 + s.bytes + s.kept.len() * 8);
+            put(&mut out, &(id, s.gateway, s.low, s.last, s.used, s.kept.len() as u64));
+            let mut reply = Vec::new();
+            for k in &s.kept {
+                put(&mut out, &(k.seq, k.slot));
+                reply.clear();
+                encode_outcome(&Outcome::Reply(k.reply.clone()), &mut reply);
+                put_bytes(&mut out, &reply);
+            }
+            out
+        })
+    }
+
+    /// Adds a session that [`Sessions::encode`] wrote. `None`, and nothing is added, for bytes that are none, or one that
+    /// cannot stand beside those that are there.
+    pub(crate) fn restore(&mut self, mut bytes: &[u8]) -> Option<()> {
+        type Head = (SessionId, Incarnation, u64, u64, LogIndex, u64);
+        let (id, gateway, low, last, used, count): Head = take(&mut bytes).ok()?;
+        if self.by_id.len() >= MAX_SESSIONS
+            || self.by_id.contains_key(&id)
+            || self.by_gateway.contains_key(&gateway)
+            || count > SESSION_WINDOW as u64
+            || used.0 < id.0
+        {
+            return None;
+        }
+        let mut s = Session { gateway, low, last, kept: VecDeque::new(), bytes: 0, used };
+        for _ in 0..count {
+            let (seq, slot): (u64, Option<Slot>) = take(&mut bytes).ok()?;
+            // A copy of its own: the reply's slices must not keep the whole snapshot in memory.
+            let encoded = Bytes::copy_from_slice(take(&mut bytes).ok()?);
+            let (Outcome::Reply(reply), taken) = decode_outcome(&encoded).ok()? else { return None };
+            let size = reply_bytes(&reply);
+            let after = s.kept.back().map_or(low, |k| k.seq);
+            if taken != encoded.len() || seq <= after || seq > last || s.bytes + size > SESSION_REPLY_BYTES {
+                return None;
+            }
+            s.bytes += size;
+            s.kept.push_back(Kept { seq, slot, reply, bytes: size });
+        }
+        if !bytes.is_empty() {
+            return None;
+        }
+        self.by_id.insert(id, s);
+        self.by_gateway.insert(gateway, id);
+        self.by_use.insert((used, id), ());
+        Some(())
+    }
+}
+
 /// Accounted bytes of a kept reply. Constants, not sizes of types: what is kept must not depend on the build.
 fn reply_bytes(reply: &Reply) -> usize {
     16 + match reply {
@@ -177,7 +233,6 @@ fn reply_bytes(reply: &Reply) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bytes::Bytes;
 
     const G: Incarnation = Incarnation(7);
 

@@ -21,6 +21,7 @@ use crate::published::Published;
 use crate::reply::{Outcome, Reply, ValueType};
 use crate::session::{Sessions, Verdict};
 use crate::slot::{Slot, SlotRange};
+use crate::snapshot::{Head, Snapshot, SnapshotStep};
 use crate::store::{Edit, Entry, SCAN_BYTES, ScanQuery, Table, TableWriter};
 use crate::time::LogTime;
 use bytes::Bytes;
@@ -34,7 +35,7 @@ pub const MAX_REPLY_BYTES: usize = MAX_REQUEST_BYTES;
 /// A digest is recorded each time the applied index passes a multiple of this.
 const DIGEST_EVERY: u64 = 1024;
 /// Recorded digests that are kept for comparison.
-const DIGESTS_KEPT: usize = 8;
+pub(crate) const DIGESTS_KEPT: usize = 8;
 /// Latest expiry in milliseconds of log time: what remains of it fits a reply.
 const MAX_EXPIRY: u64 = i64::MAX as u64;
 /// Longest text that is taken for a float; Redis has the same limit.
@@ -87,6 +88,8 @@ pub struct StateMachine {
     digests: VecDeque<(LogIndex, u64)>,
     /// The newest index that an applied entry compared.
     checked: LogIndex,
+    /// The snapshot that is being taken.
+    snapshot: Option<Snapshot>,
 }
 
 /// Bytes that the replies of a request may still take.
@@ -141,6 +144,7 @@ impl StateMachine {
             applied: init.applied,
             digests: VecDeque::with_capacity(DIGESTS_KEPT),
             checked: LogIndex(0),
+            snapshot: None,
         }
     }
 
@@ -524,6 +528,100 @@ impl StateMachine {
                 // At log time nothing is undecided.
                 self.observe(op, self.log_time, budget).unwrap_or(Ok(Reply::Nil))
             }
+        }
+    }
+
+    /// Begins a snapshot of the state as it is now, at the applied index, and returns its first chunk. `None` while an
+    /// earlier one is unfinished; an abandoned one is too until what it had begun is swept, of which each call does a part.
+    ///
+    /// Takes time and memory with the sessions, not with the keys. The rest comes by [`StateMachine::snapshot_step`];
+    /// entries may be applied between the steps, and the snapshot does not change by them. What they overwrite or delete
+    /// stays in memory until it is emitted: at worst the shard's data exist twice, if all is overwritten before the
+    /// consumer takes a step. [`StateMachine::snapshot_pending_bytes`] says how much that is.
+    pub fn begin_snapshot(&mut self) -> Option<Bytes> {
+        if self.snapshot.is_some() {
+            return None;
+        }
+        if self.table.walking() {
+            self.table.walk(|_| true);
+        }
+        let table = self.table().clone();
+        if !self.table.begin_walk() {
+            return None;
+        }
+        let head = Head {
+            range: self.range,
+            epoch: self.epoch,
+            secret: table.seed(),
+            log_time: self.log_time,
+            applied: self.applied,
+            digests: self.digests.iter().copied().collect(),
+            checked: self.checked,
+            sessions: self.sessions.len() as u64,
+            keys: table.keys(),
+            bytes: table.bytes(),
+            table_digest: table.digest(),
+            sessions_digest: self.sessions.digest(),
+            digest: self.digest(),
+        };
+        let (snapshot, chunk) = Snapshot::begin(&head, &self.sessions);
+        self.snapshot = Some(snapshot);
+        Some(chunk)
+    }
+
+    /// The next chunk of the snapshot: about `max_bytes`, more only by its frame or if one record alone is larger. A step
+    /// looks at some ten thousand records and as many empty slots at most, and locks one segment at a time.
+    pub fn snapshot_step(&mut self, max_bytes: usize) -> SnapshotStep {
+        let Some(snapshot) = &mut self.snapshot else {
+            return if self.table.walk(|_| true) { SnapshotStep::Sweeping } else { SnapshotStep::Idle };
+        };
+        let step = snapshot.step(&mut self.table, max_bytes);
+        if let SnapshotStep::Done(_) = step {
+            self.snapshot = None;
+        }
+        step
+    }
+
+    /// Gives the snapshot up, and what it kept in memory. Nothing if there is none.
+    pub fn abandon_snapshot(&mut self) {
+        self.snapshot = None;
+        self.table.abandon_walk();
+    }
+
+    /// Accounted bytes that only the snapshot keeps in memory, 0 without one.
+    pub fn snapshot_pending_bytes(&self) -> u64 {
+        self.snapshot.as_ref().map_or(0, |s| s.pending_bytes() + self.table.walk_bytes())
+    }
+
+    /// Replaces the whole state by a restored one; its index is usually later. Readers keep what they share with this
+    /// machine, [`StateMachine::published`], and see either state, no mixture. A snapshot that was being taken is dropped.
+    ///
+    /// Returns the former keys and values, for the caller to drop where it delays nobody.
+    pub fn install(&mut self, restored: StateMachine) -> Arc<Table> {
+        let published = self.published.clone();
+        published.cell().changing();
+        let former = std::mem::replace(self, restored);
+        self.published = published;
+        self.published.set_table(self.table.table());
+        self.published.set_log_time(self.log_time);
+        self.published.cell().changed();
+        former.table.table().clone()
+    }
+
+    /// The state that a snapshot's parts make.
+    pub(crate) fn restored(head: Head, table: TableWriter, sessions: Sessions) -> Self {
+        let published = Arc::new(Published::new(table.table().clone(), head.log_time));
+        StateMachine {
+            range: head.range,
+            epoch: head.epoch,
+            table,
+            published,
+            sessions,
+            log_time: head.log_time,
+            applied: head.applied,
+            digests: head.digests.into(),
+            checked: head.checked,
+            snapshot: None,
         }
     }
 

@@ -11,12 +11,18 @@
 //! split or remove something.
 //!
 //! Digests are sums over records, kept as records change: they depend neither on order nor on how segments were split.
+//!
+//! A *walk* shows all records as they were when it began, in small steps between which the table is written. One bit of
+//! each record, its parity, tells which it has passed: beginning a walk turns the table's own parity over, what is written
+//! from then on carries the new one, and the walk turns over what it shows. A write that would destroy a record of the old
+//! parity puts it aside for the walk instead. So beginning costs nothing, and a write at most an allocation.
 
 use crate::key::KeyRef;
-use crate::limits::{DATABASES, MAX_SCAN_COUNT};
+use crate::limits::{DATABASES, MAX_SCAN_COUNT, MAX_VALUE_BYTES};
 use crate::slot::{Slot, SlotRange};
 use bytes::Bytes;
 use hashbrown::HashTable;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -42,9 +48,12 @@ const SCAN_VISITS: usize = 4096;
 pub const SCAN_BYTES: usize = 1024 * 1024;
 /// A SCAN step ends once it has compared this many bytes of keys with bytes of the pattern.
 const SCAN_COMPARISONS: usize = 8 * 1024 * 1024;
+/// Most records that one step of a walk looks at, shown or not: those written since it began are only passed over.
+const WALK_VISITS: usize = 8192;
 /// Odd and irregular (2^64 divided by the golden ratio), to spread small numbers over a word.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
 const CURSOR_HASH: u64 = (1 << SCAN_SLOT_SHIFT) - 1;
+const _: () = assert!(DATABASES - 1 <= Record::DATABASE);
 
 /// A lock is poisoned when its holder panicked. The replica of a panicked apply has stopped; a reader sees what there is.
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
@@ -55,7 +64,7 @@ fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One key and its value in one allocation: database and flag, length of the key, expiry if there is one, key, value.
+/// One key and its value in one allocation: database and flags, length of the key, expiry if there is one, key, value.
 ///
 /// Sixteen bytes in the table, and three in the allocation that it would round up anyway: with the fields beside the
 /// pointer, a hash table at usual load would take some 25 bytes a key more.
@@ -63,12 +72,17 @@ struct Record(Box<[u8]>);
 
 impl Record {
     const EXPIRES: u8 = 0x80;
+    /// Equal to the table's own, but for records that a walk has not passed.
+    const PARITY: u8 = 0x40;
+    const DATABASE: u8 = 0x0F;
 
-    /// `value` is the concatenation of two parts. `key_len` fits 16 bits since keys are limited when parsed.
-    fn new(db: u8, key: &[u8], value: [&[u8]; 2], expire_at: u64) -> Self {
+    /// `parity` is 0 or [`Record::PARITY`]; `value` is the concatenation of two parts. The length of the key fits 16 bits
+    /// since keys are limited when parsed.
+    fn new(parity: u8, db: u8, key: &[u8], value: [&[u8]; 2], expire_at: u64) -> Self {
+        let flags = parity | db;
         let head = if expire_at == 0 { 3 } else { 11 };
         let mut data = Vec::with_capacity(head + key.len() + value[0].len() + value[1].len());
-        data.push(if expire_at == 0 { db } else { db | Self::EXPIRES });
+        data.push(if expire_at == 0 { flags } else { flags | Self::EXPIRES });
         data.extend_from_slice(&(key.len() as u16).to_le_bytes());
         if expire_at != 0 {
             data.extend_from_slice(&expire_at.to_le_bytes());
@@ -80,7 +94,10 @@ impl Record {
     }
 
     fn db(&self) -> u8 {
-        self.0[0] & !Self::EXPIRES
+        self.0[0] & Self::DATABASE
+    }
+    fn parity(&self) -> u8 {
+        self.0[0] & Self::PARITY
     }
     fn head(&self) -> usize {
         if self.0[0] & Self::EXPIRES == 0 { 3 } else { 11 }
@@ -115,7 +132,7 @@ impl Record {
             self.0[at..].copy_from_slice(value);
             self.write_expiry(expire_at);
         } else {
-            *self = Record::new(self.db(), self.key(), [value, &[]], expire_at);
+            *self = Record::new(self.parity(), self.db(), self.key(), [value, &[]], expire_at);
         }
     }
 
@@ -123,7 +140,7 @@ impl Record {
         if (self.0[0] & Self::EXPIRES != 0) == (expire_at != 0) {
             self.write_expiry(expire_at);
         } else {
-            *self = Record::new(self.db(), self.key(), [self.value(), &[]], expire_at);
+            *self = Record::new(self.parity(), self.db(), self.key(), [self.value(), &[]], expire_at);
         }
     }
 
@@ -141,6 +158,51 @@ impl Record {
     /// Contribution to the digest: database and key by their hash, value, expiry.
     fn digest(&self, hash: u64) -> u64 {
         xxh3_64_with_seed(self.value(), hash ^ self.expire_at().wrapping_mul(SPREAD))
+    }
+}
+
+/// A record as its bytes, for snapshots: a byte of database and flag (0x80: it expires), the length of the key (two bytes,
+/// little-endian), the expiry if there is one (eight), the key, and the value to the end.
+#[derive(Clone, Copy)]
+pub(crate) struct RecordBytes<'a>(&'a [u8]);
+
+/// A record that has been checked, as far as it can be alone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RecordView<'a> {
+    pub(crate) key: KeyRef<'a>,
+    pub(crate) value: &'a [u8],
+    pub(crate) expire_at: u64,
+}
+
+impl<'a> RecordBytes<'a> {
+    pub(crate) fn len(self) -> usize {
+        self.0.len()
+    }
+
+    /// Appends the bytes, without what only this table knows: the parity.
+    pub(crate) fn append_to(self, out: &mut Vec<u8>) {
+        let at = out.len();
+        out.extend_from_slice(self.0);
+        out[at] &= !Record::PARITY;
+    }
+
+    /// Takes apart what [`RecordBytes::append_to`] wrote; `None` for anything else.
+    pub(crate) fn parse(bytes: &'a [u8]) -> Option<RecordView<'a>> {
+        let ([flags, low, high], mut rest) = bytes.split_first_chunk()?;
+        if flags & !(Record::EXPIRES | Record::DATABASE) != 0 {
+            return None;
+        }
+        let mut expire_at = 0;
+        if flags & Record::EXPIRES != 0 {
+            let (at, after) = rest.split_first_chunk()?;
+            (expire_at, rest) = (u64::from_le_bytes(*at), after);
+            if expire_at == 0 {
+                return None;
+            }
+        }
+        let (key, value) = rest.split_at_checked(usize::from(u16::from_le_bytes([*low, *high])))?;
+        let key = KeyRef::new(flags & Record::DATABASE, key)?;
+        (value.len() <= MAX_VALUE_BYTES).then_some(RecordView { key, value, expire_at })
     }
 }
 
@@ -357,6 +419,11 @@ impl Table {
         self.slot(slot).map_or(0, |s| read(s).as_deref().map_or(0, |d| d.digest.load(Relaxed)))
     }
 
+    /// Seed of the hash of keys: the cluster's founding secret.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// The range of slots.
     pub fn range(&self) -> SlotRange {
         self.range
@@ -471,12 +538,171 @@ impl Budget {
 #[derive(Debug)]
 pub struct TableWriter {
     table: Arc<Table>,
+    /// Parity of what is written: 0 or [`Record::PARITY`].
+    parity: u8,
+    walk: Option<Walk>,
+}
+
+/// A pass over the records that a table had at one moment.
+struct Walk {
+    table: Arc<Table>,
+    /// Whether the writer has begun another table since: then nothing of this one changes any more.
+    detached: bool,
+    /// Whether nobody wants the records any more. They are turned over all the same, for the next walk.
+    abandoned: bool,
+    /// Parity of the records that have not been passed.
+    parity: u8,
+    /// Records of the old parity lie at or behind this slot and hash.
+    slot: u16,
+    from: u64,
+    /// Records of the old parity that are still in the table, and their accounted bytes.
+    left: u64,
+    left_bytes: u64,
+    /// Records that have been overwritten or deleted before they were passed, and their accounted bytes.
+    aside: VecDeque<Record>,
+    aside_bytes: u64,
+}
+
+impl std::fmt::Debug for Walk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Walk").field("left", &self.left).field("aside", &self.aside.len()).finish_non_exhaustive()
+    }
+}
+
+impl Walk {
+    /// A record of the old parity is no longer in the table.
+    fn displaced(&mut self, record: Record) {
+        let bytes = record.bytes();
+        self.passed(bytes);
+        if !self.abandoned {
+            self.aside_bytes += bytes;
+            self.aside.push_back(record);
+        }
+    }
+
+    fn passed(&mut self, bytes: u64) {
+        debug_assert!(self.left > 0 && self.left_bytes >= bytes, "more records than there were");
+        self.left -= 1;
+        self.left_bytes -= bytes;
+    }
+
+    /// Shows records put aside, then those of the table, turning them over. `take` answers whether there is room for the
+    /// record; one it refuses comes again in the next step. Looks at [`WALK_VISITS`] records, and one segment, at most.
+    fn step(&mut self, mut take: impl FnMut(&Record) -> bool) {
+        while let Some(record) = self.aside.front() {
+            if !take(record) {
+                return;
+            }
+            self.aside_bytes -= record.bytes();
+            self.aside.pop_front();
+        }
+        if self.aside.capacity() > KEEP_CAPACITY {
+            self.aside = VecDeque::new();
+        }
+        let mut visits = WALK_VISITS;
+        while self.left > 0 && visits > 0 && self.slot < self.table.range.end {
+            let place = usize::from(self.slot - self.table.range.start);
+            let mut end = None;
+            let table = self.table.clone();
+            if let Some(directory) = read(&table.slots[place]).as_deref() {
+                let segment = directory.segment(self.from);
+                for record in write(&segment.records).iter_mut() {
+                    visits = visits.saturating_sub(1);
+                    if record.parity() != self.parity {
+                        continue;
+                    }
+                    if !self.abandoned && !take(record) {
+                        return;
+                    }
+                    record.0[0] ^= Record::PARITY;
+                    self.passed(record.bytes());
+                }
+                if segment.depth > 0 {
+                    // Where the next segment begins; none after the last.
+                    let width = 64 - segment.depth;
+                    end = Some((self.from >> width) + 1).filter(|next| next >> segment.depth == 0).map(|n| n << width);
+                }
+            }
+            drop(table);
+            match end {
+                Some(end) => self.from = end,
+                None => {
+                    // Once no reader holds the old table, what was walked can go: not all of it at once in the end.
+                    if self.detached
+                        && let Some(table) = Arc::get_mut(&mut self.table)
+                    {
+                        table.slots[place] = RwLock::default();
+                    }
+                    (self.slot, self.from) = (self.slot + 1, 0);
+                }
+            }
+        }
+        debug_assert!(self.left == 0 || self.slot < self.table.range.end, "records behind the walk");
+    }
+
+    fn done(&self) -> bool {
+        self.left == 0 && self.aside.is_empty()
+    }
 }
 
 impl TableWriter {
     /// The writer of a new, empty table for the slots of `range`; `seed` is the cluster's founding secret.
     pub fn new(range: SlotRange, seed: u64) -> Self {
-        TableWriter { table: Arc::new(Table::new(range, seed)) }
+        TableWriter { table: Arc::new(Table::new(range, seed)), parity: 0, walk: None }
+    }
+
+    /// Begins a walk over the records as they are now; `false` while an earlier one is unfinished.
+    pub(crate) fn begin_walk(&mut self) -> bool {
+        if self.walk.is_some() {
+            return false;
+        }
+        let t = &self.table;
+        self.walk = Some(Walk {
+            table: t.clone(),
+            detached: false,
+            abandoned: false,
+            parity: self.parity,
+            slot: t.range.start,
+            from: 0,
+            left: t.keys(),
+            left_bytes: t.bytes(),
+            aside: VecDeque::new(),
+            aside_bytes: 0,
+        });
+        self.parity ^= Record::PARITY;
+        true
+    }
+
+    /// Walks on: shows records until `take` refuses one or a bounded number has been looked at. `false` once the walk is
+    /// over, or when there is none.
+    pub(crate) fn walk(&mut self, mut take: impl FnMut(RecordBytes<'_>) -> bool) -> bool {
+        let Some(walk) = &mut self.walk else { return false };
+        walk.step(|r| take(RecordBytes(&r.0)));
+        if walk.done() {
+            self.walk = None;
+        }
+        self.walk.is_some()
+    }
+
+    /// Nobody wants the rest of the walk. It goes on until every record is turned over, but shows nothing.
+    pub(crate) fn abandon_walk(&mut self) {
+        let Some(walk) = &mut self.walk else { return };
+        walk.abandoned = true;
+        (walk.aside, walk.aside_bytes) = (VecDeque::new(), 0);
+        // Nothing was written into another table with the old parity.
+        if walk.detached || walk.left == 0 {
+            self.walk = None;
+        }
+    }
+
+    /// Whether a walk is unfinished.
+    pub(crate) fn walking(&self) -> bool {
+        self.walk.is_some()
+    }
+
+    /// Accounted bytes of what only the walk holds.
+    pub(crate) fn walk_bytes(&self) -> u64 {
+        self.walk.as_ref().map_or(0, |w| w.aside_bytes + if w.detached { w.left_bytes } else { 0 })
     }
 
     /// The table, for readers.
@@ -487,7 +713,7 @@ impl TableWriter {
     /// Shows a key as [`Table::get`] does, and does what `decide` says, under one lock. A key whose slot is not of this
     /// table is shown as absent and never written.
     pub fn edit<'v, R>(&mut self, key: KeyRef<'_>, decide: impl FnOnce(Option<Entry<'_>>) -> (R, Edit<'v>)) -> R {
-        let t = &*self.table;
+        let (t, parity) = (&*self.table, self.parity);
         let Some(slot) = t.slot(key.slot) else {
             debug_assert!(false, "slots are checked before keys are written");
             return decide(None).0;
@@ -497,7 +723,7 @@ impl TableWriter {
         let Some(directory) = guard.as_deref() else {
             drop(guard);
             let (answer, edit) = decide(None);
-            if let Some(record) = new_record(&key, edit) {
+            if let Some(record) = new_record(parity, &key, edit) {
                 let directory = Directory::new();
                 t.account(&directory, key.db, Some((&record, hash)), None);
                 write(&directory.segments[0].records)
@@ -513,10 +739,15 @@ impl TableWriter {
             Ok(mut found) => {
                 let (answer, edit) = decide(Some(found.get().entry()));
                 let before = (found.get().bytes(), found.get().digest_unless(edit == Edit::Keep, hash));
+                // Records of the old parity are there only while they are walked.
+                let walk = self.walk.as_mut().filter(|_| found.get().parity() != parity);
                 match edit {
                     Edit::Keep => {}
                     Edit::Delete => {
-                        let (_, absent) = found.remove();
+                        let (record, absent) = found.remove();
+                        if let Some(walk) = walk {
+                            walk.displaced(record);
+                        }
                         let records = absent.into_table();
                         if records.capacity() > KEEP_CAPACITY && records.len() < records.capacity() / 4 {
                             records.shrink_to(records.len() * 2, |r| in_segment(t.hash_of(r)));
@@ -525,13 +756,26 @@ impl TableWriter {
                     }
                     Edit::Put { .. } | Edit::Append(_) | Edit::Expiry(_) => {
                         let record = found.get_mut();
-                        match edit {
-                            Edit::Put { value, expire_at } => record.replace(value, expire_at),
-                            Edit::Append(tail) => {
-                                *record = Record::new(key.db, key.bytes, [record.value(), tail], record.expire_at())
+                        let new = |value, expire_at| Record::new(parity, key.db, key.bytes, value, expire_at);
+                        let other = match edit {
+                            Edit::Put { value, expire_at } if walk.is_some() => Some(new([value, &[]], expire_at)),
+                            Edit::Expiry(at) if walk.is_some() => Some(new([record.value(), &[]], at)),
+                            Edit::Append(tail) => Some(new([record.value(), tail], record.expire_at())),
+                            Edit::Put { value, expire_at } => {
+                                record.replace(value, expire_at);
+                                None
                             }
-                            Edit::Expiry(at) => record.set_expiry(at),
-                            Edit::Keep | Edit::Delete => {}
+                            Edit::Expiry(at) => {
+                                record.set_expiry(at);
+                                None
+                            }
+                            Edit::Keep | Edit::Delete => None,
+                        };
+                        if let Some(other) = other {
+                            let old = std::mem::replace(record, other);
+                            if let Some(walk) = walk {
+                                walk.displaced(old);
+                            }
                         }
                         t.account(directory, key.db, Some((found.get(), hash)), Some(before));
                     }
@@ -540,7 +784,7 @@ impl TableWriter {
             }
             Err(absent) => {
                 let (answer, edit) = decide(None);
-                if let Some(record) = new_record(&key, edit) {
+                if let Some(record) = new_record(parity, &key, edit) {
                     t.account(directory, key.db, Some((&record, hash)), None);
                     let records = absent.into_table();
                     records.insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
@@ -577,13 +821,14 @@ impl TableWriter {
             let Some(directory) = guard.as_deref_mut() else { continue };
             for segment in &directory.segments {
                 let mut records = write(&segment.records);
-                records.retain(|r| {
-                    let goes = r.db() == db;
-                    if goes {
-                        t.account(directory, db, None, Some((r.bytes(), r.digest(t.hash_of(r)))));
+                for record in records.extract_if(|r| r.db() == db) {
+                    t.account(directory, db, None, Some((record.bytes(), record.digest(t.hash_of(&record)))));
+                    if record.parity() != self.parity
+                        && let Some(walk) = &mut self.walk
+                    {
+                        walk.displaced(record);
                     }
-                    !goes
-                });
+                }
                 records.shrink_to_fit(|r| in_segment(t.hash_of(r)));
             }
             if directory.keys.load(Relaxed) == 0 {
@@ -596,6 +841,11 @@ impl TableWriter {
     pub fn clear(&mut self) {
         if self.table.keys() != 0 {
             self.table = Arc::new(Table::new(self.table.range, self.table.seed));
+            match &mut self.walk {
+                Some(walk) if walk.abandoned => self.walk = None,
+                Some(walk) => walk.detached = true,
+                None => {}
+            }
         }
     }
 }
@@ -608,10 +858,10 @@ impl Record {
 }
 
 /// The record of a key that was absent, if the edit makes one.
-fn new_record(key: &KeyRef<'_>, edit: Edit<'_>) -> Option<Record> {
+fn new_record(parity: u8, key: &KeyRef<'_>, edit: Edit<'_>) -> Option<Record> {
     match edit {
-        Edit::Put { value, expire_at } => Some(Record::new(key.db, key.bytes, [value, &[]], expire_at)),
-        Edit::Append(value) => Some(Record::new(key.db, key.bytes, [value, &[]], 0)),
+        Edit::Put { value, expire_at } => Some(Record::new(parity, key.db, key.bytes, [value, &[]], expire_at)),
+        Edit::Append(value) => Some(Record::new(parity, key.db, key.bytes, [value, &[]], 0)),
         Edit::Keep | Edit::Delete | Edit::Expiry(_) => None,
     }
 }
@@ -694,17 +944,19 @@ mod tests {
     fn records_hold_what_they_are_given() {
         for expire_at in [0, 1, u64::MAX] {
             for key in [&b""[..], b"k", &[7; 65_535]] {
-                let mut r = Record::new(15, key, [b"va", b"lue"], expire_at);
+                let mut r = Record::new(Record::PARITY, 15, key, [b"va", b"lue"], expire_at);
                 assert_eq!((r.db(), r.key(), r.value(), r.expire_at()), (15, key, &b"value"[..], expire_at));
                 assert_eq!(r.bytes(), key.len() as u64 + 5 + RECORD_OVERHEAD);
                 for (value, at) in
                     [(&b"other"[..], expire_at), (b"", 9), (b"longer than before", 0), (b"longer than befora", 0)]
                 {
                     r.replace(value, at);
+                    assert_eq!(r.parity(), Record::PARITY);
                     assert_eq!((r.db(), r.key(), r.value(), r.expire_at()), (15, key, value, at));
                 }
                 for at in [0, 5, 6, 0] {
                     r.set_expiry(at);
+                    assert_eq!(r.parity(), Record::PARITY);
                     assert_eq!((r.db(), r.key(), r.value(), r.expire_at()), (15, key, &b"longer than befora"[..], at));
                 }
             }
@@ -714,7 +966,7 @@ mod tests {
     #[test]
     fn a_record_costs_one_pointer_in_the_table() {
         assert_eq!(size_of::<Record>(), 16);
-        assert_eq!(Record::new(0, &[0; 16], [&[0; 128], &[]], 0).0.len(), 16 + 128 + 3);
+        assert_eq!(Record::new(0, 0, &[0; 16], [&[0; 128], &[]], 0).0.len(), 16 + 128 + 3);
     }
 
     #[test]
@@ -850,7 +1102,7 @@ mod tests {
         for i in 0..50u32 {
             write(&d.segments[0].records).insert_unique(
                 in_segment(hash),
-                Record::new(0, &name(i), [b"", b""], 0),
+                Record::new(0, 0, &name(i), [b"", b""], 0),
                 |_| in_segment(hash),
             );
         }
