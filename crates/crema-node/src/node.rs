@@ -53,6 +53,9 @@ const MEMORY_LOOK: Duration = Duration::from_secs(5);
 const RESP_DRAIN: Duration = Duration::from_secs(3);
 /// Longest time to resolve the advertised host.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// About so many bytes of records one piece of a state holds on its way to another node: a fraction of a millisecond of the
+/// driver's time.
+const SNAPSHOT_CHUNK_BYTES: usize = 256 * 1024;
 /// Connections that the system accepts on our behalf before we do.
 const BACKLOG: u32 = 1024;
 
@@ -410,6 +413,7 @@ impl Node {
             timing: Timing::default(),
             max_log_bytes: config.max_log_bytes,
             read_mode: config.reads,
+            snapshot_chunk_bytes: SNAPSHOT_CHUNK_BYTES,
         };
         let book = Arc::new(Mutex::new(AddressBook::default()));
         let (view_changes, view_changed) = watch::channel(());

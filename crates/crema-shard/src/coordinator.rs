@@ -5,33 +5,68 @@
 //!   inputs -> mark dirty -> poll: flush each dirty replica -> Round { frames, answers, roles, persist }
 //! ```
 //!
-//! A replica that panics or cannot be trusted is set aside; the others go on.
+//! A replica that panics or cannot be trusted is set aside; the others go on. Replicas are made by a founding record or by
+//! applied placement, for the life that it names, and an id is used once: a replica that placement has replaced by
+//! another id of this same life goes.
 
 use crate::effect::Note;
-use crate::message::{Answer, Body, Envelope, KIND_RAFT, TARGET_FRAME_BYTES, encode_envelope};
+use crate::members::{Member, Members};
+use crate::message::{
+    Answer, Body, Envelope, KIND_RAFT, TARGET_FRAME_BYTES, encode_chunk, encode_chunk_ack, encode_envelope,
+};
 use crate::meta::{MetaMachine, MetaState};
 use crate::proposals::Ticket;
 use crate::reads::Read;
-use crate::replica::{Machine, Out, ReadCounts, ReadMode, Replica, ReplicaInit, Voter};
+use crate::replica::{Machine, Out, ReadCounts, ReadMode, Replica, ReplicaInit};
 use crate::timing::Timing;
+use crate::transfer::{Chunk, ChunkAck};
 use bytes::Bytes;
 use crema_core::mutant::{Mutant, planted};
-use crema_core::{Incarnation, LogIndex, LogTime, NodeId, Now, SessionTag, ShardId, ShardInit, StateMachine};
+use crema_core::store::Table;
+use crema_core::{
+    Incarnation, LogIndex, LogTime, NodeId, Now, ReplicaId, SessionTag, ShardId, ShardInit, StateMachine,
+};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+
+/// Least bytes of log that one group keeps, unless the node's limit is smaller.
+const MIN_LOG_BYTES: usize = 1024 * 1024;
+/// Most replicas of one node that send their states to others at a time.
+const FILLING_AT_ONCE: usize = 2;
+
+/// What all replicas of a node have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupOptions {
+    /// This node.
+    pub node: NodeId,
+    /// This life of it.
+    pub incarnation: Incarnation,
+    /// Periods.
+    pub timing: Timing,
+    /// Most bytes of log kept for members that lag, over all groups.
+    pub max_log_bytes: usize,
+    /// How reads are confirmed.
+    pub read_mode: ReadMode,
+    /// About how many bytes of records one piece of a state holds on its way to another replica.
+    pub chunk_bytes: usize,
+}
 
 /// What one poll of the coordinator wants done.
 #[derive(Debug, Default)]
 pub struct Round {
     /// Raft frames by receiver, in order.
     pub frames: Vec<(NodeId, Bytes)>,
+    /// Frames of the snapshot stream by receiver, in order.
+    pub snapshot_frames: Vec<(NodeId, Bytes)>,
     /// Answers for gateways, in order.
     pub answers: Vec<(ShardId, Ticket, Answer)>,
-    /// Groups whose leadership changed.
+    /// Groups whose leadership or members changed.
     pub roles: Vec<ShardId>,
     /// Whether the meta state changed.
     pub meta_changed: bool,
+    /// Keys and values that nobody needs any more.
+    pub garbage: Vec<Arc<Table>>,
     /// For the log.
     pub notes: Vec<Note>,
     /// A batch to be made durable.
@@ -40,8 +75,7 @@ pub struct Round {
 
 /// Hosts all local replicas.
 pub struct Coordinator {
-    node: NodeId,
-    timing: Timing,
+    options: GroupOptions,
     data: Vec<Option<Box<Replica>>>,
     meta: Option<Box<Replica>>,
     dirty: BTreeSet<ShardId>,
@@ -59,10 +93,9 @@ pub struct Coordinator {
 
 impl Coordinator {
     /// A coordinator without replicas.
-    pub fn new(node: NodeId, timing: Timing) -> Self {
+    pub fn new(options: GroupOptions) -> Self {
         Coordinator {
-            node,
-            timing,
+            options,
             data: Vec::new(),
             meta: None,
             dirty: BTreeSet::new(),
@@ -80,60 +113,85 @@ impl Coordinator {
 
     /// Creates this node's replicas of a newly founded cluster: once, and only for the incarnation that the record
     /// names, so that a restarted node never takes part with a log that it has lost.
-    pub fn found(
-        &mut self,
-        state: &Arc<MetaState>,
-        incarnation: Incarnation,
-        max_log_bytes: usize,
-        read_mode: ReadMode,
-        now: Now,
-    ) -> Result<(), String> {
+    pub fn found(&mut self, state: &Arc<MetaState>, now: Now) -> Result<(), String> {
         assert!(self.meta.is_none() && self.data.is_empty(), "a cluster is founded once");
-        let groups = 1 + state.shards.len();
-        let max_log_bytes = (max_log_bytes / groups).max(1024 * 1024);
-        let log_time = LogTime(state.founded_at.0);
         self.data.resize_with(state.shards.len(), || None);
-        let shards = (0..state.shards.len() as u32).map(ShardId).chain([ShardId::META]);
-        for shard in shards {
+        for shard in state.groups() {
             let placed = state.replicas(shard);
-            let mut voters: Vec<Voter> =
-                placed.iter().map(|r| Voter { id: r.id, node: r.node, incarnation: r.incarnation }).collect();
-            voters.sort_by_key(|v| v.id);
             let any_life = planted(Mutant::VoteAfterWipe);
-            let mine = |v: &&Voter| v.node == self.node && (v.incarnation == incarnation || any_life);
-            let Some(own) = voters.iter().find(mine).copied() else {
-                continue;
-            };
+            let mine =
+                |m: &&Member| m.node == self.options.node && (m.incarnation == self.options.incarnation || any_life);
+            let members = Members::founded(placed, state.epoch_of(shard));
+            let Some(own) = members.voters.iter().find(mine).copied() else { continue };
             let first = placed.first().is_some_and(|r| r.id == own.id);
             let applied = LogIndex(crate::log_store::FOUNDING_INDEX);
-            let machine = if shard.is_meta() {
-                Machine::Meta(Box::new(MetaMachine::new(state.clone(), applied)))
-            } else {
-                let s = &state.shards[shard.0 as usize];
-                let init = ShardInit { range: s.range, epoch: s.epoch, secret: state.secret, log_time, applied };
-                Machine::Data(Box::new(StateMachine::new(init)))
-            };
-            let init = ReplicaInit {
-                shard,
-                id: own.id,
-                voters,
-                machine,
-                log_time,
-                timing: self.timing,
-                max_log_bytes,
-                context_prefix: incarnation.0 as u64,
-                read_mode,
-            };
-            let replica = Replica::founded(init, first, &self.logger.new(slog::o!("shard" => shard.0)), now)
-                .map_err(|e| e.to_string())?;
-            *self.slot_mut(shard).ok_or("the record names a shard it does not have")? = Some(Box::new(replica));
-            self.dirty.insert(shard);
+            let init = ReplicaInit { members, ..self.blank(state, shard, own.id, applied) };
+            let logger = self.logger.new(slog::o!("shard" => shard.0));
+            let replica = Replica::founded(init, first, &logger, now).map_err(|e| e.to_string())?;
+            self.put(shard, replica)?;
         }
         Ok(())
     }
 
-    fn slot_mut(&mut self, shard: ShardId) -> Option<&mut Option<Box<Replica>>> {
-        if shard.is_meta() { Some(&mut self.meta) } else { self.data.get_mut(shard.0 as usize) }
+    /// What a new replica begins with.
+    fn blank(&self, state: &Arc<MetaState>, shard: ShardId, id: ReplicaId, applied: LogIndex) -> ReplicaInit {
+        let log_time = LogTime(state.founded_at.0);
+        let machine = match state.shards.get(shard.0 as usize) {
+            Some(s) => {
+                let init = ShardInit { range: s.range, epoch: s.epoch, secret: state.secret, log_time, applied };
+                Machine::Data(Box::new(StateMachine::new(init)))
+            }
+            None => Machine::Meta(Box::new(MetaMachine::new(state.clone(), applied))),
+        };
+        let o = &self.options;
+        ReplicaInit {
+            shard,
+            id,
+            members: Members::default(),
+            machine,
+            log_time,
+            timing: o.timing,
+            max_log_bytes: (o.max_log_bytes / (1 + state.shards.len())).max(MIN_LOG_BYTES.min(o.max_log_bytes)),
+            context_prefix: o.incarnation.0 as u64,
+            read_mode: o.read_mode,
+            chunk_bytes: o.chunk_bytes,
+        }
+    }
+
+    fn put(&mut self, shard: ShardId, replica: Replica) -> Result<(), String> {
+        let slot = if shard.is_meta() { Some(&mut self.meta) } else { self.data.get_mut(shard.0 as usize) };
+        *slot.ok_or("the table names a shard that it does not have")? = Some(Box::new(replica));
+        self.dirty.insert(shard);
+        Ok(())
+    }
+
+    /// Follows placement: makes the replicas that it gives to this life of the node, empty, and tells all what their
+    /// groups' members should be. Returns whether replicas came or went.
+    pub fn adopt(&mut self, state: &Arc<MetaState>, now: Now) -> Result<bool, String> {
+        self.present = state.nodes.iter().map(|(n, r)| (*n, r.incarnation)).collect();
+        self.data.resize_with(state.shards.len(), || None);
+        let mut changed = false;
+        for shard in state.groups() {
+            let placed = state.replicas(shard);
+            let mine = placed.iter().find(|r| r.node == self.options.node && r.incarnation == self.options.incarnation);
+            if let Some(own) = mine
+                && self.replica(shard).is_none_or(|r| r.id() < own.id)
+            {
+                if let Some(old) = self.replica(shard).and_then(|r| r.published()) {
+                    old.retire();
+                }
+                let init = self.blank(state, shard, own.id, LogIndex(0));
+                let logger = self.logger.new(slog::o!("shard" => shard.0));
+                let replica = Replica::empty(init, &logger, now).map_err(|e| e.to_string())?;
+                self.put(shard, replica)?;
+                changed = true;
+            }
+            let epoch = state.epoch_of(shard);
+            if self.with(shard, |r, _| r.set_intent(placed, epoch)).is_some() {
+                self.dirty.insert(shard);
+            }
+        }
+        Ok(changed)
     }
 
     /// The local replica of a group.
@@ -147,9 +205,14 @@ impl Coordinator {
         self.data.iter().chain([&self.meta]).filter_map(|r| r.as_deref())
     }
 
+    /// Whether this node keeps the meta state by its own log.
+    pub fn keeps_meta(&self) -> bool {
+        self.meta.as_deref().is_some_and(|r| !r.is_empty())
+    }
+
     /// The meta state, if this node keeps it.
     pub fn meta_state(&self) -> Option<Arc<MetaState>> {
-        match self.meta.as_deref()?.machine() {
+        match self.meta.as_deref().filter(|r| !r.is_empty())?.machine() {
             Machine::Meta(m) => Some(m.state().clone()),
             Machine::Data(_) => None,
         }
@@ -162,11 +225,6 @@ impl Coordinator {
             indexed: a.indexed + b.indexed,
             rounds: a.rounds + b.rounds,
         })
-    }
-
-    /// Which life of each node counts: voters of other lives are lost and hold no log back.
-    pub fn set_present(&mut self, present: BTreeMap<NodeId, Incarnation>) {
-        self.present = present;
     }
 
     /// Messages dropped because they were addressed to no replica of this life, or came from none.
@@ -213,6 +271,25 @@ impl Coordinator {
     fn nobody(&mut self, shard: ShardId, ticket: Ticket) {
         let answer = Answer::NotLeader { leader: None, term: crema_core::Term(0) };
         self.out.answers.push((shard, ticket, answer));
+    }
+
+    /// Takes a piece of a state from the life `incarnation` of node `from`.
+    pub fn take_chunk(&mut self, from: NodeId, incarnation: Incarnation, chunk: &Chunk) {
+        if self.replica(chunk.shard).is_none_or(|r| r.id() != chunk.to) {
+            self.dropped += 1;
+            return;
+        }
+        let sender = Member { id: chunk.from, node: from, incarnation };
+        self.with(chunk.shard, |r, out| r.take_chunk(sender, chunk, out));
+        self.dirty.insert(chunk.shard);
+    }
+
+    /// Takes the acknowledgement of such a piece.
+    pub fn chunk_acked(&mut self, ack: ChunkAck, now: Now) {
+        if self.replica(ack.shard).is_some_and(|r| r.id() == ack.to) {
+            self.with(ack.shard, |r, _| r.chunk_acked(ack, now));
+            self.dirty.insert(ack.shard);
+        }
     }
 
     /// Takes a write.
@@ -269,6 +346,13 @@ impl Coordinator {
         }
     }
 
+    /// Pieces of states on their way to `node` were dropped.
+    pub fn filling_interrupted(&mut self, node: NodeId) {
+        for shard in self.shards() {
+            self.with(shard, |r, _| r.filling_interrupted(node));
+        }
+    }
+
     /// Wakes the local replica of a group, if there is one.
     pub fn wake(&mut self, shard: ShardId) {
         if self.replica(shard).is_some_and(Replica::asleep) {
@@ -291,9 +375,12 @@ impl Coordinator {
     pub fn tick(&mut self, now: Now) {
         let present = std::mem::take(&mut self.present);
         let awake: Vec<ShardId> = self.replicas().filter(|r| !r.asleep()).map(Replica::shard).collect();
+        let mut filling = self.replicas().filter(|r| r.transfer_status().to.is_some()).count();
         for shard in awake {
             let work = self.with(shard, |r, out| {
-                r.tick(now, |v| present.get(&v.node) == Some(&v.incarnation), out);
+                let before = r.transfer_status().to.is_some();
+                r.tick(now, |v| present.get(&v.node) == Some(&v.incarnation), filling < FILLING_AT_ONCE, out);
+                filling += usize::from(!before && r.transfer_status().to.is_some());
                 r.has_work()
             });
             if work == Some(true) {
@@ -335,6 +422,16 @@ impl Coordinator {
             }
         }
         self.out.envelopes = envelopes;
+        for (member, chunk) in self.out.chunks.drain(..) {
+            if self.connected.get(&member.node) == Some(&member.incarnation) {
+                round.snapshot_frames.push((member.node, encode_chunk(&chunk)));
+            }
+        }
+        for (member, ack) in self.out.chunk_acks.drain(..) {
+            if self.connected.get(&member.node) == Some(&member.incarnation) {
+                round.snapshot_frames.push((member.node, encode_chunk_ack(&ack)));
+            }
+        }
         round.frames.append(&mut self.full_frames);
         for (node, frame) in &mut self.frames {
             if !frame.is_empty() {
@@ -344,6 +441,7 @@ impl Coordinator {
         round.answers.append(&mut self.out.answers);
         round.roles.append(&mut self.out.roles);
         round.notes.append(&mut self.out.notes);
+        round.garbage.append(&mut self.out.garbage);
         round.meta_changed |= std::mem::take(&mut self.out.meta_changed);
         if !readies.is_empty() {
             self.persist_number += 1;
@@ -370,10 +468,11 @@ impl Coordinator {
     }
 
     /// Groups that would have no quorum if this node stopped, though they have other voters.
-    pub fn needed_by(&self, live: impl Fn(&Voter) -> bool) -> Vec<ShardId> {
+    pub fn needed_by(&self, live: impl Fn(&Member) -> bool) -> Vec<ShardId> {
         self.replicas()
+            .filter(|r| r.members().is_voter(r.id()))
             .filter(|r| {
-                let others = r.voters().iter().filter(|v| v.node != self.node);
+                let others = r.voters().iter().filter(|v| v.id != r.id());
                 let living = others.clone().filter(|v| live(v)).count();
                 others.count() > 0 && living < r.voters().len() / 2 + 1
             })

@@ -2,6 +2,7 @@
 
 use crate::router::RoutingView;
 use bytes::Bytes;
+use crema_core::store::Table;
 use crema_core::{ClusterUuid, Epoch, Incarnation, MonoTime, NodeId, Reply, ShardId, Term};
 use std::sync::Arc;
 
@@ -84,7 +85,7 @@ pub struct Completion {
     pub result: ClientResult,
 }
 
-/// The two streams between a pair of nodes.
+/// The streams between a pair of nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Channel {
@@ -92,6 +93,8 @@ pub enum Channel {
     Raft = 0,
     /// Forwarded requests and their answers.
     Requests = 1,
+    /// Pieces of states on their way to replicas that are being filled.
+    Snapshot = 2,
 }
 
 /// A frame for a peer. Frames of one (peer, channel) must arrive in order or not at all.
@@ -180,6 +183,8 @@ pub struct Effects {
     pub led: Vec<LedShard>,
     /// For the log.
     pub notes: Vec<Note>,
+    /// Keys and values that nobody needs any more: to be dropped where it may take its time, which is not this thread.
+    pub garbage: Vec<Arc<Table>>,
 }
 
 impl Effects {
@@ -191,6 +196,7 @@ impl Effects {
         self.view = None;
         self.led.clear();
         self.notes.clear();
+        self.garbage.clear();
     }
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
@@ -200,5 +206,6 @@ impl Effects {
             && self.view.is_none()
             && self.led.is_empty()
             && self.notes.is_empty()
+            && self.garbage.is_empty()
     }
 }

@@ -8,7 +8,7 @@
 //! Inputs change state and mark work; [`Host::poll`] does the work and returns [`Effects`]. A peer is *live* while beats
 //! of it arrive; only a live node is routed to or given leadership.
 
-use crate::coordinator::{Coordinator, Round};
+use crate::coordinator::{Coordinator, GroupOptions, Round};
 use crate::effect::{
     Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, ReadLevel,
     Refusal, Send,
@@ -17,9 +17,9 @@ use crate::follower::{Due, FollowerReads};
 use crate::founding::{Decision, Founding, FoundingConfig};
 use crate::gateway::{Gateway, Target};
 use crate::message::{
-    Answer, Control, KIND_ANSWERS, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS, MAX_FRAME_BYTES, Request, RequestBody,
-    TARGET_FRAME_BYTES, decode_answers, decode_control, decode_envelopes, decode_requests, encode_answer,
-    encode_control, encode_request,
+    Answer, Control, KIND_ANSWERS, KIND_CHUNK, KIND_CHUNK_ACK, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS, MAX_FRAME_BYTES,
+    Request, RequestBody, TARGET_FRAME_BYTES, decode_answers, decode_chunk, decode_chunk_ack, decode_control,
+    decode_envelopes, decode_requests, encode_answer, encode_control, encode_request,
 };
 use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement};
 use crate::placement::preferred_leader;
@@ -77,6 +77,8 @@ pub struct HostConfig {
     pub max_log_bytes: usize,
     /// How this node, where it leads, confirms linearizable reads. Promises are kept either way, so nodes may differ.
     pub read_mode: ReadMode,
+    /// About how many bytes of records one piece of a state holds on its way to another replica.
+    pub snapshot_chunk_bytes: usize,
 }
 
 /// A claim of leadership heard by gossip. A hint: the highest term wins, Raft decides.
@@ -193,7 +195,14 @@ impl Host {
             replication: config.replication,
             entropy: config.entropy,
         });
-        let coordinator = Coordinator::new(config.node, config.timing);
+        let coordinator = Coordinator::new(GroupOptions {
+            node: config.node,
+            incarnation: config.incarnation,
+            timing: config.timing,
+            max_log_bytes: config.max_log_bytes,
+            read_mode: config.read_mode,
+            chunk_bytes: config.snapshot_chunk_bytes,
+        });
         Host {
             coordinator,
             gateway: Gateway::default(),
@@ -387,6 +396,14 @@ impl Host {
                 let control = decode_control(&body)?;
                 self.take_control(now, peer, incarnation, control);
             }
+            (Channel::Snapshot, KIND_CHUNK) => {
+                let chunk = decode_chunk(&body)?;
+                self.coordinator.take_chunk(peer, incarnation, &chunk);
+            }
+            (Channel::Snapshot, KIND_CHUNK_ACK) => {
+                let ack = decode_chunk_ack(&body)?;
+                self.coordinator.chunk_acked(ack, now);
+            }
             (Channel::Requests, KIND_REQUESTS) => {
                 for r in decode_requests(&body)? {
                     self.serve(peer, incarnation, r);
@@ -429,7 +446,7 @@ impl Host {
             .replicas()
             .filter(|r| r.leadership().leader == Some(node))
             // Another life of the node leads nothing that its earlier one led.
-            .filter(|r| r.voters().iter().any(|v| v.node == node && Some(v.incarnation) == incarnation))
+            .filter(|r| r.members().all().any(|v| v.node == node && Some(v.incarnation) == incarnation))
             .map(|r| (r.shard(), r.leadership().term))
             .collect();
         for (shard, term) in follow {
@@ -503,6 +520,7 @@ impl Host {
         match channel {
             Channel::Raft => self.coordinator.unreachable(peer),
             Channel::Requests => self.gateway.peer_lost(peer, now.mono),
+            Channel::Snapshot => self.coordinator.filling_interrupted(peer),
         }
     }
 
@@ -620,13 +638,7 @@ impl Host {
         self.gateway.set_shards(state.shards.len());
         self.router.set_shards(state.shards.len());
         if (founded || planted(Mutant::VoteAfterWipe))
-            && let Err(reason) = self.coordinator.found(
-                &state,
-                self.config.incarnation,
-                self.config.max_log_bytes,
-                self.config.read_mode,
-                now,
-            )
+            && let Err(reason) = self.coordinator.found(&state, now)
         {
             self.out.notes.push(Note::Misfit(reason));
             return;
@@ -645,14 +657,17 @@ impl Host {
             self.out.notes.push(Note::Misfit(note));
             return;
         }
-        let newer = state.epoch > mine.epoch && self.coordinator.replica(ShardId::META).is_none();
+        let newer = state.epoch > mine.epoch && !self.coordinator.keeps_meta();
         if newer && state.shards.len() == mine.shards.len() && state.check().is_ok() {
             self.adopt(Arc::new(state), now);
         }
     }
 
     fn adopt(&mut self, state: Arc<MetaState>, now: Now) {
-        self.coordinator.set_present(state.nodes.iter().map(|(n, r)| (*n, r.incarnation)).collect());
+        if let Err(reason) = self.coordinator.adopt(&state, now) {
+            self.out.notes.push(Note::Misfit(reason));
+            return;
+        }
         if let Some(me) = state.nodes.get(&self.config.node)
             && me.past.contains(&self.config.incarnation)
         {
@@ -671,7 +686,11 @@ impl Host {
     fn push_placement(&mut self, to: NodeId) {
         let (Some(state), true) = (&self.state, self.leads_meta()) else { return };
         let Some(peer) = self.peers.get(&to) else { return };
-        let has_replica = state.meta.iter().any(|r| r.node == to && r.incarnation == peer.incarnation);
+        // One that is being filled does not know it yet.
+        let has_replica = self
+            .coordinator
+            .replica(ShardId::META)
+            .is_some_and(|r| r.voters().iter().any(|v| v.node == to && v.incarnation == peer.incarnation));
         if peer.epoch < state.epoch && !has_replica {
             let c = Control::Placement { state: state.encode() };
             self.control(to, &c);
@@ -788,6 +807,7 @@ impl Host {
 
     fn leadership_changed(&mut self, shard: ShardId, now: Now) {
         let Some(replica) = self.coordinator.replica(shard) else { return };
+        self.view_stale = true;
         let l = replica.leadership();
         let before = self.router.claim(shard);
         let leader = l.leader.filter(|n| self.is_live(*n));
@@ -947,11 +967,17 @@ impl Host {
                 }
                 self.out.notes.push(note);
             }
+            self.out.garbage.append(&mut round.garbage);
             if let Some(number) = round.persist.take() {
                 self.out.persist.push(PersistBatch { number });
             }
+            for (to, frame) in round.snapshot_frames.drain(..) {
+                self.out.sends.push(Send { to, channel: Channel::Snapshot, frame });
+            }
             if std::mem::take(&mut round.meta_changed)
                 && let Some(state) = self.coordinator.meta_state()
+                // A replica that has just been filled may know less than was told before.
+                && state.epoch >= self.epoch()
             {
                 self.adopt(state, now);
                 let peers: Vec<NodeId> = self.peers.keys().copied().collect();
@@ -1002,6 +1028,7 @@ impl Host {
         effects.completions.append(&mut out.completions);
         effects.led.append(&mut out.led);
         effects.notes.append(&mut out.notes);
+        effects.garbage.append(&mut out.garbage);
         if out.view.is_some() {
             effects.view = out.view.take();
         }
@@ -1086,25 +1113,35 @@ impl Host {
         if state.nodes.get(&me).is_none_or(|r| r.incarnation != self.config.incarnation) {
             return Some("joining: this life of the node is not registered yet".into());
         }
-        let groups = || (0..state.shards.len() as u32).map(ShardId).chain([ShardId::META]);
-        let lost =
-            |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == me && r.incarnation != self.config.incarnation);
-        let lost = groups().filter(lost).count();
-        if lost > 0 && !planted(Mutant::ReadyEarly) {
-            let (shards, present, wanted) = state.underreplicated();
-            return Some(format!(
-                "{shards} shards at {present} of {wanted} replicas: this node restarted without its log and serves as a \
-                 gateway without replicas"
-            ));
-        }
         if let Some(r) = self.coordinator.replicas().find(|r| r.failed()) {
             return Some(format!("the replica of shard {} failed", r.shard()));
         }
-        let leaderless = groups().filter(|s| self.router.claim(*s).leader.is_none()).count();
+        let unfilled = self.unfilled();
+        if unfilled > 0 && !planted(Mutant::ReadyEarly) {
+            let all = state.groups().filter(|s| state.replicas(*s).iter().any(|r| r.node == me)).count();
+            return Some(format!("{unfilled} of this node's {all} replicas are not voters yet: they are being filled"));
+        }
+        let leaderless = state.groups().filter(|s| self.router.claim(*s).leader.is_none()).count();
         if leaderless > 0 {
             return Some(format!("{leaderless} of {} groups have no known leader", state.shards.len() + 1));
         }
         None
+    }
+
+    /// Whether this node's replica of a group, as placement wants it, is a voter, and no earlier one of this node is a
+    /// member beside it.
+    fn counts_in(&self, state: &MetaState, shard: ShardId) -> bool {
+        let Some(r) = self.coordinator.replica(shard).filter(|r| !r.failed() && !r.is_empty()) else { return false };
+        let placed = state.replicas(shard).iter().any(|p| p.id == r.id());
+        let alone = r.members().all().all(|m| m.node != self.config.node || m.id == r.id());
+        placed && alone && r.members().is_voter(r.id())
+    }
+
+    /// Groups of which placement gives this node a replica that is no voter yet.
+    pub fn unfilled(&self) -> usize {
+        let Some(state) = &self.state else { return 0 };
+        let mine = |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == self.config.node);
+        state.groups().filter(mine).filter(|s| !self.counts_in(state, *s)).count()
     }
 
     /// For the admin API.
@@ -1210,6 +1247,7 @@ mod tests {
                         timing: Timing::default(),
                         max_log_bytes: 1 << 20,
                         read_mode: ReadMode::Lease,
+                        snapshot_chunk_bytes: 256,
                     };
                     (NodeId(n), Host::new(config, now))
                 })

@@ -18,6 +18,7 @@ pub mod gateway;
 pub mod host;
 pub mod lease;
 pub mod log_store;
+pub mod members;
 pub mod message;
 pub mod meta;
 pub mod placement;
@@ -27,6 +28,7 @@ pub mod reads;
 pub mod replica;
 pub mod router;
 pub mod timing;
+pub mod transfer;
 
 pub use effect::{
     Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, ReadLevel,

@@ -1,11 +1,17 @@
 //! The Raft log of one replica in memory, lean: entries in a ring, no lock, no protobuf.
 //!
-//! It begins at a founding state (index 1, term 1) that lies outside the log, so that nobody can replay from index 1
-//! into a group whose first configuration was never logged: whoever joins later needs a snapshot.
+//! ```text
+//!   founded: state at (1, 1)          empty: nothing at all          both --restore(index, term)--> state at (index, term)
+//!   state | entries: append cuts a conflicting tail; compact moves the state's end forward
+//! ```
+//!
+//! A founding state lies outside of the log, so that nobody can replay from index 1 into a group whose first configuration
+//! was never logged: whoever joins later begins empty and needs a snapshot.
 
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{Error, GetEntriesContext, RaftState, Storage, StorageError};
-use std::collections::VecDeque;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Index of the state that every replica of a founded group begins with.
 pub const FOUNDING_INDEX: u64 = 1;
@@ -23,21 +29,66 @@ pub struct MemLog {
     truncated: u64,
     truncated_term: u64,
     hard: HardState,
+    /// As of the creation of the replica; afterwards raft-rs knows.
     conf: ConfState,
     bytes: usize,
+    /// Members that hold a state already, which raft-rs may announce to them.
+    announce: BTreeMap<u64, Snapshot>,
+    /// Members that raft-rs wants a state for.
+    wanted: RefCell<BTreeSet<u64>>,
 }
 
 impl MemLog {
     /// The log of a replica of a newly founded group with these voters.
     pub fn founded(voters: Vec<u64>) -> Self {
         MemLog {
-            entries: VecDeque::new(),
             truncated: FOUNDING_INDEX,
             truncated_term: FOUNDING_TERM,
             hard: HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..HardState::default() },
             conf: ConfState { voters, ..ConfState::default() },
-            bytes: 0,
+            ..MemLog::empty()
         }
+    }
+
+    /// The log of a replica that knows nothing yet.
+    pub fn empty() -> Self {
+        MemLog {
+            entries: VecDeque::new(),
+            truncated: 0,
+            truncated_term: 0,
+            hard: HardState::default(),
+            conf: ConfState::default(),
+            bytes: 0,
+            announce: BTreeMap::new(),
+            wanted: RefCell::default(),
+        }
+    }
+
+    /// Takes a state at (index, term) in the place of everything there was.
+    pub fn restore(&mut self, index: u64, term: u64) {
+        self.entries = VecDeque::new();
+        self.bytes = 0;
+        self.truncated = index;
+        self.truncated_term = term;
+    }
+
+    /// Lets raft-rs announce this state to a member that holds it; with none, it has to wait for one.
+    pub fn set_announced(&mut self, to: u64, snapshot: Option<Snapshot>) {
+        match snapshot {
+            Some(s) => _ = self.announce.insert(to, s),
+            None => _ = self.announce.remove(&to),
+        }
+    }
+
+    /// Nothing is announced or wanted any more.
+    pub fn forget_snapshots(&mut self) {
+        self.announce.clear();
+        self.wanted.get_mut().clear();
+    }
+
+    /// The members that need a state, since their last call.
+    pub fn take_wanted(&mut self) -> BTreeSet<u64> {
+        std::mem::take(self.wanted.get_mut())
     }
 
     fn first(&self) -> u64 {
@@ -166,9 +217,15 @@ impl Storage for MemLog {
         Ok(self.last())
     }
 
-    /// Never: state transfer is not part of a memory log. A voter that fell behind what is kept waits to be replaced.
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        Err(Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+    /// A state that `to` holds already, see [`crate::transfer`]; until then the wish is noted.
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        match self.announce.get(&to) {
+            Some(s) if s.get_metadata().index >= request_index => Ok(s.clone()),
+            _ => {
+                self.wanted.borrow_mut().insert(to);
+                Err(Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+            }
+        }
     }
 }
 
@@ -219,6 +276,33 @@ mod tests {
         assert_eq!(read(&log, 2, 10, Some(0)).unwrap(), [2]);
         let three = 3 * (ENTRY_OVERHEAD as u64 + 10);
         assert_eq!(read(&log, 2, 10, Some(three)).unwrap(), [2, 3, 4]);
+    }
+
+    #[test]
+    fn an_empty_log_and_a_restored_one() {
+        let mut log = MemLog::empty();
+        assert_eq!((log.first_index().unwrap(), log.last(), log.term(0).unwrap()), (1, 0, 0));
+        log.restore(70, 6);
+        assert_eq!((log.first_index().unwrap(), log.last(), log.term(70).unwrap()), (71, 70, 6));
+        log.append(vec![entry(71, 6)]);
+        log.restore(90, 7);
+        assert_eq!((log.last(), log.len(), log.bytes()), (90, 0, 0));
+    }
+
+    #[test]
+    fn only_what_a_member_holds_is_announced_to_it() {
+        let mut log = MemLog::founded(vec![1]);
+        assert!(log.snapshot(0, 4).is_err());
+        assert_eq!(log.take_wanted(), BTreeSet::from([4]));
+        let mut s = Snapshot::default();
+        s.mut_metadata().index = 9;
+        log.set_announced(4, Some(s));
+        assert_eq!(log.snapshot(0, 4).unwrap().get_metadata().index, 9);
+        assert!(log.snapshot(10, 4).is_err(), "an older state than was asked for");
+        assert!(log.snapshot(0, 5).is_err());
+        log.set_announced(4, None);
+        assert!(log.snapshot(0, 4).is_err());
+        assert_eq!(log.take_wanted(), BTreeSet::from([4, 5]));
     }
 
     #[test]

@@ -3,17 +3,20 @@
 //! ```text
 //!   Raft channel:      kind byte | RAFT: WireMessage*      | CONTROL: one Control
 //!   Requests channel:  kind byte | REQUESTS: WireRequest*  | ANSWERS: WireAnswer*
+//!   Snapshot channel:  kind byte | CHUNK: one WireChunk    | CHUNK_ACK: one ChunkAck
 //! ```
 //!
 //! protobuf never parses bytes from the network (RUSTSEC-2024-0437). A frame that does not decode means that its sender
 //! cannot be trusted; the shell closes the connection.
 
+use crate::members::Members;
 use crate::meta::NodeAddrs;
+use crate::transfer::{Chunk, ChunkAck};
 use bytes::Bytes;
 use crema_core::codec::{decode_outcome, encode_outcome};
 use crema_core::limits::MAX_REQUEST_BYTES;
 use crema_core::{CodecError, Epoch, Incarnation, NodeId, Outcome, ReplicaId, SessionTag, ShardId, Term};
-use raft::eraftpb::{Entry, EntryType, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType, Snapshot};
 use serde::{Deserialize, Serialize};
 
 /// Longest frame body in bytes: a few of the largest entries and their envelopes.
@@ -29,13 +32,18 @@ pub const KIND_CONTROL: u8 = 2;
 pub const KIND_REQUESTS: u8 = 3;
 /// First byte of a frame on the requests channel: answers to forwarded requests.
 pub const KIND_ANSWERS: u8 = 4;
+/// First byte of a frame on the snapshot channel: one [`Chunk`].
+pub const KIND_CHUNK: u8 = 5;
+/// First byte of a frame on the snapshot channel: one [`ChunkAck`].
+pub const KIND_CHUNK_ACK: u8 = 6;
 
 /// Asks a voter to sleep with the group at (term, index); not a Raft message, but ordered with them.
 pub const MSG_SLEEP: u8 = 200;
 /// The voter sleeps at (term, index).
 pub const MSG_SLEEP_OK: u8 = 201;
 
-/// One entry of a [`WireMessage`].
+/// One entry of a [`WireMessage`]. Of a change of members `data` is the entry's context: what raft-rs keeps in its data is
+/// protobuf, and made anew by whoever applies it.
 #[derive(Serialize, Deserialize)]
 struct WireEntry<'a> {
     kind: u8,
@@ -109,7 +117,7 @@ impl Envelope {
 }
 
 /// Message types by their wire code, the position. Appended only.
-const TYPES: [MessageType; 9] = [
+const TYPES: [MessageType; 10] = [
     MessageType::MsgAppend,
     MessageType::MsgAppendResponse,
     MessageType::MsgRequestVote,
@@ -119,6 +127,7 @@ const TYPES: [MessageType; 9] = [
     MessageType::MsgTimeoutNow,
     MessageType::MsgRequestPreVote,
     MessageType::MsgRequestPreVoteResponse,
+    MessageType::MsgSnapshot,
 ];
 
 /// Appends a message to a Raft frame. Returns `false` for a type that never travels (proposals and reads are not
@@ -159,7 +168,7 @@ pub fn encode_envelope(out: &mut Vec<u8>, e: &Envelope) -> bool {
                 entries: m
                     .entries
                     .iter()
-                    .map(|e| WireEntry { kind: e.entry_type as u8, term: e.term, index: e.index, data: &e.data })
+                    .map(|e| WireEntry { kind: e.entry_type as u8, term: e.term, index: e.index, data: payload(e) })
                     .collect(),
                 ..empty
             }
@@ -175,6 +184,29 @@ pub fn encode_envelope(out: &mut Vec<u8>, e: &Envelope) -> bool {
     };
     write(out, &wire);
     true
+}
+
+/// What an entry says: its payload, or of a change of members the [`crate::members::ConfStep`].
+pub fn payload(e: &Entry) -> &Bytes {
+    if e.entry_type == EntryType::EntryNormal { &e.data } else { &e.context }
+}
+
+/// What makes a MsgSnapshot fit for the wire: its point as (index, log term), the members as its context.
+pub fn announce(m: &mut Message, members: &Members) {
+    let metadata = m.take_snapshot().take_metadata();
+    m.index = metadata.index;
+    m.log_term = metadata.term;
+    m.context = members.encode().into();
+}
+
+/// The snapshot that raft-rs shall see in such a message. Its data travelled before it.
+pub fn snapshot_of(index: u64, term: u64, members: &Members) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    let metadata = snapshot.mut_metadata();
+    metadata.index = index;
+    metadata.term = term;
+    metadata.set_conf_state(members.to_raft());
+    snapshot
 }
 
 /// Serializes into a growing buffer. Cannot fail: our types have no unserializable parts.
@@ -229,15 +261,19 @@ pub fn decode_envelopes(frame: &Bytes) -> Result<Vec<Envelope>, CodecError> {
                         2 => EntryType::EntryConfChangeV2,
                         _ => return Err(CodecError::Malformed),
                     };
-                    entries.push(Entry {
-                        entry_type,
-                        term: e.term,
-                        index: e.index,
-                        data: frame.slice_ref(e.data),
-                        ..Entry::default()
-                    });
+                    let payload = frame.slice_ref(e.data);
+                    let normal = entry_type == EntryType::EntryNormal;
+                    let (data, context) = if normal { (payload, Bytes::new()) } else { (Bytes::new(), payload) };
+                    entries.push(Entry { entry_type, term: e.term, index: e.index, data, context, ..Entry::default() });
                 }
                 m.set_entries(entries.into());
+                if m.msg_type == MessageType::MsgSnapshot {
+                    let members = Members::decode(&m.context)?;
+                    if w.index == 0 || w.log_term == 0 || w.log_term > w.term {
+                        return Err(CodecError::Malformed);
+                    }
+                    m.set_snapshot(snapshot_of(w.index, w.log_term, &members));
+                }
                 // A message without a term counts as local for raft-rs.
                 if m.term == 0 {
                     return Err(CodecError::Malformed);
@@ -248,6 +284,51 @@ pub fn decode_envelopes(frame: &Bytes) -> Result<Vec<Envelope>, CodecError> {
         out.push(Envelope { shard: w.shard, log_time: w.log_time, floor: w.floor, body });
     }
     Ok(out)
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireChunk<'a> {
+    shard: ShardId,
+    from: ReplicaId,
+    to: ReplicaId,
+    transfer: u64,
+    seq: u32,
+    last: bool,
+    data: &'a [u8],
+}
+
+/// A piece of a state as a frame.
+pub fn encode_chunk(c: &Chunk) -> Bytes {
+    let mut out = Vec::with_capacity(c.data.len() + 64);
+    out.push(KIND_CHUNK);
+    let Chunk { shard, from, to, transfer, seq, last, ref data } = *c;
+    write(&mut out, &WireChunk { shard, from, to, transfer, seq, last, data });
+    out.into()
+}
+
+/// Decodes a chunk frame, kind byte excluded.
+pub fn decode_chunk(frame: &Bytes) -> Result<Chunk, CodecError> {
+    let mut rest: &[u8] = frame;
+    let w: WireChunk<'_> = read(&mut rest)?;
+    if !rest.is_empty() {
+        return Err(CodecError::Malformed);
+    }
+    let WireChunk { shard, from, to, transfer, seq, last, data } = w;
+    Ok(Chunk { shard, from, to, transfer, seq, last, data: frame.slice_ref(data) })
+}
+
+/// An acknowledgement as a frame.
+pub fn encode_chunk_ack(ack: &ChunkAck) -> Bytes {
+    let mut out = vec![KIND_CHUNK_ACK];
+    write(&mut out, ack);
+    out.into()
+}
+
+/// Decodes an acknowledgement frame, kind byte excluded.
+pub fn decode_chunk_ack(frame: &[u8]) -> Result<ChunkAck, CodecError> {
+    let mut rest = frame;
+    let ack = read(&mut rest)?;
+    if rest.is_empty() { Ok(ack) } else { Err(CodecError::Malformed) }
 }
 
 /// What nodes tell each other outside the groups.

@@ -295,6 +295,16 @@ impl MetaState {
         if shard.is_meta() { &self.meta } else { self.shards.get(shard.0 as usize).map_or(&[], |s| &s.replicas) }
     }
 
+    /// All groups, the meta group last.
+    pub fn groups(&self) -> impl Iterator<Item = ShardId> + use<> {
+        (0..self.shards.len() as u32).map(ShardId).chain([ShardId::META])
+    }
+
+    /// Epoch of the last change of a group's placement; the table's own for the meta group.
+    pub fn epoch_of(&self, shard: ShardId) -> Epoch {
+        self.shards.get(shard.0 as usize).map_or(self.epoch, |s| s.epoch)
+    }
+
     /// Whether the life of the node that the replica lives in is the one that counts. If not, the replica is lost.
     pub fn replica_is_present(&self, replica: &ReplicaPlacement) -> bool {
         self.nodes.get(&replica.node).is_some_and(|n| n.incarnation == replica.incarnation)
@@ -405,6 +415,8 @@ impl MetaMachine {
         Ok(changed)
     }
 
+    /// A new life of a node takes the places of the one before it: its replicas get new ids, since what they were in
+    /// was its memory.
     fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs) -> bool {
         if node.0 == 0 || addrs.check().is_err() {
             return false;
@@ -432,8 +444,31 @@ impl MetaMachine {
             record.past.push(record.incarnation);
             record.incarnation = incarnation;
             record.draining = false;
+            self.replace_replicas(node, incarnation, |_| true);
         }
         true
+    }
+
+    /// Gives the replicas of `node` that `which` names new ids in this life. Part of a change: the epoch is raised already.
+    fn replace_replicas(&mut self, node: NodeId, incarnation: Incarnation, which: impl Fn(ReplicaId) -> bool) {
+        let state = Arc::make_mut(&mut self.state);
+        let (epoch, generation) = (state.epoch, state.generation);
+        let next = &mut state.next_replica;
+        let mut replace = |replicas: &mut Vec<ReplicaPlacement>| {
+            let Some(old) = replicas.iter_mut().find(|r| r.node == node && which(r.id)) else { return false };
+            // After four thousand million replicas of one generation there are no ids left; the replica stays lost.
+            let Some(after) = next.checked_add(1) else { return false };
+            *old = ReplicaPlacement { id: ReplicaId::new(generation, *next), node, incarnation };
+            *next = after;
+            true
+        };
+        // The meta group's first: it has to outlive the others.
+        replace(&mut state.meta);
+        for shard in &mut state.shards {
+            if replace(&mut shard.replicas) {
+                shard.epoch = epoch;
+            }
+        }
     }
 
     fn set_draining(&mut self, node: NodeId, incarnation: Incarnation, draining: bool) -> bool {
@@ -713,12 +748,33 @@ mod tests {
         assert!(!run(&mut m, draining(2, life(2), true)), "nor is it listened to");
         assert_eq!(*m.state(), before);
         assert_eq!(m.applied(), LogIndex(5));
-        // The replicas of the old life are lost.
-        let (lost, present, wanted) = m.state().underreplicated();
-        assert_eq!((lost, present, wanted), (4, 2, 3));
-        let of_2 = m.state().meta.iter().filter(|r| !m.state().replica_is_present(r)).map(|r| r.node);
-        assert_eq!(of_2.collect::<Vec<_>>(), vec![NodeId(2)]);
         assert_eq!(m.state().check(), Ok(()));
+    }
+
+    #[test]
+    fn a_new_life_gets_new_replicas_in_the_places_of_the_old_ones() {
+        let mut m = machine();
+        let before = m.state().clone();
+        assert!(run(&mut m, register(2, life(20))));
+        let after = m.state().clone();
+        let mut ids: BTreeSet<ReplicaId> =
+            before.groups().flat_map(|g| before.replicas(g).to_vec()).map(|r| r.id).collect();
+        for group in before.groups() {
+            for (old, new) in before.replicas(group).iter().zip(after.replicas(group)) {
+                if old.node == NodeId(2) {
+                    assert!(new.node == old.node && new.incarnation == life(20));
+                    assert!(ids.insert(new.id), "{:?} was used before", new.id);
+                } else {
+                    assert_eq!(old, new);
+                }
+            }
+            assert!(group.is_meta() || after.epoch_of(group) == after.epoch, "its placement has changed");
+        }
+        assert_eq!(after.check(), Ok(()));
+        // Addresses alone change nothing of it.
+        let moved = NodeAddrs { raft: "elsewhere:1".into(), ..NodeAddrs::default() };
+        run(&mut m, MetaCommand::Register { node: NodeId(2), incarnation: life(20), addrs: moved });
+        assert!(after.groups().all(|g| m.state().replicas(g) == after.replicas(g)));
     }
 
     #[test]

@@ -5,8 +5,9 @@
 //!   envelope from a peer ---------------------------^        \-- persisted(number) releases what depends on the log
 //! ```
 //!
-//! Roles are raft-rs's. On top of them a replica is *awake*, *asleep* (it does not tick; any message wakes it) or
-//! *failed* (its state cannot be trusted; it does nothing any more).
+//! Roles are raft-rs's. On top of them a replica is *empty* (it has no state yet, listens to leaders only, and neither votes
+//! nor answers), *awake*, *asleep* (it does not tick; any message wakes it) or *failed* (its state cannot be trusted; it does
+//! nothing any more). How members change is in `membership`, how states travel in `filling`.
 //!
 //! Invariants: a request is answered after apply, matched by (term, index); a read is answered only after its own round
 //! was confirmed by a quorum and its index applied, or while the lease holds; messages that depend on a Ready leave only
@@ -16,16 +17,19 @@
 use crate::effect::Note;
 use crate::lease::{Lease, Promise};
 use crate::log_store::{FOUNDING_INDEX, MemLog};
-use crate::message::{Answer, Body, Envelope};
-use crate::meta::MetaMachine;
+use crate::members::{ConfStep, Member, Members};
+use crate::message::{Answer, Body, Envelope, announce, payload};
+use crate::meta::{MAX_REPLICAS, MetaMachine, ReplicaPlacement};
 use crate::proposals::{Proposals, Settled, Ticket};
 use crate::reads::{Read, Reads};
 use crate::timing::Timing;
+use crate::transfer::{Chunk, ChunkAck};
 use bytes::Bytes;
 use crema_core::limits::{MAX_REQUEST_BYTES, TARGET_ENTRY_BYTES};
 use crema_core::mutant::{Mutant, planted};
+use crema_core::store::Table;
 use crema_core::{
-    EntryBuilder, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome, Published, ReadResult,
+    EntryBuilder, Epoch, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome, Published, ReadResult,
     ReplicaId, Reply, SessionTag, ShardId, StateMachine, Term, encode_advance, encode_check_digest,
     encode_open_session,
 };
@@ -33,6 +37,11 @@ use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raft::{RawNode, ReadOnlyOption, StateRole};
 use std::collections::BTreeSet;
 use std::sync::Arc;
+
+mod filling;
+mod membership;
+
+use filling::Filling;
 
 /// Most requests a leader queues for its next round; beyond, it answers `Busy`.
 const MAX_QUEUED: usize = 16 * 1024;
@@ -50,21 +59,12 @@ const MAX_COMMITTED_BYTES_PER_READY: u64 = 16 * 1024 * 1024;
 const LOG_MARGIN: u64 = 64;
 /// The log is cut only when this many entries go at once.
 const LOG_CUT: u64 = 256;
+/// Times the usual bytes of log that are kept while a state is on its way to a member.
+const FILLING_LOG: usize = 4;
 /// Context of the vote requests of a forced transfer, as raft-rs writes it (raft.rs, CAMPAIGN_TRANSFER).
 const FORCED: &[u8] = b"CampaignTransfer";
 /// Ticks that an invitation to sleep waits for its answers.
 const SLEEP_ROUND_TICKS: usize = 4;
-
-/// A voter of the group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Voter {
-    /// Its replica id.
-    pub id: ReplicaId,
-    /// Its node.
-    pub node: NodeId,
-    /// The life of the node that holds it.
-    pub incarnation: Incarnation,
-}
 
 /// How linearizable reads are confirmed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,19 +86,25 @@ pub enum Machine {
 }
 
 /// A message and its receiver.
-pub type Outgoing = (Voter, Envelope);
+pub type Addressed = (Member, Envelope);
 
 /// What a replica wants done, added to by all replicas of a round.
 #[derive(Debug, Default)]
 pub struct Out {
     /// To be sent.
-    pub envelopes: Vec<Outgoing>,
+    pub envelopes: Vec<Addressed>,
+    /// Pieces of states, to be sent on the stream of their own.
+    pub chunks: Vec<(Member, Chunk)>,
+    /// Acknowledgements of such pieces.
+    pub chunk_acks: Vec<(Member, ChunkAck)>,
     /// Answers for gateways, in order.
     pub answers: Vec<(ShardId, Ticket, Answer)>,
-    /// Groups whose leader, term or own role changed.
+    /// Groups whose leader, term, own role or members changed.
     pub roles: Vec<ShardId>,
     /// Whether the meta state changed.
     pub meta_changed: bool,
+    /// Keys and values that nobody needs any more.
+    pub garbage: Vec<Arc<Table>>,
     /// For the log.
     pub notes: Vec<Note>,
 }
@@ -136,7 +142,14 @@ pub struct Leadership {
 pub struct Replica {
     shard: ShardId,
     id: ReplicaId,
-    voters: Vec<Voter>,
+    members: Members,
+    /// Replicas that have spoken as leaders or candidates before this one knew them as members.
+    strangers: Vec<Member>,
+    /// What placement wants the members to be, and its epoch.
+    intent: (Vec<ReplicaPlacement>, Epoch),
+    /// Whether it has no state yet.
+    empty: bool,
+    filling: Filling,
     rank: usize,
     timing: Timing,
     raw: RawNode<MemLog>,
@@ -180,9 +193,9 @@ pub struct ReplicaInit {
     pub shard: ShardId,
     /// The replica's id.
     pub id: ReplicaId,
-    /// All voters, this one included.
-    pub voters: Vec<Voter>,
-    /// Its founding state.
+    /// The members of a founded group, this one included; nobody, of an empty replica.
+    pub members: Members,
+    /// Its founding state, or what stands for none.
     pub machine: Machine,
     /// Log time of that state.
     pub log_time: LogTime,
@@ -194,6 +207,8 @@ pub struct ReplicaInit {
     pub context_prefix: u64,
     /// How reads are confirmed.
     pub read_mode: ReadMode,
+    /// About how many bytes of records one piece of a state holds on its way to another replica.
+    pub chunk_bytes: usize,
 }
 
 /// Reads that a replica has answered on its driver, and the rounds it took; monotonic.
@@ -210,20 +225,36 @@ pub struct ReadCounts {
 impl Replica {
     /// A replica of a newly founded group. `first` is the voter that campaigns at once.
     pub fn founded(init: ReplicaInit, first: bool, logger: &slog::Logger, now: Now) -> Result<Self, raft::Error> {
-        let ids = init.voters.iter().map(|v| v.id.0).collect();
-        let rank = init.voters.iter().position(|v| v.id == init.id).unwrap_or(0);
+        let log = MemLog::founded(init.members.voters.iter().map(|v| v.id.0).collect());
+        let mut replica = Replica::new(init, log, FOUNDING_INDEX, logger, now)?;
+        if first {
+            // Two ticks, so that the other voters exist when it asks them.
+            replica.raw.raft.election_elapsed = replica.raw.raft.randomized_election_timeout().saturating_sub(2);
+        }
+        Ok(replica)
+    }
+
+    /// A replica that placement has made, to be filled by its group's leader. It has no vote and no state.
+    pub fn empty(init: ReplicaInit, logger: &slog::Logger, now: Now) -> Result<Self, raft::Error> {
+        debug_assert!(init.members == Members::default());
+        let mut replica = Replica::new(init, MemLog::empty(), 0, logger, now)?;
+        replica.empty = true;
+        Ok(replica)
+    }
+
+    fn new(init: ReplicaInit, log: MemLog, applied: u64, logger: &slog::Logger, now: Now) -> Result<Self, raft::Error> {
         let t = init.timing;
         let config = raft::Config {
             id: init.id.0,
             election_tick: t.election_ticks,
             heartbeat_tick: t.heartbeat_ticks,
-            applied: FOUNDING_INDEX,
+            applied,
             max_size_per_msg: MAX_MESSAGE_BYTES,
             max_inflight_msgs: MAX_INFLIGHT_MESSAGES,
             check_quorum: true,
             pre_vote: true,
             min_election_tick: t.campaign_ticks,
-            max_election_tick: t.campaign_ticks + t.campaign_step_ticks * init.voters.len() + 1,
+            max_election_tick: t.campaign_ticks + t.campaign_step_ticks * 2 * MAX_REPLICAS + 1,
             read_only_option: ReadOnlyOption::Safe,
             skip_bcast_commit: true,
             batch_append: true,
@@ -231,12 +262,16 @@ impl Replica {
             max_committed_size_per_ready: MAX_COMMITTED_BYTES_PER_READY,
             ..raft::Config::default()
         };
-        let raw = RawNode::new(&config, MemLog::founded(ids), logger)?;
+        let raw = RawNode::new(&config, log, logger)?;
         let mut replica = Replica {
             shard: init.shard,
             id: init.id,
-            voters: init.voters,
-            rank,
+            members: init.members,
+            strangers: Vec::new(),
+            intent: (Vec::new(), Epoch(0)),
+            empty: false,
+            filling: Filling::new(init.chunk_bytes),
+            rank: 0,
             timing: t,
             raw,
             machine: init.machine,
@@ -267,11 +302,7 @@ impl Replica {
             failed: false,
             ready_reads: Vec::new(),
         };
-        replica.fix_election_timeout();
-        if first {
-            // Two ticks, so that the other voters exist when it asks them.
-            replica.raw.raft.election_elapsed = replica.raw.raft.randomized_election_timeout().saturating_sub(2);
-        }
+        replica.members_changed();
         Ok(replica)
     }
 
@@ -283,9 +314,17 @@ impl Replica {
     pub fn id(&self) -> ReplicaId {
         self.id
     }
-    /// The voters of the group.
-    pub fn voters(&self) -> &[Voter] {
-        &self.voters
+    /// The members of the group, as far as this replica has applied its log.
+    pub fn members(&self) -> &Members {
+        &self.members
+    }
+    /// The voters of the group, likewise.
+    pub fn voters(&self) -> &[Member] {
+        &self.members.voters
+    }
+    /// Whether it waits for its first state: it neither votes nor answers.
+    pub fn is_empty(&self) -> bool {
+        self.empty
     }
     /// The state it keeps.
     pub fn machine(&self) -> &Machine {
@@ -310,8 +349,8 @@ impl Replica {
     /// What it publishes to readers outside of the driver; the meta group publishes nothing.
     pub fn published(&self) -> Option<&Arc<Published>> {
         match &self.machine {
-            Machine::Data(m) => Some(m.published()),
-            Machine::Meta(_) => None,
+            Machine::Data(m) if !self.empty => Some(m.published()),
+            _ => None,
         }
     }
     /// Whether it would answer a linearizable read at `now` without asking anybody.
@@ -347,6 +386,10 @@ impl Replica {
     pub fn committed(&self) -> LogIndex {
         LogIndex(self.raw.raft.raft_log.committed)
     }
+    /// Index of the last entry, be it kept or not.
+    pub fn last_index(&self) -> LogIndex {
+        LogIndex(self.raw.raft.raft_log.last_index())
+    }
     /// Digest of the state at the applied index.
     pub fn digest(&self) -> u64 {
         match &self.machine {
@@ -360,7 +403,7 @@ impl Replica {
         let context = raft::GetEntriesContext::empty(false);
         let from = store.truncated() + 1;
         raft::Storage::entries(store, from, store.last() + 1, None, context)
-            .map(|es| es.into_iter().map(|e| (e.index, e.term, e.data)).collect())
+            .map(|es| es.into_iter().map(|e| (e.index, e.term, payload(&e).clone())).collect())
             .unwrap_or_default()
     }
 
@@ -372,18 +415,19 @@ impl Replica {
         Term(self.raw.raft.term)
     }
 
-    fn voter(&self, id: u64) -> Option<Voter> {
-        self.voters.iter().find(|v| v.id.0 == id).copied()
+    fn member(&self, id: u64) -> Option<Member> {
+        let id = ReplicaId(id);
+        self.members.get(id).or_else(|| self.strangers.iter().find(|s| s.id == id).copied())
     }
 
     fn node_of(&self, id: u64) -> Option<NodeId> {
-        self.voter(id).map(|v| v.node)
+        self.member(id).map(|v| v.node)
     }
 
     /// raft-rs draws its election timeout from an unseeded generator at every change of role, and an equal redraw is
     /// invisible: ours replaces it after every call that may have drawn (no randomness: DESIGN, timings).
     fn fix_election_timeout(&mut self) {
-        let n = self.voters.len();
+        let n = self.members.voters.len().max(1);
         let turn = (self.rank as u64 + self.raw.raft.term) % n as u64;
         let ticks = self.timing.campaign_ticks + self.timing.campaign_step_ticks * turn as usize;
         self.raw.raft.set_randomized_election_timeout(ticks);
@@ -444,7 +488,7 @@ impl Replica {
     pub fn observe(&self, ops: &[u8]) -> Option<Reply> {
         let Machine::Data(machine) = &self.machine else { return None };
         match machine.read(ops, LogTime(0)) {
-            ReadResult::Reply(reply) if !self.failed => Some(reply),
+            ReadResult::Reply(reply) if !self.failed && !self.empty => Some(reply),
             _ => None,
         }
     }
@@ -470,10 +514,14 @@ impl Replica {
             Body::Raft(m) => ReplicaId(m.from),
             Body::Sleep { from, .. } => *from,
         };
-        let any_life = planted(Mutant::VoteAfterWipe);
-        let known =
-            self.voters.iter().any(|v| v.id == sender && v.node == from && (v.incarnation == incarnation || any_life));
-        if !known {
+        let leads_us = |m: &Message| {
+            matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot)
+        };
+        if self.empty && !matches!(&envelope.body, Body::Raft(m) if leads_us(m)) {
+            // It has no state, so it has no vote: raft-rs would grant one to anybody.
+            return;
+        }
+        if !self.hears(Member { id: sender, node: from, incarnation }) {
             return;
         }
         match envelope.body {
@@ -500,8 +548,14 @@ impl Replica {
                     // Nor raft-rs's own, which counts ticks.
                     self.raw.raft.election_elapsed = self.raw.raft.election_elapsed.max(self.timing.election_ticks);
                 }
-                let from_leader =
-                    matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot);
+                let from_leader = leads_us(&m);
+                let m = match m.msg_type {
+                    MessageType::MsgSnapshot => match self.take_announcement(m) {
+                        Some(m) => m,
+                        None => return,
+                    },
+                    _ => m,
+                };
                 let (sender, term) = (m.from, m.term);
                 if self.asleep {
                     self.wake();
@@ -513,6 +567,7 @@ impl Replica {
                 // Errors concern messages of unknown peers or of types that do not travel: dropped.
                 let _ = self.raw.step(m);
                 self.fix_election_timeout();
+                self.drop_unused_state();
                 if from_leader && self.raw.raft.leader_id == sender && self.raw.raft.term == term {
                     self.promise.renew(now.mono, &self.timing);
                 }
@@ -541,7 +596,7 @@ impl Replica {
     /// The node of a voter is gone. Wakes the replica; one that followed that node has waited its election time already,
     /// since a beat between the nodes stood for the leader's while it slept.
     pub fn node_down(&mut self, node: NodeId) {
-        if !self.asleep || !self.voters.iter().any(|v| v.node == node) {
+        if !self.asleep || !self.members.all().any(|v| v.node == node) {
             return;
         }
         self.wake();
@@ -555,7 +610,7 @@ impl Replica {
         if self.asleep || self.failed || !self.leads() {
             return;
         }
-        for id in self.voters.iter().filter(|v| v.node == node && v.id != self.id).map(|v| v.id.0).collect::<Vec<_>>() {
+        for id in self.members.all().filter(|v| v.node == node && v.id != self.id).map(|v| v.id.0).collect::<Vec<_>>() {
             self.raw.report_unreachable(id);
         }
     }
@@ -579,7 +634,7 @@ impl Replica {
             && self.raw.raft.leader_id == leader.0
             && self.raw.raft.raft_log.last_index() == index
             && self.at_rest();
-        if agrees && let Some(voter) = self.voter(leader.0) {
+        if agrees && let Some(voter) = self.member(leader.0) {
             self.fall_asleep();
             let body = Body::Sleep { from: self.id, to: leader, term, index, ok: true };
             out.envelopes.push((voter, Envelope { shard: self.shard, log_time: 0, floor: 0, body }));
@@ -614,7 +669,8 @@ impl Replica {
         let last = self.raw.raft.raft_log.last_index();
         let all_match = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.matched == last);
         let told_commit = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.committed_index >= last);
-        if !all_match || !told_commit || !self.at_rest() {
+        let changing = !self.members.learners.is_empty() || self.filling.sends() || self.wants_change();
+        if !all_match || !told_commit || changing || !self.at_rest() {
             self.quiet_ticks = 0;
             return;
         }
@@ -625,7 +681,7 @@ impl Replica {
         }
         self.quiet_ticks = 0;
         let mut waiting_for = BTreeSet::new();
-        for v in self.voters.iter().filter(|v| v.id != self.id) {
+        for v in self.members.voters.iter().filter(|v| v.id != self.id) {
             waiting_for.insert(v.id);
             let body = Body::Sleep { from: self.id, to: v.id, term: self.term(), index: last, ok: false };
             out.envelopes.push((*v, Envelope { shard: self.shard, log_time: 0, floor: 0, body }));
@@ -639,8 +695,9 @@ impl Replica {
 
     // ---- time --------------------------------------------------------------------------------------------------
 
-    /// One tick. `present` says whether the voter's life still counts: a lost one does not hold the log back.
-    pub fn tick(&mut self, now: Now, present: impl Fn(&Voter) -> bool, out: &mut Out) {
+    /// One tick. `present` says whether the member's life still counts: a lost one does not hold the log back. `may_fill`:
+    /// whether it may begin to send its state to a member.
+    pub fn tick(&mut self, now: Now, present: impl Fn(&Member) -> bool, may_fill: bool, out: &mut Out) {
         if self.asleep || self.failed {
             return;
         }
@@ -662,29 +719,49 @@ impl Replica {
         if self.leads() {
             self.keep_lease(now);
             self.update_floor(present);
+            self.change_members(now);
+            self.keep_filling(may_fill, now);
             self.propose_digest_check(now);
             self.maybe_invite_to_sleep(out);
         }
     }
 
-    fn update_floor(&mut self, present: impl Fn(&Voter) -> bool) {
+    fn update_floor(&mut self, present: impl Fn(&Member) -> bool) {
         let applied = self.applied().0;
         let slowest = self
-            .voters
-            .iter()
+            .members
+            .all()
             .filter(|v| present(v))
-            .filter_map(|v| self.raw.raft.prs().get(v.id.0).map(|p| if v.id == self.id { applied } else { p.matched }))
+            .filter_map(|v| {
+                let p = self.raw.raft.prs().get(v.id.0)?;
+                // Who waits for a state needs nothing before it.
+                (v.id == self.id || self.members.is_voter(v.id) || p.matched > 0).then_some(if v.id == self.id {
+                    applied
+                } else {
+                    p.matched
+                })
+            })
             .min()
             .unwrap_or(0);
-        let over = self.raw.store().bytes() > self.max_log_bytes;
-        let floor = if over { applied } else { slowest.min(applied) };
+        let bytes = self.raw.store().bytes();
+        let mut floor = if bytes > self.max_log_bytes { applied } else { slowest.min(applied) };
+        // What follows a state on its way is kept for longer, lest it be of no use when it arrives.
+        if let Some(point) = self.filling.point()
+            && bytes <= FILLING_LOG * self.max_log_bytes
+        {
+            floor = floor.min(point);
+        }
         self.floor = self.floor.max(floor);
         self.cut_log(self.floor);
     }
 
+    /// Cuts the log behind what all have. Within its bounds with a margin, and not for a few entries; beyond them at once.
     fn cut_log(&mut self, floor: u64) {
-        let to = floor.min(self.applied().0).saturating_sub(LOG_MARGIN);
-        if to >= self.raw.store().truncated() + LOG_CUT {
+        let floor = floor.min(self.applied().0);
+        let store = self.raw.store();
+        let over = store.bytes() > self.max_log_bytes;
+        let (to, least) = if over { (floor, 1) } else { (floor.saturating_sub(LOG_MARGIN), LOG_CUT) };
+        if to >= store.truncated() + least {
             self.raw.mut_store().compact(to);
         }
     }
@@ -713,7 +790,7 @@ impl Replica {
 
     /// Hands leadership to `to` if that voter is close behind; returns whether a transfer is under way.
     pub fn transfer(&mut self, to: ReplicaId) -> bool {
-        if !self.leads() || self.failed || to == self.id {
+        if !self.leads() || self.failed || to == self.id || !self.members.is_voter(to) {
             return false;
         }
         if self.raw.raft.lead_transferee.is_some() {
@@ -833,6 +910,7 @@ impl Replica {
         self.floor = 0;
         self.lease = Lease::default();
         self.reviving = false;
+        self.stop_filling();
     }
 
     /// Stops the replica for good: what it holds cannot be trusted, or a part of it panicked.
@@ -882,6 +960,7 @@ impl Replica {
             self.one_ready(now, out, &mut persist);
             self.answer_reads(now, out);
         }
+        self.fill(now, out);
         self.publish(now);
     }
 
@@ -969,8 +1048,12 @@ impl Replica {
         }
     }
 
-    fn send(&self, mut m: Message, now: Now, out: &mut Out) {
-        let Some(voter) = self.voter(m.to) else { return };
+    fn send(&mut self, mut m: Message, now: Now, out: &mut Out) {
+        let Some(voter) = self.member(m.to) else { return };
+        if m.msg_type == MessageType::MsgSnapshot {
+            let Some(members) = self.filling.announced(m.to, now) else { return };
+            announce(&mut m, members);
+        }
         // raft-rs 0.7 with `batch_append` puts entries into an empty MsgAppend that still waits to be sent, even if that
         // one stood at another index (`is_continuous_ents` calls anything a continuation of nothing). The voter would
         // acknowledge `index + entries`, more than it has: a lost write. Such a message gets the index of its entries.
@@ -986,7 +1069,8 @@ impl Replica {
             // What its receiver checks before it acts on it, see `Lease::suspend`.
             m.index = self.lease.suspended_at().unwrap_or(self.raw.raft.raft_log.last_index());
         }
-        let from_leader = matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend);
+        let from_leader =
+            matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend | MessageType::MsgSnapshot);
         let log_time = if from_leader { self.clock.estimate(now).0 } else { 0 };
         let floor = if from_leader { self.floor } else { 0 };
         // `batch_append` merges without a limit (raft-rs 0.7, raft.rs:744), up to a voter's whole backlog: cut to size.
@@ -1028,6 +1112,10 @@ impl Replica {
         let committed = ready.take_committed_entries();
         let read_states = ready.take_read_states();
         let hard = ready.hs().cloned();
+        if !ready.snapshot().is_empty() {
+            let metadata = ready.snapshot().get_metadata();
+            self.install(metadata.index, metadata.term, number, out);
+        }
         let log = self.raw.mut_store();
         log.append(entries);
         if let Some(hard) = hard {
@@ -1075,8 +1163,11 @@ impl Replica {
             }
             self.apply(e, now, out);
         }
-        if !self.failed {
+        // What raft-rs counts as applied may not run ahead of what is durable.
+        if !self.failed && !self.filling.installing() {
             self.raw.advance_apply_to(self.applied().0);
+        }
+        if !self.failed {
             self.clock_observe(self.applied_time(), now);
         }
     }
@@ -1090,14 +1181,18 @@ impl Replica {
 
     fn apply(&mut self, e: Entry, now: Now, out: &mut Out) {
         self.apply_by_own_clock(now);
-        if e.entry_type != EntryType::EntryNormal {
-            self.fail(format!("entry {} is a change of members, which this version never proposes", e.index), out);
-            return;
-        }
         let index = LogIndex(e.index);
         self.applied_term = Term(e.term);
+        // To the machine, a change of members is an entry without content.
+        let data = if e.entry_type == EntryType::EntryNormal { &e.data[..] } else { &[] };
+        if e.entry_type != EntryType::EntryNormal {
+            match ConfStep::decode(&e.context) {
+                Ok(step) => self.apply_step(&step, out),
+                Err(error) => return self.fail(format!("entry {} changes members: {error}", e.index), out),
+            }
+        }
         let outcomes: Vec<Outcome> = match &mut self.machine {
-            Machine::Data(m) => match m.apply(index, &e.data) {
+            Machine::Data(m) => match m.apply(index, data) {
                 Ok(applied) => {
                     if let Some(at) = applied.digest_mismatch {
                         out.notes.push(Note::DigestMismatch { shard: self.shard, index: at.0 });
@@ -1106,7 +1201,7 @@ impl Replica {
                 }
                 Err(corrupt) => return self.fail(corrupt.to_string(), out),
             },
-            Machine::Meta(m) => match m.apply(index, &e.data) {
+            Machine::Meta(m) => match m.apply(index, data) {
                 Ok(changed) => {
                     out.meta_changed |= changed;
                     Vec::new()
@@ -1229,12 +1324,19 @@ impl Replica {
                 self.send(m, now, out);
             }
         }
+        self.installed(released);
+        self.step_held_announcement();
     }
 
     /// Whether [`Replica::flush`] has something to do.
     pub fn has_work(&self) -> bool {
         let unadvanced = !self.awaiting_advance.is_empty() && self.advance_proposed.is_none();
-        !self.failed && (!self.queue.is_empty() || self.reads.wants_round() || unadvanced || self.raw.has_ready())
+        !self.failed
+            && (!self.queue.is_empty()
+                || self.reads.wants_round()
+                || unadvanced
+                || self.filling.has_work()
+                || self.raw.has_ready())
     }
 }
 

@@ -9,10 +9,11 @@ use crema_core::{
 };
 use crema_shard::ReadMode;
 use crema_shard::log_store::FOUNDING_INDEX;
+use crema_shard::members::{Member as Placed, Members};
 use crema_shard::message::{self, Envelope};
 use crema_shard::proposals::Ticket;
 use crema_shard::reads::Read;
-use crema_shard::replica::{Machine, Out, Replica, ReplicaInit, Voter};
+use crema_shard::replica::{Machine, Out, Replica, ReplicaInit};
 use std::collections::BTreeMap;
 
 /// Mark of the request that opens the session; no read and no write has it.
@@ -96,7 +97,7 @@ impl Ours {
 
 impl Member for Ours {
     fn new(id: Id, of: u64, first: bool, now: Now) -> Self {
-        let voter = |id: u64| Voter { id: ReplicaId(id), node: NodeId(id), incarnation: Incarnation(id.into()) };
+        let voter = |id: u64| Placed { id: ReplicaId(id), node: NodeId(id), incarnation: Incarnation(id.into()) };
         let log_time = LogTime(now.wall.0);
         let machine = StateMachine::new(ShardInit {
             range: SlotRange { start: 0, end: SLOT_COUNT },
@@ -108,13 +109,14 @@ impl Member for Ours {
         let init = ReplicaInit {
             shard: ShardId(0),
             id: ReplicaId(id),
-            voters: (1..=of).map(voter).collect(),
+            members: Members { voters: (1..=of).map(voter).collect(), learners: Vec::new(), epoch: Epoch(1) },
             machine: Machine::Data(Box::new(machine)),
             log_time,
             timing: timing(),
             max_log_bytes: MAX_LOG_BYTES,
             context_prefix: id,
             read_mode: ReadMode::Lease,
+            chunk_bytes: 64,
         };
         let replica = Replica::founded(init, first, &crema_shard::raft_log::logger(), now).expect("a valid group");
         Ours {
@@ -131,7 +133,7 @@ impl Member for Ours {
     }
 
     fn tick(&mut self, now: Now) {
-        self.replica.tick(now, |_| true, &mut self.out);
+        self.replica.tick(now, |_| true, false, &mut self.out);
     }
 
     fn receive(&mut self, e: Envelope, now: Now) {

@@ -23,6 +23,8 @@ use std::time::Duration;
 const WRITABLE_WITHIN: u64 = 5 * S;
 /// Longest deadline of a request, and a little more.
 const ANSWERED_WITHIN: Duration = Duration::from_millis(5_500);
+/// A node that lost its memory has all of its replicas back after this.
+const REFILLED_WITHIN: Duration = Duration::from_secs(20);
 /// Replicas that can talk have the same state after this.
 const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(5);
 /// A group of which every voter lives sleeps after this: 40 quiet ticks, and some rounds that may fail.
@@ -175,7 +177,6 @@ struct Run<'a> {
     load: Workload,
     rng: Rng,
     undo: Vec<Option<Undo>>,
-    killed: bool,
     /// The node that was told to stop.
     stopping: Option<NodeId>,
     calm: bool,
@@ -195,6 +196,8 @@ impl<'a> Run<'a> {
         let drift_ppm = *rng.pick(&[200, 200, 10_000, 50_000]);
         let read_index = *rng.pick(&[0, 0, 0, 300, 1_000]);
         let five = rng.permille(500);
+        let max_log_bytes = *rng.pick(&[1 << 30, 1 << 30, 4_000, 40_000, 400_000]);
+        let chunk_bytes = *rng.pick(&[1, 64, 256, 4_096]);
         let nodes = plan.nodes.unwrap_or(nodes);
         let options = Options {
             seed: rng.next_u64(),
@@ -202,6 +205,8 @@ impl<'a> Run<'a> {
             shards: plan.shards.unwrap_or(shards),
             replication: if five && nodes >= 5 { 5 } else { 3 },
             drift_ppm: if faults.has(Fault::Clock) { drift_ppm } else { 0 },
+            max_log_bytes,
+            chunk_bytes,
             read_index: match plan.reads {
                 Some(ReadMode::Lease) => 0,
                 Some(ReadMode::ReadIndex) => 1_000,
@@ -222,7 +227,6 @@ impl<'a> Run<'a> {
             load,
             rng,
             undo: Vec::new(),
-            killed: false,
             stopping: None,
             calm: false,
             injected: BTreeMap::new(),
@@ -280,6 +284,9 @@ impl<'a> Run<'a> {
         self.heal();
         self.probe_all("writable after healing", WRITABLE_WITHIN)?;
         self.reach(ANSWERED_WITHIN, "everything in flight is completed", |r| r.in_flight() == 0)?;
+        self.reach(REFILLED_WITHIN, "every node is ready", |r| {
+            r.world.ids().iter().all(|n| r.world.host(*n).is_some_and(|h| h.view().not_ready.is_none()))
+        })?;
         self.final_reads()?;
         self.reach(CAUGHT_UP_WITHIN, "all replicas have caught up", |r| r.caught_up())?;
         self.world.check_logs();
@@ -355,7 +362,7 @@ impl<'a> Run<'a> {
                     r.reads_in_words(),
                     r.applied(),
                     r.committed(),
-                    r.log().last().map_or(0, |e| e.0),
+                    r.last_index(),
                 );
             }
         }
@@ -386,6 +393,7 @@ impl<'a> Run<'a> {
         let shard = *self.rng.pick(&self.world.shards());
         let leader = self.world.leader(shard).filter(|_| self.rng.permille(500));
         let node = leader.unwrap_or(*self.rng.pick(&alive));
+        let may_lose = self.may_lose(node);
         let c = &mut self.world.conditions;
         let fault = *self.rng.pick(&enabled);
         let undo = match fault {
@@ -471,14 +479,12 @@ impl<'a> Run<'a> {
                 self.world.pause(node);
                 Undo::Resume(node)
             }
-            Fault::Kill if !self.killed => {
-                self.killed = true;
+            Fault::Kill if may_lose => {
                 let lost = self.world.kill(node);
                 self.load.abandon(|k| lost.contains(k));
                 Undo::Restart(node)
             }
-            Fault::Stop if !self.killed => {
-                self.killed = true;
+            Fault::Stop if may_lose => {
                 self.world.stop(node);
                 self.stopping = Some(node);
                 Undo::Restart(node)
@@ -530,6 +536,13 @@ impl<'a> Run<'a> {
             1 => ids.into_iter().map(|to| (node, to)).collect(),
             _ => ids.into_iter().map(|from| (from, node)).collect(),
         }
+    }
+
+    /// Whether the cluster bears the loss of this node's memory: all others have theirs.
+    fn may_lose(&self, node: NodeId) -> bool {
+        self.stopping.is_none()
+            && self.world.host(node).is_some()
+            && self.world.ids().into_iter().all(|n| n == node || self.world.whole(n))
     }
 
     fn injected(&mut self, fault: Fault) {
@@ -652,7 +665,7 @@ impl<'a> Run<'a> {
         groups.into_iter().all(|shard| {
             let states = self.world.holders(shard).into_iter().filter_map(|n| {
                 let r = self.world.host(n)?.coordinator().replica(shard)?;
-                Some((r.applied(), r.log().last().map(|e| e.0), r.committed()))
+                Some((r.applied(), r.last_index(), r.committed()))
             });
             let states: Vec<_> = states.collect();
             states.windows(2).all(|w| w[0].0 == w[1].0 && w[0].1 == w[1].1)
@@ -664,16 +677,17 @@ impl<'a> Run<'a> {
     fn sleep_and_wake(&mut self) -> Result<(), ()> {
         let whole = |r: &Self, s: ShardId| r.world.holders(s).len() == r.world.options().replication as usize;
         let asleep = move |r: &Self| {
-            r.world.shards().into_iter().filter(|s| whole(r, *s)).all(|s| {
-                r.world
-                    .holders(s)
-                    .into_iter()
-                    .all(|n| r.world.host(n).and_then(|h| h.coordinator().replica(s)).is_some_and(|x| x.asleep()))
+            r.world.shards().into_iter().all(|s| {
+                whole(r, s) && {
+                    r.world
+                        .holders(s)
+                        .into_iter()
+                        .all(|n| r.world.host(n).and_then(|h| h.coordinator().replica(s)).is_some_and(|x| x.asleep()))
+                }
             })
         };
         self.reach(ASLEEP_WITHIN, "quiet groups sleep", asleep)?;
-        // One that has lost a replica for good does not sleep: a leadership may just have moved there.
-        for shard in self.world.shards().into_iter().filter(|s| whole(self, *s)) {
+        for shard in self.world.shards() {
             let replicas: Vec<_> = self
                 .world
                 .holders(shard)

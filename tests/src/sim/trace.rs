@@ -3,8 +3,10 @@
 use bytes::Bytes;
 use crema_core::{MonoTime, NodeId};
 use crema_shard::Channel;
-use crema_shard::message::{Body, KIND_ANSWERS, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS};
-use crema_shard::message::{Control, decode_answers, decode_control, decode_envelopes, decode_requests};
+use crema_shard::message::{Body, KIND_ANSWERS, KIND_CHUNK, KIND_CHUNK_ACK, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS};
+use crema_shard::message::{
+    Control, decode_answers, decode_chunk, decode_chunk_ack, decode_control, decode_envelopes, decode_requests,
+};
 use std::collections::VecDeque;
 use std::fmt::Write;
 
@@ -154,6 +156,13 @@ fn describe(out: &mut String, channel: Channel, frame: &Bytes) {
             for (shard, id, answer) in answers {
                 let _ = write!(out, "[{shard:?} #{id:x} {answer:?}] ");
             }
+        }),
+        (Channel::Snapshot, KIND_CHUNK) => decode_chunk(&body).map(|c| {
+            let last = if c.last { " last" } else { "" };
+            let _ = write!(out, "[{:?} chunk {}.{} +{}{last}]", c.shard, c.transfer, c.seq, c.data.len());
+        }),
+        (Channel::Snapshot, KIND_CHUNK_ACK) => decode_chunk_ack(&body).map(|a| {
+            let _ = write!(out, "[{:?} chunk ack {}.{} {:?}]", a.shard, a.transfer, a.next, a.verdict);
         }),
         _ => Ok(()),
     };

@@ -71,11 +71,25 @@ pub struct Options {
     pub read_index: u64,
     /// Whether connections read outside of the driver.
     pub local_reads: bool,
+    /// Most bytes of log that a node keeps for members that lag; with little, they need states.
+    pub max_log_bytes: usize,
+    /// Bytes of records in one piece of a state.
+    pub chunk_bytes: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 0, nodes: 3, shards: 4, replication: 3, drift_ppm: 0, read_index: 0, local_reads: true }
+        Options {
+            seed: 0,
+            nodes: 3,
+            shards: 4,
+            replication: 3,
+            drift_ppm: 0,
+            read_index: 0,
+            local_reads: true,
+            max_log_bytes: 1 << 30,
+            chunk_bytes: 256,
+        }
     }
 }
 
@@ -270,7 +284,7 @@ struct SimNode {
 struct Link {
     up: bool,
     number: u64,
-    last_at: [u64; 2],
+    last_at: [u64; 3],
 }
 
 /// The outcome of one step of the world.
@@ -459,6 +473,11 @@ impl World {
     pub fn holders(&self, shard: ShardId) -> Vec<NodeId> {
         let holds = |id: &NodeId| self.host(*id).is_some_and(|h| h.coordinator().replica(shard).is_some());
         self.alive().into_iter().filter(holds).collect()
+    }
+
+    /// Whether the node runs, and every replica that placement gives it is a voter, as far as it knows.
+    pub fn whole(&self, node: NodeId) -> bool {
+        self.host(node).is_some_and(|h| h.meta_state().is_some() && h.unfilled() == 0)
     }
 
     /// The shard of a key, as the first node that knows the placement sees it.
@@ -840,7 +859,7 @@ impl World {
         }
         self.next_number += 1;
         let number = self.next_number;
-        self.links.insert((from, to), Link { up: true, number, last_at: [self.now; 2] });
+        self.links.insert((from, to), Link { up: true, number, last_at: [self.now; 3] });
         self.accepted.insert((from, self.nodes[&from].incarnation, to), number);
         let incarnation = self.nodes[&to].incarnation;
         self.trace.note(self.now, format!("{from:?} -> {to:?} connected"));
@@ -931,7 +950,8 @@ impl World {
             addrs: NodeAddrs { raft: format!("node{id}:1"), ..NodeAddrs::default() },
             entropy: std::array::from_fn(|_| self.rng.next_u64()),
             timing: Timing::default(),
-            max_log_bytes: 1 << 30,
+            max_log_bytes: self.options.max_log_bytes,
+            snapshot_chunk_bytes: self.options.chunk_bytes,
             read_mode: if self.rng.permille(self.options.read_index) { ReadMode::ReadIndex } else { ReadMode::Lease },
         };
         let at = self.now;

@@ -2,6 +2,7 @@
 
 mod clocks;
 mod expiry;
+mod filling;
 mod leadership;
 mod leases;
 mod requests;

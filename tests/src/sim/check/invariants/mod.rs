@@ -12,6 +12,7 @@ mod durable;
 mod election_safety;
 mod lease;
 mod log_matching;
+mod membership;
 mod progress;
 mod ready;
 mod replica_ids;
@@ -86,7 +87,7 @@ pub struct Sighting<'a> {
     pub now: Now,
     /// The node.
     pub host: &'a Host,
-    /// Its replicas, failed ones excepted: their state is given up, and counts no more.
+    /// Its replicas, except failed ones, whose state is given up, and empty ones, which have none.
     pub replicas: &'a [Glance<'a>],
     /// Whether whole logs are to be compared; so at times only, as it is dear.
     pub whole: bool,
@@ -152,6 +153,7 @@ impl Default for Invariants {
                 Box::new(durable::Durable),
                 Box::new(lease::OneLease),
                 Box::new(ready::Ready),
+                Box::new(membership::Membership::default()),
             ],
             last: BTreeMap::new(),
         }
@@ -166,7 +168,7 @@ impl Invariants {
             .host
             .coordinator()
             .replicas()
-            .filter(|r| !r.failed())
+            .filter(|r| !r.failed() && !r.is_empty())
             .map(|replica| {
                 let state = State::of(replica);
                 let before = last.iter().find(|b| (b.shard, b.id) == (state.shard, state.id)).copied();
