@@ -641,6 +641,12 @@ impl StateMachine {
         &self.published
     }
 
+    /// What a shard with this one's slots, epoch, secret, log time and applied index would begin with.
+    pub fn init(&self) -> ShardInit {
+        let secret = self.table.table().seed();
+        ShardInit { range: self.range, epoch: self.epoch, secret, log_time: self.log_time, applied: self.applied }
+    }
+
     /// Placement epoch of the shard's slots.
     pub fn epoch(&self) -> Epoch {
         self.epoch

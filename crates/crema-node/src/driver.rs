@@ -1334,6 +1334,9 @@ mod tests {
             timing: Timing::default(),
             max_log_bytes: 64 << 20,
             read_mode: crema_shard::ReadMode::Lease,
+            snapshot_chunk_bytes: 1024,
+            process: 1,
+            checkpoint_log_bytes: None,
         };
         let host = Host::new(host, clock::now());
         let (handle, outputs) = Driver::start(host, peers.clone(), channel, None).unwrap();

@@ -414,6 +414,8 @@ impl Node {
             max_log_bytes: config.max_log_bytes,
             read_mode: config.reads,
             snapshot_chunk_bytes: SNAPSHOT_CHUNK_BYTES,
+            process: u64::from_le_bytes(random()?),
+            checkpoint_log_bytes: None,
         };
         let book = Arc::new(Mutex::new(AddressBook::default()));
         let (view_changes, view_changed) = watch::channel(());

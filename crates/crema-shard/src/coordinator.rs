@@ -9,7 +9,8 @@
 //! applied placement, for the life that it names, and an id is used once: a replica that placement has replaced by
 //! another id of this same life goes.
 
-use crate::effect::Note;
+use crate::durable::Recovered;
+use crate::effect::{Note, PersistBatch, StateWrite};
 use crate::members::{Member, Members};
 use crate::message::{
     Answer, Body, Envelope, KIND_RAFT, TARGET_FRAME_BYTES, encode_chunk, encode_chunk_ack, encode_envelope,
@@ -32,6 +33,8 @@ use std::sync::Arc;
 
 /// Least bytes of log that one group keeps, unless the node's limit is smaller.
 const MIN_LOG_BYTES: usize = 1024 * 1024;
+/// Least bytes of log on disk behind which one group writes its state, unless the node's limit is smaller.
+const MIN_CHECKPOINT_BYTES: u64 = 4 * 1024 * 1024;
 /// Most replicas of one node that send their states to others at a time.
 const FILLING_AT_ONCE: usize = 2;
 
@@ -48,8 +51,21 @@ pub struct GroupOptions {
     pub max_log_bytes: usize,
     /// How reads are confirmed.
     pub read_mode: ReadMode,
-    /// About how many bytes of records one piece of a state holds on its way to another replica.
+    /// About how many bytes of records one piece of a state holds on its way to another replica or to a file.
     pub chunk_bytes: usize,
+    /// Number of this process: different for every start.
+    pub process: u64,
+    /// Bytes of log on disk, over all groups, behind which states are written to files; none where logs are in memory.
+    pub checkpoint_log_bytes: Option<u64>,
+}
+
+/// A batch on its way to be durable.
+struct Persisting {
+    number: u64,
+    /// Which Ready of which group.
+    readies: Vec<(ShardId, u64)>,
+    /// Members as of which index of which group.
+    members: Vec<(ShardId, u64)>,
 }
 
 /// What one poll of the coordinator wants done.
@@ -70,7 +86,9 @@ pub struct Round {
     /// For the log.
     pub notes: Vec<Note>,
     /// A batch to be made durable.
-    pub persist: Option<u64>,
+    pub persist: Option<PersistBatch>,
+    /// Pieces of states for files.
+    pub states: Vec<StateWrite>,
 }
 
 /// Hosts all local replicas.
@@ -83,8 +101,8 @@ pub struct Coordinator {
     frames: BTreeMap<NodeId, Vec<u8>>,
     full_frames: Vec<(NodeId, Bytes)>,
     persist_number: u64,
-    /// Batches on their way to be durable: (number, which Ready of which group).
-    persisting: VecDeque<(u64, Vec<(ShardId, u64)>)>,
+    /// Batches on their way to be durable.
+    persisting: VecDeque<Persisting>,
     present: BTreeMap<NodeId, Incarnation>,
     connected: BTreeMap<NodeId, Incarnation>,
     logger: slog::Logger,
@@ -128,9 +146,36 @@ impl Coordinator {
             let init = ReplicaInit { members, ..self.blank(state, shard, own.id, applied) };
             let logger = self.logger.new(slog::o!("shard" => shard.0));
             let replica = Replica::founded(init, first, &logger, now).map_err(|e| e.to_string())?;
+            if replica.is_durable() {
+                self.out.writes.push(replica.founding_write());
+            }
             self.put(shard, replica)?;
         }
         Ok(())
+    }
+
+    /// Takes up replicas that come back from disk, in the life that they were kept in. Returns those that cannot be
+    /// trusted, and why: they stay away.
+    pub fn recover(&mut self, recovered: Vec<Recovered>, now: Now) -> Vec<(ShardId, String)> {
+        let groups = recovered.iter().filter(|r| !r.record.shard.is_meta()).map(|r| r.record.shard.0 + 1).max();
+        let groups = groups.unwrap_or(0) as usize;
+        self.data.resize_with(groups, || None);
+        let mut lost = Vec::new();
+        for r in recovered {
+            let (shard, id) = (r.record.shard, r.record.id);
+            let log_time = match &r.machine {
+                Machine::Data(m) => m.log_time(),
+                Machine::Meta(_) => LogTime(0),
+            };
+            let members = r.record.begins_at().members;
+            let init = ReplicaInit { members, log_time, ..self.init(shard, id, r.machine, groups) };
+            let logger = self.logger.new(slog::o!("shard" => shard.0));
+            let replica = Replica::recovered(init, &r.record, r.hard, r.entries, &logger, now);
+            if let Err(why) = replica.and_then(|r| self.put(shard, r)) {
+                lost.push((shard, why));
+            }
+        }
+        lost
     }
 
     /// What a new replica begins with.
@@ -143,18 +188,24 @@ impl Coordinator {
             }
             None => Machine::Meta(Box::new(MetaMachine::new(state.clone(), applied))),
         };
+        ReplicaInit { log_time, ..self.init(shard, id, machine, state.shards.len()) }
+    }
+
+    fn init(&self, shard: ShardId, id: ReplicaId, machine: Machine, shards: usize) -> ReplicaInit {
         let o = &self.options;
+        let groups = 1 + shards as u64;
         ReplicaInit {
             shard,
             id,
             members: Members::default(),
             machine,
-            log_time,
+            log_time: LogTime(0),
             timing: o.timing,
-            max_log_bytes: (o.max_log_bytes / (1 + state.shards.len())).max(MIN_LOG_BYTES.min(o.max_log_bytes)),
-            context_prefix: o.incarnation.0 as u64,
+            max_log_bytes: (o.max_log_bytes / groups as usize).max(MIN_LOG_BYTES.min(o.max_log_bytes)),
+            context_prefix: o.process,
             read_mode: o.read_mode,
             chunk_bytes: o.chunk_bytes,
+            checkpoint_log_bytes: o.checkpoint_log_bytes.map(|b| (b / groups).max(MIN_CHECKPOINT_BYTES.min(b))),
         }
     }
 
@@ -274,14 +325,30 @@ impl Coordinator {
     }
 
     /// Takes a piece of a state from the life `incarnation` of node `from`.
-    pub fn take_chunk(&mut self, from: NodeId, incarnation: Incarnation, chunk: &Chunk) {
+    pub fn take_chunk(&mut self, from: NodeId, incarnation: Incarnation, chunk: &Chunk, now: Now) {
         if self.replica(chunk.shard).is_none_or(|r| r.id() != chunk.to) {
             self.dropped += 1;
             return;
         }
         let sender = Member { id: chunk.from, node: from, incarnation };
-        self.with(chunk.shard, |r, out| r.take_chunk(sender, chunk, out));
+        self.with(chunk.shard, |r, out| r.take_chunk(sender, chunk, now.mono, out));
         self.dirty.insert(chunk.shard);
+    }
+
+    /// A piece of a state was written to its file; see [`crate::StateWrite`].
+    pub fn state_written(&mut self, shard: ShardId, replica: ReplicaId, file: u64, seq: u32) {
+        if self.replica(shard).is_some_and(|r| r.id() == replica) {
+            self.with(shard, |r, out| r.state_written(file, seq, out));
+            self.dirty.insert(shard);
+        }
+    }
+
+    /// The log of a replica holds old files back: its state shall be written soon.
+    pub fn ask_checkpoint(&mut self, replica: ReplicaId) {
+        let shard = self.replicas().find(|r| r.id() == replica).map(Replica::shard);
+        if let Some(shard) = shard {
+            self.with(shard, |r, _| r.ask_checkpoint());
+        }
     }
 
     /// Takes the acknowledgement of such a piece.
@@ -392,11 +459,17 @@ impl Coordinator {
 
     /// The batch is durable; batches are reported in order.
     pub fn persisted(&mut self, number: u64, now: Now) {
-        while self.persisting.front().is_some_and(|(n, _)| *n <= number) {
-            let (_, readies) = self.persisting.pop_front().expect("just seen");
-            for (shard, ready) in readies {
+        while self.persisting.front().is_some_and(|p| p.number <= number) {
+            let done = self.persisting.pop_front().expect("just seen");
+            for (shard, ready) in done.readies {
                 self.with(shard, |r, out| r.persisted(ready, now, out));
                 self.dirty.insert(shard);
+            }
+            for (shard, index) in done.members {
+                self.with(shard, |r, out| {
+                    r.members_durable(index);
+                    out.roles.push(shard);
+                });
             }
         }
     }
@@ -443,10 +516,13 @@ impl Coordinator {
         round.notes.append(&mut self.out.notes);
         round.garbage.append(&mut self.out.garbage);
         round.meta_changed |= std::mem::take(&mut self.out.meta_changed);
-        if !readies.is_empty() {
+        round.states.append(&mut self.out.states);
+        let writes = std::mem::take(&mut self.out.writes);
+        if !readies.is_empty() || !writes.is_empty() {
             self.persist_number += 1;
-            self.persisting.push_back((self.persist_number, readies));
-            round.persist = Some(self.persist_number);
+            let members = std::mem::take(&mut self.out.members_written);
+            self.persisting.push_back(Persisting { number: self.persist_number, readies, members });
+            round.persist = Some(PersistBatch { number: self.persist_number, writes });
         }
     }
 

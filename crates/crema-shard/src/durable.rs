@@ -1,7 +1,7 @@
 //! What a replica leaves on disk, and how it comes back from there.
 //!
 //! ```text
-//!   record: what the log stands on --- Empty | Founded | At(point) --- beside the entries, changed together with them
+//!   record: what the log stands on --- Founded | At(point) --- beside the entries, changed together with them
 //!   state:  pieces of a machine at a point, in a file of its own; durable before a record names it
 //!
 //!   restart: record -> machine (founding state, or the file's) -> entries behind it -> Raft commits them again
@@ -25,7 +25,8 @@ use std::sync::Arc;
 /// First byte of an encoded record.
 const VERSION: u8 = 1;
 
-/// What is on disk of one replica beside its entries.
+/// What is on disk of one replica beside its entries. A replica without a state has nothing there: it has answered for
+/// nothing, and may begin again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRecord {
     /// The group.
@@ -39,8 +40,6 @@ pub struct GroupRecord {
 /// The state behind which a log begins.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Start {
-    /// None: the replica waits for its first one.
-    Empty,
     /// That of a newly founded shard.
     FoundedShard {
         /// The members.
@@ -83,6 +82,19 @@ impl GroupRecord {
         }
     }
 
+    /// Where the log begins.
+    pub fn begins_at(&self) -> Point {
+        let founded = |members: &Members| Point {
+            index: FOUNDING_INDEX,
+            term: crate::log_store::FOUNDING_TERM,
+            members: members.clone(),
+        };
+        match &self.start {
+            Start::FoundedShard { members, .. } | Start::FoundedMeta { members, .. } => founded(members),
+            Start::At(point) => point.clone(),
+        }
+    }
+
     /// The point whose state stands in a file, if it does.
     pub fn point(&self) -> Option<&Point> {
         match &self.start {
@@ -106,7 +118,10 @@ pub struct Recovered {
 
 impl std::fmt::Debug for Recovered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Recovered").field("record", &self.record).field("entries", &self.entries.len()).finish_non_exhaustive()
+        f.debug_struct("Recovered")
+            .field("record", &self.record)
+            .field("entries", &self.entries.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -156,17 +171,6 @@ impl Recovered {
         mut pieces: impl Iterator<Item = Result<Bytes, String>>,
     ) -> Result<Recovered, String> {
         let (index, machine) = match &record.start {
-            Start::Empty => {
-                let init = ShardInit {
-                    range: SlotRange { start: 0, end: 1 },
-                    epoch: Epoch(0),
-                    secret: 0,
-                    log_time: LogTime(0),
-                    applied: LogIndex(0),
-                };
-                // What stands for no state; the meta group's is made when placement is known.
-                (0, Machine::Data(Box::new(StateMachine::new(init))))
-            }
             Start::FoundedShard { range, epoch, secret, log_time, .. } => {
                 let applied = LogIndex(FOUNDING_INDEX);
                 let (range, epoch, secret, log_time) = (*range, *epoch, *secret, *log_time);
@@ -225,7 +229,7 @@ mod tests {
     #[test]
     fn records_round_trip_and_nonsense_does_not_decode() {
         let point = Point { index: 9, term: 2, members: members() };
-        for start in [founded().start, Start::Empty, Start::At(point)] {
+        for start in [founded().start, Start::At(point)] {
             let record = GroupRecord { start, ..founded() };
             let bytes = record.encode();
             assert_eq!(GroupRecord::decode(&bytes), Ok(record));

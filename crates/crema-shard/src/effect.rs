@@ -3,7 +3,8 @@
 use crate::router::RoutingView;
 use bytes::Bytes;
 use crema_core::store::Table;
-use crema_core::{ClusterUuid, Epoch, Incarnation, MonoTime, NodeId, Reply, ShardId, Term};
+use crema_core::{ClusterUuid, Epoch, Incarnation, MonoTime, NodeId, ReplicaId, Reply, ShardId, Term};
+use raft::eraftpb::{Entry, HardState};
 use std::sync::Arc;
 
 /// One client connection (or embedded caller) of this node; never reused within an incarnation. Commands of one
@@ -108,11 +109,54 @@ pub struct Send {
     pub frame: Bytes,
 }
 
-/// Something to make durable. Answer with [`crate::Host::persisted`] in the order given.
-#[derive(Clone, Debug)]
+/// Something to make durable, as a whole. Answer with [`crate::Host::persisted`] in the order given.
+#[derive(Clone, Debug, Default)]
 pub struct PersistBatch {
     /// Number of this batch, counting from 1 without gaps.
     pub number: u64,
+    /// What is to be written; nothing where logs are in memory.
+    pub writes: Vec<LogWrite>,
+}
+
+/// One replica's part of a batch.
+#[derive(Clone, Debug, Default)]
+pub struct LogWrite {
+    /// The replica; its id is the name of its log.
+    pub replica: ReplicaId,
+    /// Everything written of this replica before is dropped first, as a part of the same change.
+    pub clear: bool,
+    /// What the log stands on from now on: an encoded [`crate::durable::GroupRecord`].
+    pub record: Option<Bytes>,
+    /// Appended; what the log had from the first one's index on is replaced.
+    pub entries: Vec<Entry>,
+    /// Term, vote and commit index.
+    pub hard: Option<HardState>,
+    /// Entries up to and including this index are not needed any more.
+    pub compact_to: Option<u64>,
+    /// The state file of this index is the one that the record names: those of the replica before it may go once the
+    /// batch is durable.
+    pub state: Option<u64>,
+}
+
+/// A piece of a state on its way to a file. Pieces of one (replica, file) come in order; answer each with
+/// [`crate::Host::state_written`], the last one only when the whole file is durable. A higher file number of the same
+/// replica ends a file that is not whole.
+#[derive(Clone, Debug)]
+pub struct StateWrite {
+    /// The group.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Tells the replica's files apart.
+    pub file: u64,
+    /// Index that the state stands for.
+    pub index: u64,
+    /// Position, from 0 on without gaps.
+    pub seq: u32,
+    /// The piece.
+    pub piece: Bytes,
+    /// Whether it is the last one.
+    pub last: bool,
 }
 
 /// This node's own leadership of a shard, for gossip.
@@ -173,6 +217,8 @@ pub enum Note {
 pub struct Effects {
     /// To be made durable.
     pub persist: Vec<PersistBatch>,
+    /// Pieces of states, to be written to files.
+    pub states: Vec<StateWrite>,
     /// To be sent.
     pub sends: Vec<Send>,
     /// Finished requests.
@@ -191,6 +237,7 @@ impl Effects {
     /// Empties the lists but keeps their memory.
     pub fn clear(&mut self) {
         self.persist.clear();
+        self.states.clear();
         self.sends.clear();
         self.completions.clear();
         self.view = None;
@@ -201,6 +248,7 @@ impl Effects {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.persist.is_empty()
+            && self.states.is_empty()
             && self.sends.is_empty()
             && self.completions.is_empty()
             && self.view.is_none()

@@ -9,9 +9,9 @@
 //! of it arrive; only a live node is routed to or given leadership.
 
 use crate::coordinator::{Coordinator, GroupOptions, Round};
+use crate::durable::Recovered;
 use crate::effect::{
-    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, ReadLevel,
-    Refusal, Send,
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, ReadLevel, Refusal, Send,
 };
 use crate::follower::{Due, FollowerReads};
 use crate::founding::{Decision, Founding, FoundingConfig};
@@ -19,7 +19,7 @@ use crate::gateway::{Gateway, Target};
 use crate::message::{
     Answer, Control, KIND_ANSWERS, KIND_CHUNK, KIND_CHUNK_ACK, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS, MAX_FRAME_BYTES,
     Request, RequestBody, TARGET_FRAME_BYTES, decode_answers, decode_chunk, decode_chunk_ack, decode_control,
-    decode_envelopes, decode_requests, encode_answer, encode_control, encode_request,
+    decode_envelopes, decode_requests, encode_answer, encode_control, encode_request, split_process,
 };
 use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement};
 use crate::placement::preferred_leader;
@@ -77,8 +77,12 @@ pub struct HostConfig {
     pub max_log_bytes: usize,
     /// How this node, where it leads, confirms linearizable reads. Promises are kept either way, so nodes may differ.
     pub read_mode: ReadMode,
-    /// About how many bytes of records one piece of a state holds on its way to another replica.
+    /// About how many bytes of records one piece of a state holds on its way to another replica or to a file.
     pub snapshot_chunk_bytes: usize,
+    /// Number of this process: different for every start, also of one that keeps its life because it kept its log.
+    pub process: u64,
+    /// Where logs are kept on disk: bytes of log, over all groups, behind which states are written to files.
+    pub checkpoint_log_bytes: Option<u64>,
 }
 
 /// A claim of leadership heard by gossip. A hint: the highest term wins, Raft decides.
@@ -202,6 +206,8 @@ impl Host {
             max_log_bytes: config.max_log_bytes,
             read_mode: config.read_mode,
             chunk_bytes: config.snapshot_chunk_bytes,
+            process: config.process,
+            checkpoint_log_bytes: config.checkpoint_log_bytes,
         });
         Host {
             coordinator,
@@ -236,6 +242,19 @@ impl Host {
             replicas_failed: 0,
             config,
         }
+    }
+
+    /// A node that comes back with what it kept on disk, in the same life. Returns the node, and the replicas that cannot
+    /// be trusted: with any of them, its life is over, and the shell must begin a new one instead.
+    pub fn recovered(config: HostConfig, recovered: Vec<Recovered>, now: Now) -> (Host, Vec<(ShardId, String)>) {
+        // Whoever has been a member founds nothing.
+        let members = if recovered.is_empty() { config.initial_members.clone() } else { Vec::new() };
+        let mut host = Host::new(HostConfig { initial_members: members, ..config }, now);
+        let lost = host.coordinator.recover(recovered, now);
+        if let Some(state) = host.coordinator.meta_state() {
+            host.join(state, false, now);
+        }
+        (host, lost)
     }
 
     /// Takes a client's request; its completion comes with a later [`Host::poll`], once and only once.
@@ -398,20 +417,25 @@ impl Host {
             }
             (Channel::Snapshot, KIND_CHUNK) => {
                 let chunk = decode_chunk(&body)?;
-                self.coordinator.take_chunk(peer, incarnation, &chunk);
+                self.coordinator.take_chunk(peer, incarnation, &chunk, now);
             }
             (Channel::Snapshot, KIND_CHUNK_ACK) => {
                 let ack = decode_chunk_ack(&body)?;
                 self.coordinator.chunk_acked(ack, now);
             }
             (Channel::Requests, KIND_REQUESTS) => {
+                let (process, body) = split_process(&body)?;
                 for r in decode_requests(&body)? {
-                    self.serve(peer, incarnation, r);
+                    self.serve(peer, incarnation, process, r);
                 }
             }
             (Channel::Requests, KIND_ANSWERS) => {
-                for (shard, id, answer) in decode_answers(&body)? {
-                    self.take_answer(now, peer, shard, id, answer);
+                let (process, body) = split_process(&body)?;
+                let answers = decode_answers(&body)?;
+                if process == self.config.process {
+                    for (shard, id, answer) in answers {
+                        self.take_answer(now, peer, shard, id, answer);
+                    }
                 }
             }
             _ => return Err(CodecError::Malformed),
@@ -460,8 +484,8 @@ impl Host {
         self.state.as_ref().and_then(|s| s.nodes.get(&node)).is_some_and(|n| n.past.contains(&incarnation))
     }
 
-    fn serve(&mut self, origin: NodeId, incarnation: Incarnation, r: Request) {
-        let ticket = Ticket { origin, incarnation, id: r.id };
+    fn serve(&mut self, origin: NodeId, incarnation: Incarnation, process: u64, r: Request) {
+        let ticket = Ticket { origin, incarnation, process, id: r.id };
         // The meta group takes commands of its own leader only; anything else would be poison in its log.
         if r.shard.is_meta() {
             return;
@@ -635,14 +659,19 @@ impl Host {
             Decision::Activate(s) => (Arc::new(*s), true),
             Decision::Join(s) => (Arc::new(*s), false),
         };
-        self.gateway.set_shards(state.shards.len());
-        self.router.set_shards(state.shards.len());
         if (founded || planted(Mutant::VoteAfterWipe))
             && let Err(reason) = self.coordinator.found(&state, now)
         {
             self.out.notes.push(Note::Misfit(reason));
             return;
         }
+        self.join(state, founded, now);
+    }
+
+    /// The cluster is known, and what its table was.
+    fn join(&mut self, state: Arc<MetaState>, founded: bool, now: Now) {
+        self.gateway.set_shards(state.shards.len());
+        self.router.set_shards(state.shards.len());
         self.out.notes.push(Note::Joined { uuid: state.uuid, founded });
         self.adopt(state, now);
         self.retarget_all(now);
@@ -929,13 +958,23 @@ impl Host {
         self.coordinator.persisted(number, now);
     }
 
+    /// A piece of a state was written to its file; the last one, when the whole file is durable.
+    pub fn state_written(&mut self, shard: ShardId, replica: ReplicaId, file: u64, seq: u32) {
+        self.coordinator.state_written(shard, replica, file, seq);
+    }
+
+    /// The log of a replica holds back files of the log on disk that could go otherwise.
+    pub fn ask_checkpoint(&mut self, replica: ReplicaId) {
+        self.coordinator.ask_checkpoint(replica);
+    }
+
     // ---- work --------------------------------------------------------------------------------------------------
 
     /// Works off what the inputs have caused and adds what is to be done to `effects`. Call after every round of inputs,
     /// and again after [`Host::persisted`], until it adds nothing.
     pub fn poll(&mut self, now: Now, effects: &mut Effects) {
-        let mut answers: BTreeMap<NodeId, Vec<u8>> = BTreeMap::new();
-        let mut forwards: BTreeMap<NodeId, Vec<u8>> = BTreeMap::new();
+        let mut answers: Frames = BTreeMap::new();
+        let mut forwards: Frames = BTreeMap::new();
         // Requests of this node to itself go round without leaving: gateway, leader, answer, gateway. What a group does
         // not finish at once waits for a message, so this ends; the bound is for the case that we are wrong.
         for _ in 0..64 {
@@ -945,10 +984,11 @@ impl Host {
             let mut quiet = requests.is_empty();
             for (node, request) in requests.drain(..) {
                 if node == self.config.node {
-                    self.serve(node, self.config.incarnation, request);
+                    self.serve(node, self.config.incarnation, self.config.process, request);
                 } else {
                     self.requests_forwarded += 1;
-                    append_frame(&mut self.out.sends, &mut forwards, node, KIND_REQUESTS, |f| {
+                    let to = (node, self.config.process);
+                    append_frame(&mut self.out.sends, &mut forwards, to, KIND_REQUESTS, |f| {
                         encode_request(f, &request)
                     });
                 }
@@ -968,9 +1008,10 @@ impl Host {
                 self.out.notes.push(note);
             }
             self.out.garbage.append(&mut round.garbage);
-            if let Some(number) = round.persist.take() {
-                self.out.persist.push(PersistBatch { number });
+            if let Some(batch) = round.persist.take() {
+                self.out.persist.push(batch);
             }
+            self.out.states.append(&mut round.states);
             for (to, frame) in round.snapshot_frames.drain(..) {
                 self.out.sends.push(Send { to, channel: Channel::Snapshot, frame });
             }
@@ -990,11 +1031,12 @@ impl Host {
             }
             for (shard, ticket, answer) in round.answers.drain(..) {
                 if ticket.origin == self.config.node {
-                    if ticket.incarnation == self.config.incarnation {
+                    if ticket.incarnation == self.config.incarnation && ticket.process == self.config.process {
                         self.take_answer(now, ticket.origin, shard, ticket.id, answer);
                     }
                 } else if self.peers.get(&ticket.origin).is_some_and(|p| p.incarnation == ticket.incarnation) {
-                    append_frame(&mut self.out.sends, &mut answers, ticket.origin, KIND_ANSWERS, |f| {
+                    let to = (ticket.origin, ticket.process);
+                    append_frame(&mut self.out.sends, &mut answers, to, KIND_ANSWERS, |f| {
                         let before = f.len();
                         encode_answer(f, shard, ticket.id, &answer);
                         if f.len() > MAX_FRAME_BYTES {
@@ -1010,7 +1052,7 @@ impl Host {
                 break;
             }
         }
-        for (to, frame) in forwards.into_iter().chain(answers) {
+        for ((to, _), frame) in forwards.into_iter().chain(answers) {
             self.out.sends.push(Send { to, channel: Channel::Requests, frame: frame.into() });
         }
         if self.view_stale {
@@ -1024,6 +1066,7 @@ impl Host {
         }
         let out = &mut self.out;
         effects.persist.append(&mut out.persist);
+        effects.states.append(&mut out.states);
         effects.sends.append(&mut out.sends);
         effects.completions.append(&mut out.completions);
         effects.led.append(&mut out.led);
@@ -1134,7 +1177,7 @@ impl Host {
         let Some(r) = self.coordinator.replica(shard).filter(|r| !r.failed() && !r.is_empty()) else { return false };
         let placed = state.replicas(shard).iter().any(|p| p.id == r.id());
         let alone = r.members().all().all(|m| m.node != self.config.node || m.id == r.id());
-        placed && alone && r.members().is_voter(r.id())
+        placed && alone && r.members().is_voter(r.id()) && r.knows_members_for_good()
     }
 
     /// Groups of which placement gives this node a replica that is no voter yet.
@@ -1191,20 +1234,24 @@ impl Host {
     }
 }
 
-/// Appends to the frame for `node`, closing it first when it is large enough.
+/// Frames of the requests channel in the making: by receiver, and by the process whose requests they are about.
+type Frames = BTreeMap<(NodeId, u64), Vec<u8>>;
+
+/// Appends to a frame, closing it first when it is large enough.
 fn append_frame(
     sends: &mut Vec<Send>,
-    frames: &mut BTreeMap<NodeId, Vec<u8>>,
-    node: NodeId,
+    frames: &mut Frames,
+    (node, process): (NodeId, u64),
     kind: u8,
     write: impl FnOnce(&mut Vec<u8>),
 ) {
-    let frame = frames.entry(node).or_default();
+    let frame = frames.entry((node, process)).or_default();
     if frame.len() >= TARGET_FRAME_BYTES {
         sends.push(Send { to: node, channel: Channel::Requests, frame: std::mem::take(frame).into() });
     }
     if frame.is_empty() {
         frame.push(kind);
+        frame.extend_from_slice(&process.to_le_bytes());
     }
     write(frame);
 }
@@ -1248,6 +1295,8 @@ mod tests {
                         max_log_bytes: 1 << 20,
                         read_mode: ReadMode::Lease,
                         snapshot_chunk_bytes: 256,
+                        process: n,
+                        checkpoint_log_bytes: None,
                     };
                     (NodeId(n), Host::new(config, now))
                 })
@@ -1610,7 +1659,7 @@ mod tests {
         let mut fr = vec![KIND_RAFT];
         encode_envelope(&mut fr, &Envelope { shard: sh, log_time: 0, floor: 0, body: Body::Raft(m) });
         h.frame(now, y, incarnation(y.0), Channel::Raft, fr.into()).unwrap();
-        let mut q = vec![KIND_REQUESTS];
+        let mut q = [&[KIND_REQUESTS][..], &[0; 8]].concat();
         encode_request(&mut q, &Request { shard: sh, id: 5, body: RequestBody::OpenSession });
         h.frame(now, y, incarnation(y.0), Channel::Requests, q.into()).unwrap();
         let mut e = Effects::default();
@@ -1631,7 +1680,7 @@ mod tests {
         net.run(1000);
         let l = *net.hosts.iter().find(|(_, h)| h.leads_meta()).unwrap().0;
         let from = *net.hosts.keys().find(|n| **n != l).unwrap();
-        let mut q = vec![KIND_REQUESTS];
+        let mut q = [&[KIND_REQUESTS][..], &[0; 8]].concat();
         encode_request(&mut q, &Request { shard: ShardId::META, id: 5, body: RequestBody::OpenSession });
         let now = net.now;
         net.hosts.get_mut(&l).unwrap().frame(now, from, incarnation(from.0), Channel::Requests, q.into()).unwrap();

@@ -11,6 +11,7 @@
 //! randomness here: `Now` and the entropy in [`HostConfig`] are arguments.
 
 pub mod coordinator;
+pub mod durable;
 pub mod effect;
 pub mod follower;
 pub mod founding;
@@ -31,8 +32,8 @@ pub mod timing;
 pub mod transfer;
 
 pub use effect::{
-    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, PersistBatch, ReadLevel,
-    Refusal, Send, Token,
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, LogWrite, Note, PersistBatch,
+    ReadLevel, Refusal, Send, StateWrite, Token,
 };
 pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
 pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};

@@ -50,6 +50,13 @@ impl MemLog {
         }
     }
 
+    /// The log of a replica that comes back from disk: a state at (`index`, `term`), and what followed it.
+    pub fn recovered(index: u64, term: u64, conf: ConfState, hard: HardState, entries: Vec<Entry>) -> Self {
+        let mut log = MemLog { truncated: index, truncated_term: term, conf, hard, ..MemLog::empty() };
+        log.append(entries);
+        log
+    }
+
     /// The log of a replica that knows nothing yet.
     pub fn empty() -> Self {
         MemLog {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Raft channel:      kind byte | RAFT: WireMessage*      | CONTROL: one Control
-//!   Requests channel:  kind byte | REQUESTS: WireRequest*  | ANSWERS: WireAnswer*
+//!   Requests channel:  kind byte | process | REQUESTS: WireRequest* or ANSWERS: WireAnswer*
 //!   Snapshot channel:  kind byte | CHUNK: one WireChunk    | CHUNK_ACK: one ChunkAck
 //! ```
 //!
@@ -78,7 +78,7 @@ struct WireMessage<'a> {
 pub struct Envelope {
     /// The group.
     pub shard: ShardId,
-    /// A leader's estimate of log time, 0 on other messages.
+    /// The estimate of log time of a leader or a voter, 0 on other messages and where the sender does not know it.
     pub log_time: u64,
     /// Index up to which every voter that counts has the leader's log, so that it need not be kept; 0 on other messages.
     pub floor: u64,
@@ -430,6 +430,13 @@ pub enum RequestBody {
     OpenSession,
     /// Asks for an index at or above that of everything acknowledged so far, for a read elsewhere.
     ReadIndex,
+}
+
+/// Splits the number of the gateway's process off a frame of the requests channel, kind byte excluded. The process stamps
+/// its requests with it, their answers bear it too: so an answer to an earlier process of the same life is told apart.
+pub fn split_process(frame: &Bytes) -> Result<(u64, Bytes), CodecError> {
+    let process = frame.first_chunk::<8>().ok_or(CodecError::Malformed)?;
+    Ok((u64::from_le_bytes(*process), frame.slice(8..)))
 }
 
 /// A request on its way to a shard's leader. One hop: who is not the leader refuses and says who is.

@@ -13,6 +13,8 @@ pub struct Ticket {
     pub origin: NodeId,
     /// Its life: an answer for an earlier one is dropped.
     pub incarnation: Incarnation,
+    /// Its process: one that comes back with its log has the same life, but knows nothing of the requests before.
+    pub process: u64,
     /// The gateway's mark.
     pub id: u64,
 }
@@ -84,7 +86,7 @@ mod tests {
     use super::*;
 
     fn ticket(id: u64) -> Ticket {
-        Ticket { origin: NodeId(1), incarnation: Incarnation(1), id }
+        Ticket { origin: NodeId(1), incarnation: Incarnation(1), process: 1, id }
     }
 
     #[test]

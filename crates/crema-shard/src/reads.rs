@@ -138,7 +138,8 @@ mod tests {
     use crema_core::{Incarnation, NodeId};
 
     fn read(id: u64) -> Read {
-        Read { ticket: Ticket { origin: NodeId(1), incarnation: Incarnation(1), id }, ops: Bytes::new() }
+        let ticket = Ticket { origin: NodeId(1), incarnation: Incarnation(1), process: 1, id };
+        Read { ticket, ops: Bytes::new() }
     }
     fn ids(reads: &[Read]) -> Vec<u64> {
         reads.iter().map(|r| r.ticket.id).collect()

@@ -14,7 +14,8 @@
 //! after it is persisted; the cell is closed before any effect of what ended the lease leaves; nothing reads a clock or
 //! draws a number.
 
-use crate::effect::Note;
+use crate::durable::GroupRecord;
+use crate::effect::{LogWrite, Note, StateWrite};
 use crate::lease::{Lease, Promise};
 use crate::log_store::{FOUNDING_INDEX, MemLog};
 use crate::members::{ConfStep, Member, Members};
@@ -38,9 +39,11 @@ use raft::{RawNode, ReadOnlyOption, StateRole};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+mod checkpoint;
 mod filling;
 mod membership;
 
+use checkpoint::Disk;
 use filling::Filling;
 
 /// Most requests a leader queues for its next round; beyond, it answers `Busy`.
@@ -99,6 +102,12 @@ pub struct Out {
     pub chunk_acks: Vec<(Member, ChunkAck)>,
     /// Answers for gateways, in order.
     pub answers: Vec<(ShardId, Ticket, Answer)>,
+    /// What is to be written to disk, where logs are kept there.
+    pub writes: Vec<LogWrite>,
+    /// Groups whose members, as of an index, become durable with these writes.
+    pub members_written: Vec<(ShardId, u64)>,
+    /// Pieces of states for files.
+    pub states: Vec<StateWrite>,
     /// Groups whose leader, term, own role or members changed.
     pub roles: Vec<ShardId>,
     /// Whether the meta state changed.
@@ -155,6 +164,8 @@ pub struct Replica {
     raw: RawNode<MemLog>,
     machine: Machine,
     clock: LogClock,
+    /// Whether log time stood still while this replica was away, and nobody has told it the time since.
+    clock_stands: bool,
     queue: Vec<Queued>,
     queue_bytes: usize,
     proposals: Proposals,
@@ -185,6 +196,8 @@ pub struct Replica {
     max_log_bytes: usize,
     failed: bool,
     ready_reads: Vec<Read>,
+    /// What it keeps on disk, if it does.
+    disk: Option<Disk>,
 }
 
 /// A new replica's circumstances.
@@ -209,6 +222,9 @@ pub struct ReplicaInit {
     pub read_mode: ReadMode,
     /// About how many bytes of records one piece of a state holds on its way to another replica.
     pub chunk_bytes: usize,
+    /// Bytes of log on disk behind which a new state is written to a file, or as many as that state has; none where the
+    /// log is in memory alone.
+    pub checkpoint_log_bytes: Option<u64>,
 }
 
 /// Reads that a replica has answered on its driver, and the rounds it took; monotonic.
@@ -231,6 +247,40 @@ impl Replica {
             // Two ticks, so that the other voters exist when it asks them.
             replica.raw.raft.election_elapsed = replica.raw.raft.randomized_election_timeout().saturating_sub(2);
         }
+        Ok(replica)
+    }
+
+    /// A replica that comes back from disk. `init` has its members and machine from there. It gives no vote for as long as
+    /// it may have promised before it went.
+    pub fn recovered(
+        init: ReplicaInit,
+        record: &GroupRecord,
+        hard: raft::eraftpb::HardState,
+        entries: Vec<Entry>,
+        logger: &slog::Logger,
+        now: Now,
+    ) -> Result<Self, String> {
+        let start = record.begins_at();
+        let last = entries.last().map_or(start.index, |e| e.index);
+        if hard.commit > last {
+            return Err(format!("committed up to {} but the log ends at {last}: state was lost", hard.commit));
+        }
+        let term = hard.term.max(start.term).max(entries.last().map_or(0, |e| e.term));
+        // A commit index is written with what comes next; the state has all up to its own.
+        let hard = raft::eraftpb::HardState {
+            term,
+            vote: if term == hard.term { hard.vote } else { 0 },
+            commit: hard.commit.max(start.index),
+            ..hard
+        };
+        let bytes = entries.iter().map(|e| e.data.len() as u64).sum();
+        let log = MemLog::recovered(start.index, start.term, start.members.to_raft(), hard, entries);
+        let timing = init.timing;
+        let mut replica = Replica::new(init, log, start.index, logger, now).map_err(|e| e.to_string())?;
+        replica.applied_term = Term(start.term);
+        replica.promise.renew(now.mono, &timing);
+        replica.clock_stands = true;
+        replica.recover_disk(bytes);
         Ok(replica)
     }
 
@@ -276,6 +326,7 @@ impl Replica {
             raw,
             machine: init.machine,
             clock: LogClock::new(init.log_time, now),
+            clock_stands: false,
             queue: Vec::new(),
             queue_bytes: 0,
             proposals: Proposals::default(),
@@ -301,6 +352,7 @@ impl Replica {
             max_log_bytes: init.max_log_bytes,
             failed: false,
             ready_reads: Vec::new(),
+            disk: init.checkpoint_log_bytes.map(Disk::new),
         };
         replica.members_changed();
         Ok(replica)
@@ -550,7 +602,7 @@ impl Replica {
                 }
                 let from_leader = leads_us(&m);
                 let m = match m.msg_type {
-                    MessageType::MsgSnapshot => match self.take_announcement(m) {
+                    MessageType::MsgSnapshot => match self.take_announcement(m, out) {
                         Some(m) => m,
                         None => return,
                     },
@@ -560,6 +612,7 @@ impl Replica {
                 if self.asleep {
                     self.wake();
                 }
+                self.clock_stands &= envelope.log_time == 0;
                 self.clock_observe(LogTime(envelope.log_time), now);
                 if envelope.floor > 0 {
                     self.cut_log(envelope.floor);
@@ -716,6 +769,8 @@ impl Replica {
             self.fix_election_timeout();
         }
         self.reads.expire(now.mono, self.timing.promise());
+        self.expire_incoming(now.mono);
+        self.keep_checkpoint();
         if self.leads() {
             self.keep_lease(now);
             self.update_floor(present);
@@ -874,6 +929,10 @@ impl Replica {
         }
         self.turn_away(out);
         if present.leads && !(before.leads && before.term == present.term) {
+            if std::mem::take(&mut self.clock_stands) {
+                // Nobody who voted knew the time either: the whole group was away. Only now is the wall clock asked.
+                self.clock = LogClock::new(LogTime(now.wall.0).max(self.clock.estimate(now)), now);
+            }
             // The empty entry that begins a leadership is a proposal too, and no message of it has left yet.
             self.lease = Lease::default();
             self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);
@@ -961,6 +1020,7 @@ impl Replica {
             self.answer_reads(now, out);
         }
         self.fill(now, out);
+        self.checkpoint(out);
         self.publish(now);
     }
 
@@ -1071,7 +1131,9 @@ impl Replica {
         }
         let from_leader =
             matches!(m.msg_type, MessageType::MsgHeartbeat | MessageType::MsgAppend | MessageType::MsgSnapshot);
-        let log_time = if from_leader { self.clock.estimate(now).0 } else { 0 };
+        // Voters tell the time too: whoever is elected after a restart has to go on with it.
+        let votes = matches!(m.msg_type, MessageType::MsgRequestVoteResponse | MessageType::MsgRequestPreVoteResponse);
+        let log_time = if (from_leader || votes) && !self.clock_stands { self.clock.estimate(now).0 } else { 0 };
         let floor = if from_leader { self.floor } else { 0 };
         // `batch_append` merges without a limit (raft-rs 0.7, raft.rs:744), up to a voter's whole backlog: cut to size.
         let size = |e: &Entry| e.data.len() as u64 + 32;
@@ -1112,9 +1174,14 @@ impl Replica {
         let committed = ready.take_committed_entries();
         let read_states = ready.take_read_states();
         let hard = ready.hs().cloned();
+        let mut installed = None;
         if !ready.snapshot().is_empty() {
             let metadata = ready.snapshot().get_metadata();
+            installed = Some(metadata.index);
             self.install(metadata.index, metadata.term, number, out);
+        }
+        if must_sync && !self.failed {
+            self.write_log(installed, &entries, &hard, out);
         }
         let log = self.raw.mut_store();
         log.append(entries);
@@ -1187,7 +1254,7 @@ impl Replica {
         let data = if e.entry_type == EntryType::EntryNormal { &e.data[..] } else { &[] };
         if e.entry_type != EntryType::EntryNormal {
             match ConfStep::decode(&e.context) {
-                Ok(step) => self.apply_step(&step, out),
+                Ok(step) => self.apply_step(&step, e.index, out),
                 Err(error) => return self.fail(format!("entry {} changes members: {error}", e.index), out),
             }
         }
@@ -1325,7 +1392,7 @@ impl Replica {
             }
         }
         self.installed(released);
-        self.step_held_announcement();
+        self.step_held_announcement(out);
     }
 
     /// Whether [`Replica::flush`] has something to do.
@@ -1336,6 +1403,7 @@ impl Replica {
                 || self.reads.wants_round()
                 || unadvanced
                 || self.filling.has_work()
+                || self.disk.as_ref().is_some_and(Disk::has_work)
                 || self.raw.has_ready())
     }
 }

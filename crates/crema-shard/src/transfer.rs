@@ -249,6 +249,8 @@ impl Outgoing {
 /// Where a receiver stands with the chunks of one transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Incoming {
+    /// Who sends it.
+    pub sender: Member,
     /// The leader's replica.
     pub from: ReplicaId,
     /// The transfer.
@@ -257,6 +259,24 @@ pub struct Incoming {
     pub next: u32,
     /// Whether all of it has come.
     pub complete: bool,
+    /// The file that keeps it, where states are kept on disk.
+    pub file: Option<u64>,
+    /// Index that it stands for.
+    pub index: u64,
+    /// Pieces that were written to that file; when all were, the file is durable.
+    pub written: u32,
+    /// When the last piece came.
+    pub last_piece: MonoTime,
+}
+
+impl Incoming {
+    /// The piece that is expected next, and whether all are there: on disk, if they are kept there.
+    pub fn acknowledged(&self) -> (u32, bool) {
+        match self.file {
+            Some(_) => (self.written, self.complete && self.written == self.next),
+            None => (self.next, self.complete),
+        }
+    }
 }
 
 #[cfg(test)]

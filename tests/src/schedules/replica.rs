@@ -57,7 +57,7 @@ impl Ours {
     fn ticket(&mut self, asked: Asked) -> Ticket {
         self.next_ticket += 1;
         self.asked.insert(self.next_ticket, asked);
-        Ticket { origin: NodeId(self.id), incarnation: Incarnation(self.id.into()), id: self.next_ticket }
+        Ticket { origin: NodeId(self.id), incarnation: Incarnation(self.id.into()), process: 1, id: self.next_ticket }
     }
 
     fn send_writes(&mut self) {
@@ -117,6 +117,7 @@ impl Member for Ours {
             context_prefix: id,
             read_mode: ReadMode::Lease,
             chunk_bytes: 64,
+            checkpoint_log_bytes: None,
         };
         let replica = Replica::founded(init, first, &crema_shard::raft_log::logger(), now).expect("a valid group");
         Ours {
@@ -170,7 +171,8 @@ impl Member for Ours {
     fn write(&mut self, number: u64) {
         self.waiting.push(number);
         if self.session.is_none() {
-            let ticket = Ticket { origin: NodeId(self.id), incarnation: Incarnation(self.id.into()), id: OPENING };
+            let ticket =
+                Ticket { origin: NodeId(self.id), incarnation: Incarnation(self.id.into()), process: 1, id: OPENING };
             self.replica.open_session(ticket, &mut self.out);
         }
         self.send_writes();

@@ -30,7 +30,7 @@ pub enum Fault {
     Full,
     /// A node stands still while its clocks run and its frames queue.
     Pause,
-    /// A node loses its memory and comes back as another life: once a seed.
+    /// A node dies and comes back: with its log, where that is on disk, else as another life.
     Kill,
     /// Batches become durable late.
     SlowDisk,
@@ -44,13 +44,17 @@ pub enum Fault {
     Transfer,
     /// Tasks of connections get no processor for a while, in the middle of a read.
     Stall,
-    /// A node is stopped as planned, and comes back as another life: in place of a kill, once a seed.
+    /// A node is stopped as planned, and comes back.
     Stop,
+    /// A node dies and its disk with it: what comes back is another life.
+    Wipe,
+    /// All nodes die at once. Only where all have their logs on disk.
+    Outage,
 }
 
 impl Fault {
     /// All of them that a seed chooses from unless others are named.
-    pub const ALL: [Fault; 18] = [
+    pub const ALL: [Fault; 20] = [
         Fault::Drop,
         Fault::Delay,
         Fault::Reorder,
@@ -69,6 +73,8 @@ impl Fault {
         Fault::Transfer,
         Fault::Stall,
         Fault::Stop,
+        Fault::Wipe,
+        Fault::Outage,
     ];
 
     /// The name on the command line.
@@ -92,6 +98,8 @@ impl Fault {
             Fault::Gossip => "gossip",
             Fault::Transfer => "transfer",
             Fault::Stop => "stop",
+            Fault::Wipe => "wipe",
+            Fault::Outage => "outage",
             Fault::Stall => "stall",
         }
     }

@@ -166,6 +166,7 @@ enum Undo {
     Cuts(Vec<(NodeId, NodeId)>),
     Resume(NodeId),
     Restart(NodeId),
+    RestartAll,
     Gossip,
     Load,
 }
@@ -198,6 +199,8 @@ impl<'a> Run<'a> {
         let five = rng.permille(500);
         let max_log_bytes = *rng.pick(&[1 << 30, 1 << 30, 4_000, 40_000, 400_000]);
         let chunk_bytes = *rng.pick(&[1, 64, 256, 4_096]);
+        let durable = *rng.pick(&[0, 0, 500, 1_000, 1_000]);
+        let checkpoint_log_bytes = *rng.pick(&[1_000, 10_000, 1 << 30]);
         let nodes = plan.nodes.unwrap_or(nodes);
         let options = Options {
             seed: rng.next_u64(),
@@ -207,6 +210,8 @@ impl<'a> Run<'a> {
             drift_ppm: if faults.has(Fault::Clock) { drift_ppm } else { 0 },
             max_log_bytes,
             chunk_bytes,
+            durable,
+            checkpoint_log_bytes,
             read_index: match plan.reads {
                 Some(ReadMode::Lease) => 0,
                 Some(ReadMode::ReadIndex) => 1_000,
@@ -219,7 +224,7 @@ impl<'a> Run<'a> {
             world.trace.keep_all();
         }
         let load_rng = rng.fork();
-        let load = Workload::new(&mut world, load_rng);
+        let load = Workload::new(&mut world, load_rng, faults.has(Fault::Clock));
         Run {
             plan,
             faults,
@@ -388,12 +393,18 @@ impl<'a> Run<'a> {
             return;
         }
         let alive = self.world.alive();
+        if alive.is_empty() {
+            return;
+        }
         let length = if self.rng.permille(700) { self.rng.range(20, 1_500) } else { self.rng.range(1_000, 5_000) } * MS;
         // Leaders are worth more trouble than others.
         let shard = *self.rng.pick(&self.world.shards());
         let leader = self.world.leader(shard).filter(|_| self.rng.permille(500));
         let node = leader.unwrap_or(*self.rng.pick(&alive));
         let may_lose = self.may_lose(node);
+        let all_durable = self.world.ids().into_iter().all(|n| self.world.durable(n));
+        // What is on disk comes back.
+        let may_die = may_lose || (self.stopping.is_none() && self.world.durable(node));
         let c = &mut self.world.conditions;
         let fault = *self.rng.pick(&enabled);
         let undo = match fault {
@@ -479,9 +490,24 @@ impl<'a> Run<'a> {
                 self.world.pause(node);
                 Undo::Resume(node)
             }
-            Fault::Kill if may_lose => {
+            Fault::Kill if may_die => {
                 let lost = self.world.kill(node);
                 self.load.abandon(|k| lost.contains(k));
+                Undo::Restart(node)
+            }
+            Fault::Outage if all_durable => {
+                // Power is gone, everywhere and at once.
+                for node in alive {
+                    let lost = self.world.kill(node);
+                    self.load.abandon(|k| lost.contains(k));
+                }
+                self.stopping = None;
+                Undo::RestartAll
+            }
+            Fault::Wipe if may_lose => {
+                let lost = self.world.kill(node);
+                self.load.abandon(|k| lost.contains(k));
+                self.world.wipe(node);
                 Undo::Restart(node)
             }
             Fault::Stop if may_lose => {
@@ -489,7 +515,7 @@ impl<'a> Run<'a> {
                 self.stopping = Some(node);
                 Undo::Restart(node)
             }
-            Fault::Kill | Fault::Stop => return,
+            Fault::Kill | Fault::Stop | Fault::Wipe | Fault::Outage => return,
             Fault::Transfer => {
                 // Several at once, since one alone is over in a moment.
                 for shard in self.world.shards() {
@@ -577,6 +603,7 @@ impl<'a> Run<'a> {
             Some(Undo::Cuts(cuts)) => cuts.iter().for_each(|(a, b)| self.world.heal_one_way(*a, *b)),
             Some(Undo::Resume(node)) => self.world.resume(node),
             Some(Undo::Restart(node)) => self.restart(node),
+            Some(Undo::RestartAll) => self.world.ids().into_iter().for_each(|n| self.world.start(n)),
             Some(Undo::Load) => self.load.active = true,
         }
     }

@@ -6,6 +6,7 @@ use crema_shard::Channel;
 use crema_shard::message::{Body, KIND_ANSWERS, KIND_CHUNK, KIND_CHUNK_ACK, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS};
 use crema_shard::message::{
     Control, decode_answers, decode_chunk, decode_chunk_ack, decode_control, decode_envelopes, decode_requests,
+    split_process,
 };
 use std::collections::VecDeque;
 use std::fmt::Write;
@@ -139,24 +140,28 @@ fn describe(out: &mut String, channel: Channel, frame: &Bytes) {
             let text = format!("{c:?}");
             out.push_str(text.split_once([' ', '(']).map_or(text.as_str(), |(name, _)| name));
         }),
-        (Channel::Requests, KIND_REQUESTS) => decode_requests(&body).map(|requests| {
-            for r in requests {
-                let body = match &r.body {
-                    crema_shard::message::RequestBody::Write { tag, .. } => {
-                        format!("Write S{} q{} low {}", tag.session.0, tag.seq.0, tag.low.0)
-                    }
-                    crema_shard::message::RequestBody::Read { .. } => "Read".to_owned(),
-                    crema_shard::message::RequestBody::OpenSession => "OpenSession".to_owned(),
-                    crema_shard::message::RequestBody::ReadIndex => "ReadIndex".to_owned(),
-                };
-                let _ = write!(out, "[{:?} #{:x} {body}] ", r.shard, r.id);
-            }
-        }),
-        (Channel::Requests, KIND_ANSWERS) => decode_answers(&body).map(|answers| {
-            for (shard, id, answer) in answers {
-                let _ = write!(out, "[{shard:?} #{id:x} {answer:?}] ");
-            }
-        }),
+        (Channel::Requests, KIND_REQUESTS) => {
+            split_process(&body).and_then(|(_, b)| decode_requests(&b)).map(|requests| {
+                for r in requests {
+                    let body = match &r.body {
+                        crema_shard::message::RequestBody::Write { tag, .. } => {
+                            format!("Write S{} q{} low {}", tag.session.0, tag.seq.0, tag.low.0)
+                        }
+                        crema_shard::message::RequestBody::Read { .. } => "Read".to_owned(),
+                        crema_shard::message::RequestBody::OpenSession => "OpenSession".to_owned(),
+                        crema_shard::message::RequestBody::ReadIndex => "ReadIndex".to_owned(),
+                    };
+                    let _ = write!(out, "[{:?} #{:x} {body}] ", r.shard, r.id);
+                }
+            })
+        }
+        (Channel::Requests, KIND_ANSWERS) => {
+            split_process(&body).and_then(|(_, b)| decode_answers(&b)).map(|answers| {
+                for (shard, id, answer) in answers {
+                    let _ = write!(out, "[{shard:?} #{id:x} {answer:?}] ");
+                }
+            })
+        }
         (Channel::Snapshot, KIND_CHUNK) => decode_chunk(&body).map(|c| {
             let last = if c.last { " last" } else { "" };
             let _ = write!(out, "[{:?} chunk {}.{} +{}{last}]", c.shard, c.transfer, c.seq, c.data.len());

@@ -44,12 +44,16 @@ enum Kind {
 const SET_PERMILLE: u64 = 150;
 /// Commands on a key with lifetimes before another takes its place.
 const TTL_COMMANDS: u32 = 40;
+/// The same of a lock: each write with an unknown outcome doubles the work of its judge.
+const LOCK_COMMANDS: u32 = 150;
 /// Lifetimes in milliseconds, from and to: so that some are over before the next write, and some are not.
 const LIFETIMES: [(u64, u64); 3] = [(20, 200), (200, 1_500), (1_500, 6_000)];
 
 struct Client {
     gateway: NodeId,
     conn: ConnId,
+    /// The life of the gateway that the connection ends in.
+    life: u64,
     depth: u64,
     think: (u64, u64),
     /// Part of its commands that are reads, in 1,000. Some clients only read: one whose writes hang asks nothing more,
@@ -78,14 +82,17 @@ pub struct Workload {
 impl Workload {
     /// Clients of a random number, with a random set of keys. Reminders with marks from 0 on belong to them: the caller
     /// passes them to [`Workload::turn`].
-    pub fn new(world: &mut World, mut rng: Rng) -> Workload {
+    /// `wrong_clocks`: whether wall clocks may jump.
+    pub fn new(world: &mut World, mut rng: Rng, wrong_clocks: bool) -> Workload {
+        // A group that was away as a whole asks the wall clock, which must then be right.
+        let lifetimes = world.options().drift_ppm <= STEERED_PPM && !(wrong_clocks && world.options().durable > 0);
         let kinds = [
             (Kind::Register, "r", rng.range(1, 4)),
             (Kind::Counter, "c", rng.range(1, 2)),
             (Kind::List, "l", rng.range(1, 2)),
             (Kind::Lock, "n", rng.range(1, 2)),
             (Kind::Set, "s", rng.range(0, 1)),
-            (Kind::Ttl, "t", if world.options().drift_ppm <= STEERED_PPM { rng.range(0, 2) } else { 0 }),
+            (Kind::Ttl, "t", if lifetimes { rng.range(0, 2) } else { 0 }),
             (Kind::Pair, "p", rng.range(0, 2)),
         ];
         let name = |kind, name, i| match kind {
@@ -101,6 +108,7 @@ impl Workload {
             .map(|_| Client {
                 gateway: *rng.pick(&gateways),
                 conn: world.connect(),
+                life: 1,
                 depth: rng.range(1, MOST_DEPTH),
                 think: (MS, rng.range(busy / 2, busy * 2) * MS),
                 reads: *rng.pick(&[100, 400, 600, 1_000]),
@@ -163,7 +171,8 @@ impl Workload {
             return;
         }
         let alive = world.alive();
-        let gone = !alive.contains(&c.gateway);
+        // A connection does not outlive the process at its end, though that may be back before its client's next turn.
+        let gone = !alive.contains(&c.gateway) || world.life(c.gateway) != c.life;
         let leaves = self.roam && self.rng.permille(10);
         if gone || leaves {
             if alive.is_empty() {
@@ -172,6 +181,7 @@ impl Workload {
             let (gateway, conn) = (c.gateway, c.conn);
             c.gateway = *self.rng.pick(&alive);
             c.conn = world.connect();
+            c.life = world.life(c.gateway);
             if !gone {
                 world.close(gateway, conn);
             }
@@ -237,7 +247,12 @@ impl Workload {
             Kind::Pair => Command::PairSet(self.value()),
         };
         self.used[place] += 1;
-        if matches!(kind, Kind::Ttl) && self.used[place] > TTL_COMMANDS {
+        let most = match kind {
+            Kind::Ttl => TTL_COMMANDS,
+            Kind::Lock => LOCK_COMMANDS,
+            _ => u32::MAX,
+        };
+        if self.used[place] > most {
             self.used[place] = 0;
             self.next_value += 1;
             let first = self.keys[place].0.split('.').next().unwrap_or("t").to_owned();

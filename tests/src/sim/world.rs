@@ -17,18 +17,20 @@ use super::check::invariants::{Invariants, Sighting, Standing};
 use super::rng::Rng;
 use super::trace::Trace;
 use bytes::Bytes;
-use crema_core::{Incarnation, MonoTime, NodeId, Now, ShardId, Term, WallTime, slot_of};
+use crema_core::{Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId, Term, WallTime, slot_of};
 use crema_shard::{
     Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, NodeAddrs, Note, ReadLevel,
-    ReadMode, Timing, Token,
+    ReadMode, StateWrite, Timing, Token,
 };
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+mod disk;
 mod readers;
 
+use disk::Disk;
 pub use readers::Pair;
 
 /// Nanoseconds of a microsecond.
@@ -75,6 +77,10 @@ pub struct Options {
     pub max_log_bytes: usize,
     /// Bytes of records in one piece of a state.
     pub chunk_bytes: usize,
+    /// Part of the nodes, in 1,000, that keep their logs on disk.
+    pub durable: u64,
+    /// Bytes of log on such a node's disk behind which states are written.
+    pub checkpoint_log_bytes: u64,
 }
 
 impl Default for Options {
@@ -89,6 +95,8 @@ impl Default for Options {
             local_reads: true,
             max_log_bytes: 1 << 30,
             chunk_bytes: 256,
+            durable: 0,
+            checkpoint_log_bytes: 4_000,
         }
     }
 }
@@ -168,6 +176,7 @@ enum Input {
     Down { peer: NodeId },
     Frame { peer: NodeId, incarnation: Incarnation, channel: Channel, frame: Bytes },
     Persisted(u64),
+    StateWritten { shard: ShardId, replica: ReplicaId, file: u64, seq: u32 },
     Submit(ClientRequest),
     Close(ConnId),
     Hint(LeaderHint),
@@ -195,6 +204,11 @@ enum Event {
         node: NodeId,
         life: u64,
         number: u64,
+    },
+    StateWritten {
+        node: NodeId,
+        life: u64,
+        write: StateWrite,
     },
     Dial {
         from: NodeId,
@@ -277,6 +291,10 @@ struct SimNode {
     out: BTreeMap<NodeId, u64>,
     /// When the last batch becomes durable: they do so in order.
     last_persist: u64,
+    /// When the last piece of a state is written: in order, too.
+    last_state: u64,
+    /// The disk, of a node that keeps its log there.
+    disk: Option<Disk>,
     spins: (u64, u32),
 }
 
@@ -402,11 +420,15 @@ impl World {
                 wake_at: None,
                 out: BTreeMap::new(),
                 last_persist: 0,
+                last_state: 0,
+                disk: None,
                 spins: (0, 0),
             };
             world.nodes.insert(id, node);
         }
         for id in world.ids() {
+            let durable = world.rng.permille(world.options.durable);
+            world.nodes.get_mut(&id).expect("just made").disk = durable.then(Disk::default);
             world.start(id);
         }
         world.at(GOSSIP_PERIOD, Event::Gossip);
@@ -536,8 +558,22 @@ impl World {
                 }
             }
             Event::Persisted { node, life, number } => {
-                if self.nodes[&node].life == life {
+                let n = self.nodes.get_mut(&node).expect("nodes stay");
+                if n.life == life && n.host.is_some() {
+                    if let Some(disk) = &mut n.disk {
+                        disk.sync(number);
+                    }
                     self.input(node, Input::Persisted(number));
+                }
+            }
+            Event::StateWritten { node, life, write } => {
+                let n = self.nodes.get_mut(&node).expect("nodes stay");
+                if n.life == life && n.host.is_some() {
+                    let StateWrite { shard, replica, file, seq, .. } = write;
+                    if let Some(disk) = &mut n.disk {
+                        disk.write_state(write);
+                    }
+                    self.input(node, Input::StateWritten { shard, replica, file, seq });
                 }
             }
             Event::Dial { from, to, life } => self.dial(from, to, life),
@@ -712,6 +748,7 @@ impl World {
                 }
             }
             Input::Persisted(number) => host.persisted(now, number),
+            Input::StateWritten { shard, replica, file, seq } => host.state_written(shard, replica, file, seq),
             Input::Submit(request) => host.submit(now, request),
             Input::Close(conn) => host.connection_closed(conn),
             Input::Hint(hint) => host.leader_hint(now, hint),
@@ -735,13 +772,27 @@ impl World {
             let slow = self.conditions.persist.filter(|_| here).map(|(from, to)| self.now + self.rng.range(from, to));
             // A batch waits for those before it.
             let durable = slow.unwrap_or(self.now).max(n.last_persist);
+            let number = batch.number;
+            if let Some(disk) = &mut n.disk {
+                disk.write(batch);
+            }
             if durable == self.now {
-                host.persisted(now, batch.number);
+                if let Some(disk) = &mut n.disk {
+                    disk.sync(number);
+                }
+                host.persisted(now, number);
             } else {
                 n.last_persist = durable;
                 let life = n.life;
-                self.at(durable, Event::Persisted { node: id, life, number: batch.number });
+                self.at(durable, Event::Persisted { node: id, life, number });
             }
+        }
+        for write in effects.states.drain(..) {
+            let pause = self.rng.range(10 * US, 5 * MS);
+            let n = self.nodes.get_mut(&id).expect("nodes stay");
+            n.last_state = n.last_state.max(self.now + pause);
+            let (at, life) = (n.last_state, n.life);
+            self.at(at, Event::StateWritten { node: id, life, write });
         }
         let incarnation = self.nodes[&id].incarnation;
         for send in effects.sends.drain(..) {
@@ -935,11 +986,37 @@ impl World {
 
     // ---- processes ---------------------------------------------------------------------------------------------
 
-    /// Starts a new life of a node that does not run.
+    /// Whether the node keeps its log on disk.
+    pub fn durable(&self, node: NodeId) -> bool {
+        self.nodes[&node].disk.is_some()
+    }
+
+    /// Empties the disk of a node that does not run: it was damaged, and its owner has given it up, or it was replaced.
+    pub fn wipe(&mut self, id: NodeId) {
+        self.trace.note(self.now, format!("the disk of {id:?} is wiped"));
+        let n = self.nodes.get_mut(&id).expect("a known node");
+        assert!(n.host.is_none(), "wiped under a running process");
+        n.disk = n.disk.is_some().then(Disk::default);
+    }
+
+    /// Starts a node that does not run: in the life that its disk has kept, else in a new one.
     pub fn start(&mut self, id: NodeId) {
+        if self.nodes[&id].host.is_some() {
+            return;
+        }
         self.last_incarnation += 1;
         let bits = (self.rng.next_u64(), self.rng.next_u64());
-        let incarnation = Incarnation(u128::from(bits.0) << 64 | u128::from(bits.1 & !0xffff) | self.last_incarnation);
+        let new = Incarnation(u128::from(bits.0) << 64 | u128::from(bits.1 & !0xffff) | self.last_incarnation);
+        let recovered = self.nodes[&id].disk.as_ref().map(Disk::recover).transpose();
+        let recovered = match recovered {
+            Ok(recovered) => recovered.unwrap_or_default(),
+            Err(why) => {
+                self.violations.push(format!("{id:?} cannot be recovered: {why}"));
+                return;
+            }
+        };
+        let same_life = self.nodes[&id].disk.as_ref().is_some_and(Disk::is_used);
+        let incarnation = if same_life { self.nodes[&id].incarnation } else { new };
         let config = HostConfig {
             node: id,
             incarnation,
@@ -952,23 +1029,30 @@ impl World {
             timing: Timing::default(),
             max_log_bytes: self.options.max_log_bytes,
             snapshot_chunk_bytes: self.options.chunk_bytes,
+            process: new.0 as u64,
+            checkpoint_log_bytes: self.durable(id).then_some(self.options.checkpoint_log_bytes),
             read_mode: if self.rng.permille(self.options.read_index) { ReadMode::ReadIndex } else { ReadMode::Lease },
         };
         let at = self.now;
         let n = self.nodes.get_mut(&id).expect("a known node");
-        if n.host.is_some() {
-            return;
-        }
         n.incarnation = incarnation;
         n.life += 1;
+        if let Some(disk) = &mut n.disk {
+            disk.use_it();
+        }
         n.inbox.clear();
         n.out.clear();
         n.last_persist = 0;
+        n.last_state = 0;
         n.paused_since = None;
-        n.host = Some(Box::new(Host::new(config, n.clock.now(at))));
+        let back = recovered.len();
+        let (host, lost) = Host::recovered(config, recovered, n.clock.now(at));
+        self.violations.extend(lost.into_iter().map(|(s, why)| format!("{id:?} cannot recover {s:?}: {why}")));
+        n.host = Some(Box::new(host));
         n.wake_at = Some(at);
+        self.invariants.restarted(id, incarnation);
         let life = n.life;
-        self.trace.note(at, format!("{id:?} starts, life {life}"));
+        self.trace.note(at, format!("{id:?} starts, life {life}, with {back} replicas"));
         self.at(at, Event::Wake { node: id, life });
         for to in self.ids().into_iter().filter(|to| *to != id) {
             self.links.remove(&(id, to));
@@ -987,6 +1071,9 @@ impl World {
         n.inbox.clear();
         n.wake_at = None;
         n.paused_since = None;
+        if let Some(disk) = &mut n.disk {
+            disk.crash(&mut self.rng);
+        }
         self.trace.note(self.now, format!("{id:?} is killed"));
         let machine = self.rng.permille(300);
         for other in self.ids().into_iter().filter(|o| *o != id) {

@@ -1,7 +1,9 @@
 //! How a replica's state gets to a member that the log alone cannot bring up to date: see [`crate::transfer`].
 
+use super::checkpoint::Disk;
 use super::{Machine, Out, Replica};
-use crate::members::Members;
+use crate::effect::StateWrite;
+use crate::members::{Member, Members};
 use crate::message::snapshot_of;
 use crate::meta::{MAX_STATE_BYTES, MetaMachine, MetaState};
 use crate::transfer::{Chunk, ChunkAck, Due, Incoming, Outgoing, Point, Verdict};
@@ -11,6 +13,14 @@ use crema_core::{LogIndex, MonoTime, Now, ReplicaId, StateMachine};
 use raft::eraftpb::Message;
 use raft::{ProgressState, SnapshotStatus};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// A state of which no piece has come for this long, and that was not announced, is forgotten: twice as long as its sender
+/// tries.
+const FORGET: Duration = Duration::from_secs(30);
+
+/// In a refusal: of whatever was announced.
+const NO_TRANSFER: u64 = 0;
 
 /// A state that came whole.
 struct Prepared {
@@ -39,6 +49,8 @@ pub(super) struct Filling {
     outgoing: Option<Outgoing>,
     /// What is left of the meta state that is on its way.
     meta_rest: Bytes,
+    /// Whether the machine is being walked for it.
+    walks: bool,
     incoming: Option<Incoming>,
     restoring: Option<(Point, Restoring)>,
     prepared: Option<Prepared>,
@@ -55,12 +67,22 @@ impl Filling {
             transfers: 0,
             outgoing: None,
             meta_rest: Bytes::new(),
+            walks: false,
             incoming: None,
             restoring: None,
             prepared: None,
             held: None,
             installing: None,
         }
+    }
+
+    pub(super) fn chunk_bytes(&self) -> usize {
+        self.chunk_bytes
+    }
+
+    /// Whether a state is coming from a leader.
+    pub(super) fn incoming(&self) -> bool {
+        self.incoming.is_some()
     }
 
     /// Whether a state is on its way to a member.
@@ -149,10 +171,7 @@ impl Replica {
             _ if done => self.stop_filling(),
             Due::Nothing => {}
             Due::AnnounceAgain => self.raw.report_snapshot(to, SnapshotStatus::Failure),
-            Due::GiveUp => {
-                self.raw.report_snapshot(to, SnapshotStatus::Failure);
-                self.stop_filling();
-            }
+            Due::GiveUp => self.stop_filling(),
         }
     }
 
@@ -168,6 +187,7 @@ impl Replica {
             Machine::Meta(m) => Some((Bytes::new(), m.state().encode().into())),
         };
         let Some((head, rest)) = begun else { return };
+        self.filling.walks = matches!(self.machine, Machine::Data(_));
         self.filling.transfers += 1;
         let point = Point { index, term, members: self.members.clone() };
         let mut outgoing = Outgoing::new(self.shard, self.id, to, self.filling.transfers, point, now);
@@ -181,14 +201,20 @@ impl Replica {
 
     /// Ends the transfer under way, if there is one.
     pub(super) fn stop_filling(&mut self) {
-        self.filling.outgoing = None;
+        if let Some(outgoing) = self.filling.outgoing.take() {
+            // Else raft-rs would wait for ever for the answer to a MsgSnapshot that may have been lost.
+            self.raw.report_snapshot(outgoing.to.id.0, SnapshotStatus::Failure);
+        }
         self.filling.meta_rest = Bytes::new();
         self.raw.mut_store().forget_snapshots();
         self.abandon_walk();
     }
 
+    /// Ends the walk of the machine, unless it is another's.
     fn abandon_walk(&mut self) {
-        if let Machine::Data(m) = &mut self.machine {
+        if std::mem::take(&mut self.filling.walks)
+            && let Machine::Data(m) = &mut self.machine
+        {
             m.abandon_snapshot();
         }
     }
@@ -224,11 +250,22 @@ impl Replica {
     /// A receiver says what it has.
     pub fn chunk_acked(&mut self, ack: ChunkAck, now: Now) {
         let Some(outgoing) = self.filling.outgoing.as_mut() else { return };
-        if ack.transfer != outgoing.id || ack.from != outgoing.to.id || self.failed {
+        if ack.from != outgoing.to.id || self.failed {
+            return;
+        }
+        if ack.transfer == NO_TRANSFER && outgoing.complete() {
+            // It had everything, and has lost it with its process.
+            return self.stop_filling();
+        }
+        if ack.transfer != outgoing.id {
             return;
         }
         if ack.verdict == Verdict::Refused {
-            return self.stop_filling();
+            // Once it has everything, what it refuses is a copy of an old piece.
+            if !outgoing.complete() {
+                self.stop_filling();
+            }
+            return;
         }
         if outgoing.acknowledged(ack.next, ack.verdict == Verdict::Complete, now.mono) {
             let (to, point) = (outgoing.to.id.0, outgoing.point.clone());
@@ -248,30 +285,56 @@ impl Replica {
     // ---- the receiver's side -----------------------------------------------------------------------------------
 
     /// Takes a piece of a state from a replica that may lead.
-    pub fn take_chunk(&mut self, sender: crate::members::Member, chunk: &Chunk, out: &mut Out) {
+    pub fn take_chunk(&mut self, sender: Member, chunk: &Chunk, now: MonoTime, out: &mut Out) {
         if self.failed || !self.hears(sender) {
             return;
         }
         let f = &mut self.filling;
+        if let Some(incoming) = &mut f.incoming {
+            incoming.last_piece = now;
+        }
         let known = f.incoming.as_ref().is_some_and(|i| i.from == chunk.from && i.transfer == chunk.transfer);
         if !known {
             if chunk.seq != 0 {
                 // The beginning is not here: a new process, or a new leader's transfer has taken its place.
-                return self.acknowledge(sender, chunk, 0, Verdict::Refused, out);
+                return self.acknowledge(sender, chunk.transfer, 0, Verdict::Refused, out);
             }
             f.prepared = None;
             f.restoring = None;
             f.held = None;
-            f.incoming = Some(Incoming { from: chunk.from, transfer: chunk.transfer, next: 0, complete: false });
+            let file = self.disk.as_mut().map(Disk::next_file);
+            f.incoming = Some(Incoming {
+                sender,
+                from: chunk.from,
+                transfer: chunk.transfer,
+                next: 0,
+                complete: false,
+                file,
+                index: 0,
+                written: 0,
+                last_piece: now,
+            });
+            // One file at a time; this state is newer than any that could be written here.
+            self.stop_checkpoint();
         }
-        let Some(incoming) = f.incoming.as_mut() else { return };
+        let Some(incoming) = self.filling.incoming.as_mut() else { return };
         let mut verdict = Verdict::Going;
         if chunk.seq == incoming.next && !incoming.complete {
             match self.restore_piece(chunk) {
                 Ok(complete) => {
+                    let index = self.filling.restoring.as_ref().map(|(p, _)| p.index);
+                    let index = index.or(self.filling.prepared.as_ref().map(|p| p.point.index)).unwrap_or(0);
                     if let Some(incoming) = &mut self.filling.incoming {
                         incoming.next += 1;
                         incoming.complete = complete;
+                        incoming.index = index;
+                        if let Some(file) = incoming.file {
+                            // Acknowledged when it is written.
+                            let (shard, replica, seq, last) = (self.shard, self.id, chunk.seq, chunk.last);
+                            let piece = chunk.data.clone();
+                            out.states.push(StateWrite { shard, replica, file, index, seq, piece, last });
+                            return;
+                        }
                     }
                 }
                 Err(reason) => {
@@ -282,17 +345,37 @@ impl Replica {
                 }
             }
         }
-        let (next, complete) = self.filling.incoming.map_or((0, false), |i| (i.next, i.complete));
+        let (next, complete) = self.filling.incoming.map_or((0, false), |i| i.acknowledged());
         if complete {
             verdict = Verdict::Complete;
         }
-        self.acknowledge(sender, chunk, next, verdict, out);
+        self.acknowledge(sender, chunk.transfer, next, verdict, out);
     }
 
-    fn acknowledge(&self, to: crate::members::Member, chunk: &Chunk, next: u32, verdict: Verdict, out: &mut Out) {
-        let ack =
-            ChunkAck { shard: self.shard, from: self.id, to: chunk.from, transfer: chunk.transfer, next, verdict };
+    fn acknowledge(&self, to: Member, transfer: u64, next: u32, verdict: Verdict, out: &mut Out) {
+        let ack = ChunkAck { shard: self.shard, from: self.id, to: to.id, transfer, next, verdict };
         out.chunk_acks.push((to, ack));
+    }
+
+    /// Forgets a state of which no piece has come for a while: its sender is gone, or has given it up.
+    pub(super) fn expire_incoming(&mut self, now: MonoTime) {
+        let f = &mut self.filling;
+        if f.incoming.is_some_and(|i| now.since(i.last_piece) >= FORGET) {
+            f.incoming = None;
+            f.restoring = None;
+            f.prepared = None;
+            f.held = None;
+        }
+    }
+
+    /// A piece of a state that comes from a leader was written to its file.
+    pub(super) fn filled_piece_written(&mut self, file: u64, seq: u32, out: &mut Out) {
+        let Some(incoming) = self.filling.incoming.as_mut().filter(|i| i.file == Some(file)) else { return };
+        incoming.written = incoming.written.max(seq + 1);
+        let (sender, transfer) = (incoming.sender, incoming.transfer);
+        let (next, complete) = incoming.acknowledged();
+        let verdict = if complete { Verdict::Complete } else { Verdict::Going };
+        self.acknowledge(sender, transfer, next, verdict, out);
     }
 
     /// Adds a piece to the state in the making; whether that was the last one.
@@ -352,13 +435,17 @@ impl Replica {
 
     /// Looks at a MsgSnapshot before raft-rs does: without the state that it announces it must not be taken. It waits
     /// until what was written before is durable, since raft-rs forgets that at once.
-    pub(super) fn take_announcement(&mut self, m: Message) -> Option<Message> {
+    pub(super) fn take_announcement(&mut self, m: Message, out: &mut Out) -> Option<Message> {
         let fits = |p: &Prepared| {
             p.point.index == m.index && p.point.term == m.log_term && p.point.members.encode() == m.context[..]
         };
         // raft-rs answers an old one with what is committed here.
         let old = m.index <= self.raw.raft.raft_log.committed;
-        if !old && !self.filling.prepared.as_ref().is_some_and(fits) {
+        let stored = self.filling.incoming.is_some_and(|i| i.acknowledged().1);
+        if !old && !(stored && self.filling.prepared.as_ref().is_some_and(fits)) {
+            if let Some(sender) = self.member(m.from) {
+                self.acknowledge(sender, NO_TRANSFER, 0, Verdict::Refused, out);
+            }
             return None;
         }
         if !old && !self.unpersisted.is_empty() {
@@ -369,9 +456,9 @@ impl Replica {
     }
 
     /// Steps an announcement that had to wait.
-    pub(super) fn step_held_announcement(&mut self) {
+    pub(super) fn step_held_announcement(&mut self, out: &mut Out) {
         if self.unpersisted.is_empty()
-            && let Some(m) = self.filling.held.take().and_then(|m| self.take_announcement(m))
+            && let Some(m) = self.filling.held.take().and_then(|m| self.take_announcement(m, out))
         {
             let _ = self.raw.step(m);
             self.fix_election_timeout();
@@ -396,6 +483,7 @@ impl Replica {
             return self.fail(format!("raft-rs took a state at {index} that is not here"), out);
         };
         self.filling.incoming = None;
+        self.filling.walks = false;
         self.filling.installing = Some(ready);
         self.raw.mut_store().restore(index, term);
         match (&mut self.machine, machine) {

@@ -60,12 +60,13 @@ impl Replica {
     }
 
     /// Takes a committed step, or refuses it as every other replica does.
-    pub(super) fn apply_step(&mut self, step: &ConfStep, out: &mut Out) {
+    pub(super) fn apply_step(&mut self, step: &ConfStep, index: u64, out: &mut Out) {
         if self.members.objection(step).is_some() || self.raw.apply_conf_change(&step.to_raft()).is_err() {
             return;
         }
         self.members.apply(step);
         self.members_changed();
+        self.write_members(index, out);
         out.roles.push(self.shard);
     }
 

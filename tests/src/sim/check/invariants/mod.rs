@@ -161,6 +161,11 @@ impl Default for Invariants {
 }
 
 impl Invariants {
+    /// A node's process begins: what it has not made durable is gone, so that it may stand behind where it stood.
+    pub fn restarted(&mut self, node: NodeId, incarnation: Incarnation) {
+        self.last.remove(&(node, incarnation));
+    }
+
     /// Looks at a node after a step, with `whole` at the whole logs too.
     pub fn after_step(&mut self, seen: Sighting<'_>, bad: &mut Vec<String>) {
         let last = self.last.entry((seen.node, seen.incarnation)).or_default();
