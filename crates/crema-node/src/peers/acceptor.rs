@@ -1,0 +1,174 @@
+//! Accepts connections, judges who they are from, and has those that may be read.
+
+use super::claims::Claim;
+use super::reader::{read_frames, send_pulses};
+use super::stats::add;
+use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, VERSION, channel_from_code, cut};
+use super::wire::{decode_handshake, handshake_bytes, read_handshake, within};
+use super::writer::StreamEnd;
+use super::{Shared, fenced, is_fenced, stopping};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// Accepts connections until the shutdown, then ends them all.
+pub(super) async fn run_acceptor(shared: Arc<Shared>, listener: TcpListener) {
+    let places = Arc::new(Semaphore::new(shared.options.max_incoming));
+    let mut shutdown = shared.shutdown.clone();
+    let mut readers = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = stopping(&mut shutdown) => break,
+            Some(_) = readers.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, addr) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or the peer went away meanwhile. The pause keeps the first from spinning.
+                tracing::debug!(%error, "accept failed");
+                sleep(Duration::from_millis(20)).await;
+                continue;
+            }
+        };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            add(&shared.stats.over_limit, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, left_out, "too many incoming peer connections");
+            }
+            continue;
+        };
+        let shared = shared.clone();
+        readers.spawn(async move {
+            let _place = place;
+            let _counted = Counted::new(shared.clone());
+            serve_incoming(shared, stream, addr).await;
+        });
+    }
+    // Close the port first, so that nobody waits in its backlog for a process that is going away.
+    drop(listener);
+    readers.shutdown().await;
+}
+
+/// Counts a connection while it lives.
+struct Counted(Arc<Shared>);
+
+impl Counted {
+    pub(super) fn new(shared: Arc<Shared>) -> Counted {
+        shared.stats.incoming.fetch_add(1, Ordering::Relaxed);
+        Counted(shared)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.stats.incoming.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// An incoming connection from its handshake to its end.
+async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: SocketAddr) {
+    let limit = shared.options.handshake_timeout;
+    let mut claim = match within(limit, accept_hello(&shared, &mut stream)).await {
+        Ok(Ok(claim)) => claim,
+        Ok(Err((reject, text))) => {
+            add(&shared.stats.handshakes_rejected, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, ?reject, text, left_out, "peer connection rejected");
+            }
+            let answer = Answer::Reject { code: reject as u8, text: cut(&text, MAX_REASON_BYTES) };
+            let _ = timeout(limit, stream.write_all(&handshake_bytes(&answer))).await;
+            return;
+        }
+        Err(error) => {
+            let counter = match error {
+                HandshakeError::TimedOut => &shared.stats.handshakes_timed_out,
+                _ => &shared.stats.garbage,
+            };
+            add(counter, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, %error, left_out, "not a peer connection");
+            }
+            return;
+        }
+    };
+    let turn = claim.turn.clone();
+    // The reader of a lower number has been told to end. Only when it is gone, with all that it would still hand to the
+    // driver, does the dialer hear Welcome and this connection get read.
+    let _turn = tokio::select! {
+        biased;
+        () = claim.ended() => return,
+        turn = turn.lock_owned() => turn,
+    };
+    let (key, number) = (claim.key, claim.number);
+    let Some(channel) = channel_from_code(key.2) else {
+        return;
+    };
+    let welcome = Answer::Welcome { node: shared.node, incarnation: shared.incarnation };
+    let mut fences = shared.fences.clone();
+    let mut shutdown = shared.shutdown.clone();
+    if !matches!(timeout(limit, stream.write_all(&handshake_bytes(&welcome))).await, Ok(Ok(()))) {
+        return;
+    }
+    let (mut from, to) = stream.into_split();
+    let end = tokio::select! {
+        biased;
+        () = claim.ended() => None,
+        () = fenced(&mut fences, key.0, key.1) => None,
+        () = stopping(&mut shutdown) => None,
+        () = send_pulses(&to, shared.options.pulse) => None,
+        end = read_frames(&shared, &mut from, key, channel) => Some(end),
+    };
+    if let Some(StreamEnd::Oversize(_)) = end {
+        add(&shared.stats.oversize, 1);
+    }
+    let why = end.map_or_else(|| "ended here".to_owned(), |e| e.to_string());
+    tracing::debug!(peer = %key.0, incarnation = %key.1, ?channel, number, why, "incoming stream ended");
+}
+
+/// Reads and judges a Hello. The inner error is told to the dialer.
+#[allow(clippy::type_complexity)] // one use
+async fn accept_hello(
+    shared: &Arc<Shared>,
+    stream: &mut TcpStream,
+) -> Result<Result<Claim, (Reject, String)>, HandshakeError> {
+    stream.set_nodelay(true)?;
+    let body = match read_handshake(stream).await {
+        Err(HandshakeError::Version(theirs)) => {
+            let text = format!("this node speaks version {VERSION} of the peer protocol, not {theirs}");
+            return Ok(Err((Reject::Version, text)));
+        }
+        body => body?,
+    };
+    let hello: Hello<'_> = decode_handshake(&body)?;
+    let channel = channel_from_code(hello.channel).ok_or(HandshakeError::Garbage("unknown channel"))?;
+    let is_fenced = is_fenced(&shared.fences.borrow(), hello.from, hello.incarnation);
+    let refusal = if hello.cluster != shared.cluster {
+        Some((Reject::Cluster, format!("this is cluster {:?}, not {:?}", shared.cluster, hello.cluster)))
+    } else if hello.to != shared.node {
+        Some((Reject::Target, format!("this is node {}, not {}", shared.node, hello.to)))
+    } else if hello.from == shared.node {
+        Some((Reject::OwnId, format!("this process itself has node id {}", shared.node)))
+    } else if is_fenced {
+        Some((Reject::Fenced, format!("a newer life of node {} is registered", hello.from)))
+    } else {
+        None
+    };
+    if let Some(refusal) = refusal {
+        return Ok(Err(refusal));
+    }
+    Ok(Claim::new(shared, (hello.from, hello.incarnation, channel as u8), hello.number).map_err(|reject| {
+        let text = match reject {
+            Reject::Stale => format!("connection {} of this stream is not the newest", hello.number),
+            _ => "too many streams".to_owned(),
+        };
+        (reject, text)
+    }))
+}
