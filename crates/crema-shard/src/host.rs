@@ -503,6 +503,8 @@ impl Host {
         match channel {
             Channel::Raft => self.coordinator.unreachable(peer),
             Channel::Requests => self.gateway.peer_lost(peer, now.mono),
+            // Nothing is sent on it yet.
+            Channel::Snapshot => {}
         }
     }
 

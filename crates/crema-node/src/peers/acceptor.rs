@@ -124,10 +124,12 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
         () = fenced(&mut fences, key.0, key.1) => None,
         () = stopping(&mut shutdown) => None,
         () = send_pulses(&to, shared.options.pulse) => None,
-        end = read_frames(&shared, &mut from, key, channel) => Some(end),
+        end = read_frames(&shared, &mut from, key.0, key.1, channel) => Some(end),
     };
-    if let Some(StreamEnd::Oversize(_)) = end {
-        add(&shared.stats.oversize, 1);
+    match end {
+        Some(StreamEnd::Oversize(_)) => add(&shared.stats.oversize, 1),
+        Some(StreamEnd::Unpackable) => add(&shared.stats.unpackable, 1),
+        _ => {}
     }
     let why = end.map_or_else(|| "ended here".to_owned(), |e| e.to_string());
     tracing::debug!(peer = %key.0, incarnation = %key.1, ?channel, number, why, "incoming stream ended");

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 /// Most (node, incarnation, channel) whose connection numbers are remembered.
-pub(super) const MAX_STREAMS: usize = 4096;
+pub(super) const MAX_STREAMS: usize = 6144;
 /// A stream without a connection is forgotten only after this: by then no older connection can still be on its way in,
 /// because the accept loop hands every one on at once and a handshake ends within seconds.
 pub(super) const STREAM_MEMORY: Duration = Duration::from_secs(60);

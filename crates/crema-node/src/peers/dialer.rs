@@ -26,12 +26,11 @@ use tokio::time::{sleep, timeout};
 /// Most addresses of one name that are tried in one attempt.
 const MAX_RESOLVED: usize = 4;
 
-/// Resolves, connects and shakes hands: both streams, or nothing.
-async fn dial_pair(
-    shared: &Shared,
-    peer: NodeId,
-    address: &str,
-) -> Result<([TcpStream; 2], Incarnation), HandshakeError> {
+/// The streams to a peer, by channel.
+type Streams = [TcpStream; Channel::ALL.len()];
+
+/// Resolves, connects and shakes hands: all streams, or nothing.
+async fn dial_all(shared: &Shared, peer: NodeId, address: &str) -> Result<(Streams, Incarnation), HandshakeError> {
     let limit = shared.options.handshake_timeout;
     let resolved = within(limit, async { Ok(tokio::net::lookup_host(address).await?) }).await?;
     let mut raft = Err(HandshakeError::NoAddress);
@@ -43,14 +42,15 @@ async fn dial_pair(
     }
     let (raft, life, addr) = raft?;
     // To the same address: a name may lead to several machines.
-    let (requests, other) = dial(shared, peer, addr, Channel::Requests).await?;
-    if life != other {
+    let (requests, of_requests) = dial(shared, peer, addr, Channel::Requests).await?;
+    let (snapshot, of_snapshot) = dial(shared, peer, addr, Channel::Snapshot).await?;
+    if life != of_requests || life != of_snapshot {
         return Err(HandshakeError::Torn);
     }
     if is_fenced(&shared.fences.borrow(), peer, life) {
         return Err(HandshakeError::FencedPeer);
     }
-    Ok(([raft, requests], life))
+    Ok(([raft, requests, snapshot], life))
 }
 
 pub(super) async fn dial(
@@ -122,7 +122,7 @@ pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: wat
                 backoff = options.backoff_min;
                 continue;
             }
-            dialed = dial_pair(&shared, peer, &target) => dialed,
+            dialed = dial_all(&shared, peer, &target) => dialed,
         };
         match dialed {
             Ok((streams, incarnation)) => {
@@ -178,7 +178,7 @@ async fn run_link(
     shared: &Arc<Shared>,
     peer: NodeId,
     incarnation: Incarnation,
-    streams: [TcpStream; 2],
+    streams: Streams,
     address: &mut watch::Receiver<Option<String>>,
 ) -> bool {
     let mut shutdown = shared.shutdown.clone();
@@ -187,9 +187,9 @@ async fn run_link(
     // Whoever holds a clone of the link learns of its end, even if this task is aborted.
     let _closer = CloseOnDrop(link.clone());
     let mut writers = JoinSet::new();
-    let [raft, requests] = streams;
-    writers.spawn(run_writer(raft, link.clone(), Channel::Raft, shared.options));
-    writers.spawn(run_writer(requests, link.clone(), Channel::Requests, shared.options));
+    for (channel, stream) in Channel::ALL.into_iter().zip(streams) {
+        writers.spawn(run_writer(stream, link.clone(), channel, shared.pace.clone(), shared.options));
+    }
     if shared.push(vec![PeerEvent::Up { peer, incarnation, link: link.clone() }].into()).await.is_err() {
         return false;
     }
@@ -211,7 +211,7 @@ async fn run_link(
         },
     };
     link.close();
-    // Both connections are closed before the next are dialed.
+    // All connections are closed before the next are dialed.
     writers.shutdown().await;
     tracing::info!(%peer, %incarnation, why, "link down");
     shared.push(vec![PeerEvent::Down { peer }].into()).await.is_ok()

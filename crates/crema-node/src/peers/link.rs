@@ -15,9 +15,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
-/// A write pass takes frames of about this many bytes from the queue ...
-const WRITE_BYTES: usize = 1024 * 1024;
-/// ... and at most this many frames.
+/// Most frames of one write pass.
 const WRITE_FRAMES: usize = 1024;
 
 /// A queue wakes its writer by itself whenever this much has gathered since the last flush.
@@ -119,11 +117,12 @@ impl Queue {
         }
     }
 
-    /// Moves frames for one write pass into `into`; they count as queued until [`Queue::written`].
-    pub(super) fn take(&self, into: &mut Vec<Bytes>) -> Taken {
+    /// Moves frames for one write pass into `into`, about `most_bytes` of them, one at least; they count as queued until
+    /// [`Queue::written`].
+    pub(super) fn take(&self, into: &mut Vec<Bytes>, most_bytes: usize) -> Taken {
         let mut q = self.lock();
         let mut bytes = 0;
-        while bytes < WRITE_BYTES && into.len() < WRITE_FRAMES {
+        while bytes < most_bytes && into.len() < WRITE_FRAMES {
             let Some(frame) = q.frames.pop_front() else {
                 break;
             };
@@ -143,6 +142,16 @@ impl Queue {
         // A close in between has already counted everything as dropped.
         q.bytes = q.bytes.saturating_sub(bytes);
         q.count = q.count.saturating_sub(frames);
+    }
+
+    /// Whether nothing more of it will be written.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lock().state == QueueState::Closed
+    }
+
+    /// Waits until the writer is to look again: there is more to write, or the queue has closed.
+    pub(super) async fn woken(&self) {
+        self.wake.notified().await;
     }
 
     /// Refuses further frames; the writer ends once it has written those that are queued.
@@ -174,7 +183,7 @@ impl Queue {
 struct LinkInner {
     pub(super) peer: NodeId,
     pub(super) incarnation: Incarnation,
-    pub(super) queues: [Queue; 2],
+    pub(super) queues: [Queue; Channel::ALL.len()],
     pub(super) stats: Arc<PeerStats>,
 }
 
@@ -191,10 +200,14 @@ impl PeerLink {
         options: &PeerOptions,
         stats: Arc<PeerStats>,
     ) -> PeerLink {
-        let queues = [
-            Queue::new(options.raft_queue_bytes, options.queue_frames),
-            Queue::new(options.requests_queue_bytes, options.queue_frames),
-        ];
+        let queues = Channel::ALL.map(|channel| {
+            let most_bytes = match channel {
+                Channel::Raft => options.raft_queue_bytes,
+                Channel::Requests => options.requests_queue_bytes,
+                Channel::Snapshot => options.snapshot_queue_bytes,
+            };
+            Queue::new(most_bytes, options.queue_frames)
+        });
         PeerLink { inner: Arc::new(LinkInner { peer, incarnation, queues, stats }) }
     }
 
@@ -208,7 +221,7 @@ impl PeerLink {
     #[cfg(test)]
     pub(crate) fn take_queued(&self, channel: Channel) -> Vec<Bytes> {
         let mut out = Vec::new();
-        self.queue(channel).take(&mut out);
+        self.queue(channel).take(&mut out, usize::MAX);
         self.queue(channel).written(out.len(), out.iter().map(Bytes::len).sum());
         out
     }
@@ -249,8 +262,12 @@ impl PeerLink {
         self.queue(channel).flush();
     }
 
+    /// Refuses further frames, and has those that are queued written. Those of a snapshot are dropped: their rate is
+    /// limited, a stop should not wait for them, and its receiver has to turn to another node anyway.
     pub(super) fn drain(&self) {
-        self.inner.queues.iter().for_each(Queue::drain);
+        self.queue(Channel::Raft).drain();
+        self.queue(Channel::Requests).drain();
+        add(&self.inner.stats.drops, self.queue(Channel::Snapshot).close());
     }
 
     pub(super) fn close(&self) {

@@ -8,24 +8,29 @@
 //!     +------- Up / Down ------- peer task (dialer): one a peer, with all of its outgoing streams
 //! ```
 //!
-//! Node i dials node j for what i sends to j: two simplex streams, one per [`Channel`], so that a large forwarded value
-//! never stands before a heartbeat. A *peer task* per node dials both streams, hands the driver a [`PeerLink`] once both
-//! stand, and takes the whole link down as soon as either breaks. A link belongs to one pair of connections for ever:
-//! what was queued for one life of a peer is dropped with it and cannot reach the next.
+//! Node i dials node j for what i sends to j: simplex streams, one per [`Channel`], so that a large forwarded value never
+//! stands before a heartbeat, nor a snapshot before either. A *peer task* per node dials all streams, hands the driver a
+//! [`PeerLink`] once all stand, and takes the whole link down as soon as one breaks. A link belongs to one set of
+//! connections for ever: what was queued for one life of a peer is dropped with it and cannot reach the next.
 //!
 //! Within a stream frames arrive in order or not at all, across reconnections too: every connection carries a number
 //! that grows within the dialer's life, and an acceptor ends the reader of a lower one *for good* before it welcomes a
 //! higher. The rest of the protocol (a suspended lease that must not be overtaken, a session's writes) stands on this.
 //!
+//! Snapshots are what may wait: their frames are compressed by the writer (`packing`), leave at a rate that all peers share
+//! (`pace`), have a short queue, and only few of them wait for the driver of the receiver.
+//!
 //! The bytes on the wire are described in `wire` (handshake) and `reader` (frames). The acceptor's pulses let the dialer
 //! notice a silent partition within seconds, where TCP's own retransmission timer would keep a healed connection dead
-//! for up to two minutes. Nothing that a stranger sends makes us allocate more than twice what has arrived, or wait
-//! without a limit.
+//! for up to two minutes. Nothing that a stranger sends makes us allocate more than twice what has arrived (compressed
+//! frames apart, which have a budget), or wait without a limit.
 
 mod acceptor;
 mod claims;
 mod dialer;
 mod link;
+mod pace;
+mod packing;
 mod reader;
 mod stats;
 #[cfg(test)]
@@ -46,7 +51,8 @@ use crema_core::{Incarnation, NodeId};
 use crema_shard::Channel;
 use crossbeam::channel::{Sender, TrySendError};
 use dialer::run_peer;
-use reader::LARGE_FRAMES_BUDGET_BYTES;
+use pace::Pace;
+use reader::{LARGE_FRAMES_BUDGET_BYTES, UNPACKED_BUDGET_BYTES};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -70,6 +76,11 @@ pub struct PeerOptions {
     pub raft_queue_bytes: usize,
     /// Most bytes queued for one peer on [`Channel::Requests`]. A single frame always fits an empty queue.
     pub requests_queue_bytes: usize,
+    /// Most bytes queued for one peer on [`Channel::Snapshot`]. A single frame always fits an empty queue.
+    pub snapshot_queue_bytes: usize,
+    /// Most bytes a second that this node writes on [`Channel::Snapshot`] to all peers together, compressed as they are;
+    /// 0 for no limit. A burst of 10 ms, and the one frame that goes over it, are not held back.
+    pub snapshot_bytes_per_second: u64,
     /// Most frames queued for one peer and channel.
     pub queue_frames: usize,
     /// Most incoming connections; further ones are closed at once.
@@ -97,8 +108,10 @@ impl Default for PeerOptions {
         PeerOptions {
             raft_queue_bytes: 32 * 1024 * 1024,
             requests_queue_bytes: 64 * 1024 * 1024,
+            snapshot_queue_bytes: 4 * 1024 * 1024,
+            snapshot_bytes_per_second: 128 * 1024 * 1024,
             queue_frames: 64 * 1024,
-            max_incoming: 1024,
+            max_incoming: 1536,
             handshake_timeout: Duration::from_secs(2),
             write_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(10),
@@ -142,7 +155,7 @@ pub enum PeersError {
 /// What the driver learns from its peers' connections.
 #[derive(Debug)]
 pub enum PeerEvent {
-    /// Both outgoing streams to `peer` stand and reach the same process.
+    /// All outgoing streams to `peer` stand and reach the same process.
     Up {
         /// The peer.
         peer: NodeId,
@@ -224,6 +237,9 @@ struct Shared {
     next_number: AtomicU64,
     streams: Mutex<HashMap<StreamKey, Stream>>,
     large_frames: Arc<Semaphore>,
+    unpacked_frames: Arc<Semaphore>,
+    /// Of the snapshots that this node sends.
+    pace: Arc<Pace>,
     fences: watch::Receiver<Fences>,
     shutdown: watch::Receiver<bool>,
     accept_log: LogLimit,
@@ -287,6 +303,8 @@ impl Peers {
             next_number: AtomicU64::new(1),
             streams: Mutex::default(),
             large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_BUDGET_BYTES)),
+            unpacked_frames: Arc::new(Semaphore::new(UNPACKED_BUDGET_BYTES)),
+            pace: Arc::new(Pace::new(config.options.snapshot_bytes_per_second)),
             fences: fences_seen,
             shutdown: shutdown_seen,
             accept_log: LogLimit::default(),

@@ -19,6 +19,8 @@ pub struct PeerStats {
     pub incoming: AtomicU64,
     /// Streams closed for a frame over [`MAX_FRAME_BYTES`](crema_shard::message::MAX_FRAME_BYTES).
     pub oversize: AtomicU64,
+    /// Streams closed for a snapshot's frame that does not unpack.
+    pub unpackable: AtomicU64,
     /// Streams closed because the driver could not trust their sender.
     pub distrusted: AtomicU64,
     /// Frames received.
@@ -29,6 +31,10 @@ pub struct PeerStats {
     pub frames_out: AtomicU64,
     /// Bytes of these frames.
     pub bytes_out: AtomicU64,
+    /// Bytes of frames written to snapshot streams, before compression ...
+    pub snapshot_bytes_out: AtomicU64,
+    /// ... and after it.
+    pub snapshot_wire_bytes_out: AtomicU64,
     /// Frames that were not queued, because a queue was full or a link down, or were dropped with their link.
     pub drops: AtomicU64,
     /// Attempts to connect that failed.

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 /// First bytes of every connection; anything else is not a peer.
 pub(super) const MAGIC: [u8; 4] = *b"CRMP";
 /// Version of the handshake and of the framing.
-pub(super) const VERSION: u16 = 1;
+pub(super) const VERSION: u16 = 2;
 /// Magic, version and length: the part of the handshake that all versions share.
 pub(super) const PREAMBLE_BYTES: usize = 8;
 /// Longest body of a handshake message.
@@ -85,7 +85,7 @@ pub(super) enum HandshakeError {
     Rejected { code: Option<Reject>, text: String },
     #[error("the address belongs to node {0}")]
     WrongNode(NodeId),
-    #[error("both streams reached different processes")]
+    #[error("the streams reached different processes")]
     Torn,
     #[error("that life of the node is fenced")]
     FencedPeer,
@@ -136,7 +136,7 @@ pub(super) fn decode_handshake<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result
 }
 
 pub(super) fn channel_from_code(code: u8) -> Option<Channel> {
-    [Channel::Raft, Channel::Requests].into_iter().find(|c| *c as u8 == code)
+    Channel::ALL.into_iter().find(|c| *c as u8 == code)
 }
 
 /// `text` cut to at most `max` bytes at a character's edge.

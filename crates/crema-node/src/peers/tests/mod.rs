@@ -8,10 +8,10 @@ mod links;
 use super::claims::{Claim, MAX_STREAMS, STREAM_MEMORY};
 use super::dialer::jittered;
 use super::link::{Queue, QueueInner, Taken};
-use super::reader::{CHUNK_BYTES, CREDIT_BYTES, FrameBuffer, LARGE_FRAME_BYTES};
+use super::reader::{CHUNK_BYTES, CREDIT_BYTES, FrameBuffer, LARGE_FRAME_BYTES, SNAPSHOT_CREDIT_BYTES};
 use super::wire::{Answer, Hello, MAGIC, MAX_HANDSHAKE_BYTES, MAX_REASON_BYTES, PREAMBLE_BYTES, Reject, VERSION, cut};
 use super::wire::{decode_handshake, handshake_bytes, read_handshake};
-use super::writer::COPY_BELOW_BYTES;
+use super::writer::{COPY_BELOW_BYTES, StreamEnd, write_frames};
 use super::*;
 use crate::clock;
 use crema_core::MonoTime;
@@ -165,6 +165,13 @@ impl Random {
         self.0 ^= self.0 >> 27;
         (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % n
     }
+}
+
+/// What no compression makes shorter.
+fn noise(len: usize) -> Bytes {
+    let mut bytes = vec![0; len];
+    getrandom::fill(&mut bytes).unwrap();
+    bytes.into()
 }
 
 #[allow(clippy::print_stdout)] // the seed of a failing run must be seen
