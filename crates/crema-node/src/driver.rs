@@ -1318,6 +1318,7 @@ mod tests {
             cluster: "driver test".to_owned(),
             node: NodeId(node),
             incarnation,
+            boot: 0,
             options: PeerOptions::default(),
         };
         let raft = listener.local_addr().unwrap().to_string();

@@ -1,12 +1,13 @@
 //! Accepts connections, judges who they are from, and has those that may be read.
 
-use super::claims::Claim;
+use super::claims::{Claim, ConnNumber};
 use super::reader::{read_frames, send_pulses};
 use super::stats::add;
 use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, VERSION, channel_from_code, cut};
 use super::wire::{decode_handshake, handshake_bytes, read_handshake, within};
 use super::writer::StreamEnd;
 use super::{Shared, fenced, is_fenced, stopping};
+use crema_shard::Channel;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -76,8 +77,8 @@ impl Drop for Counted {
 /// An incoming connection from its handshake to its end.
 async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: SocketAddr) {
     let limit = shared.options.handshake_timeout;
-    let mut claim = match within(limit, accept_hello(&shared, &mut stream)).await {
-        Ok(Ok(claim)) => claim,
+    let (mut claim, channel) = match within(limit, accept_hello(&shared, &mut stream)).await {
+        Ok(Ok(accepted)) => accepted,
         Ok(Err((reject, text))) => {
             add(&shared.stats.handshakes_rejected, 1);
             if let Some(left_out) = shared.accept_log.allow() {
@@ -99,21 +100,21 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
             return;
         }
     };
-    let turn = claim.turn.clone();
-    // The reader of a lower number has been told to end. Only when it is gone, with all that it would still hand to the
-    // driver, does the dialer hear Welcome and this connection get read.
-    let _turn = tokio::select! {
-        biased;
-        () = claim.ended() => return,
-        turn = turn.lock_owned() => turn,
-    };
-    let (key, number) = (claim.key, claim.number);
-    let Some(channel) = channel_from_code(key.2) else {
-        return;
-    };
-    let welcome = Answer::Welcome { node: shared.node, incarnation: shared.incarnation };
     let mut fences = shared.fences.clone();
     let mut shutdown = shared.shutdown.clone();
+    // The reader of a lower number has been told to end, and so have all streams and the link of an earlier process. Only
+    // when they are gone, with all that they would still hand to the driver, does the dialer hear Welcome and this
+    // connection get read.
+    let alone = tokio::select! {
+        biased;
+        () = stopping(&mut shutdown) => false,
+        alone = claim.wait_alone() => alone,
+    };
+    if !alone {
+        return;
+    }
+    let ((peer, incarnation), number) = (claim.life(), claim.number());
+    let welcome = Answer::Welcome { node: shared.node, incarnation: shared.incarnation, boot: shared.boot };
     if !matches!(timeout(limit, stream.write_all(&handshake_bytes(&welcome))).await, Ok(Ok(()))) {
         return;
     }
@@ -121,10 +122,10 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
     let end = tokio::select! {
         biased;
         () = claim.ended() => None,
-        () = fenced(&mut fences, key.0, key.1) => None,
+        () = fenced(&mut fences, peer, incarnation) => None,
         () = stopping(&mut shutdown) => None,
         () = send_pulses(&to, shared.options.pulse) => None,
-        end = read_frames(&shared, &mut from, key.0, key.1, channel) => Some(end),
+        end = read_frames(&shared, &mut from, peer, incarnation, channel) => Some(end),
     };
     match end {
         Some(StreamEnd::Oversize(_)) => add(&shared.stats.oversize, 1),
@@ -132,7 +133,7 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
         _ => {}
     }
     let why = end.map_or_else(|| "ended here".to_owned(), |e| e.to_string());
-    tracing::debug!(peer = %key.0, incarnation = %key.1, ?channel, number, why, "incoming stream ended");
+    tracing::debug!(%peer, %incarnation, ?channel, ?number, why, "incoming stream ended");
 }
 
 /// Reads and judges a Hello. The inner error is told to the dialer.
@@ -140,7 +141,7 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
 async fn accept_hello(
     shared: &Arc<Shared>,
     stream: &mut TcpStream,
-) -> Result<Result<Claim, (Reject, String)>, HandshakeError> {
+) -> Result<Result<(Claim, Channel), (Reject, String)>, HandshakeError> {
     stream.set_nodelay(true)?;
     let body = match read_handshake(stream).await {
         Err(HandshakeError::Version(theirs)) => {
@@ -166,10 +167,12 @@ async fn accept_hello(
     if let Some(refusal) = refusal {
         return Ok(Err(refusal));
     }
-    Ok(Claim::new(shared, (hello.from, hello.incarnation, channel as u8), hello.number).map_err(|reject| {
+    let ConnNumber { boot, counter } = hello.number;
+    let claim = Claim::stream(shared, (hello.from, hello.incarnation), channel, hello.number);
+    Ok(claim.map(|claim| (claim, channel)).map_err(|reject| {
         let text = match reject {
-            Reject::Stale => format!("connection {} of this stream is not the newest", hello.number),
-            _ => "too many streams".to_owned(),
+            Reject::Stale => format!("connection {counter} of start {boot} is not the newest"),
+            _ => "too many lives".to_owned(),
         };
         (reject, text)
     }))

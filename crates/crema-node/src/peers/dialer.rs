@@ -4,6 +4,7 @@
 //!  no address --> dialing --> link up --> (broken, fenced, moved) --> link down --> pause --> dialing ...
 //! ```
 
+use super::claims::{Claim, ConnNumber};
 use super::link::PeerLink;
 use super::stats::add;
 use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, cut, decode_handshake, handshake_bytes};
@@ -29,36 +30,52 @@ const MAX_RESOLVED: usize = 4;
 /// The streams to a peer, by channel.
 type Streams = [TcpStream; Channel::ALL.len()];
 
-/// Resolves, connects and shakes hands: all streams, or nothing.
-async fn dial_all(shared: &Shared, peer: NodeId, address: &str) -> Result<(Streams, Incarnation), HandshakeError> {
+/// What answered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Process {
+    incarnation: Incarnation,
+    boot: u64,
+}
+
+/// Resolves, connects and shakes hands: all streams and the claim of the link, or nothing.
+async fn dial_all(shared: &Arc<Shared>, peer: NodeId, address: &str) -> Result<(Streams, Claim), HandshakeError> {
     let limit = shared.options.handshake_timeout;
     let resolved = within(limit, async { Ok(tokio::net::lookup_host(address).await?) }).await?;
     let mut raft = Err(HandshakeError::NoAddress);
     for addr in resolved.take(MAX_RESOLVED) {
-        raft = dial(shared, peer, addr, Channel::Raft).await.map(|(stream, life)| (stream, life, addr));
+        raft = dial(shared, peer, addr, Channel::Raft).await.map(|(stream, process)| (stream, process, addr));
         if raft.is_ok() {
             break;
         }
     }
-    let (raft, life, addr) = raft?;
+    let (raft, process, addr) = raft?;
     // To the same address: a name may lead to several machines.
     let (requests, of_requests) = dial(shared, peer, addr, Channel::Requests).await?;
     let (snapshot, of_snapshot) = dial(shared, peer, addr, Channel::Snapshot).await?;
-    if life != of_requests || life != of_snapshot {
+    if process != of_requests || process != of_snapshot {
         return Err(HandshakeError::Torn);
     }
-    if is_fenced(&shared.fences.borrow(), peer, life) {
+    if is_fenced(&shared.fences.borrow(), peer, process.incarnation) {
         return Err(HandshakeError::FencedPeer);
     }
-    Ok(([raft, requests, snapshot], life))
+    let claim = Claim::link(shared, (peer, process.incarnation), process.boot);
+    let mut claim = claim.map_err(|reject| match reject {
+        Reject::Stale => HandshakeError::EarlierBoot,
+        _ => HandshakeError::Crowded,
+    })?;
+    // What an earlier process of that life has sent is with the driver before the Up of this one, or never.
+    if !within(limit, async { Ok(claim.wait_alone().await) }).await? {
+        return Err(HandshakeError::EarlierBoot);
+    }
+    Ok(([raft, requests, snapshot], claim))
 }
 
-pub(super) async fn dial(
+async fn dial(
     shared: &Shared,
     peer: NodeId,
     addr: SocketAddr,
     channel: Channel,
-) -> Result<(TcpStream, Incarnation), HandshakeError> {
+) -> Result<(TcpStream, Process), HandshakeError> {
     let limit = shared.options.handshake_timeout;
     let mut stream = within(limit, async { Ok(TcpStream::connect(addr).await?) }).await?;
     // TCP lets a socket connect to itself when the system happens to choose the dialed port for our end. On one machine
@@ -67,20 +84,21 @@ pub(super) async fn dial(
         return Err(HandshakeError::OwnSocket);
     }
     stream.set_nodelay(true)?;
+    let counter = shared.next_number.fetch_add(1, Ordering::Relaxed);
     let hello = Hello {
         cluster: &shared.cluster,
         from: shared.node,
         incarnation: shared.incarnation,
         to: peer,
         channel: channel as u8,
-        number: shared.next_number.fetch_add(1, Ordering::Relaxed),
+        number: ConnNumber { boot: shared.boot, counter },
     };
     within(limit, async {
         stream.write_all(&handshake_bytes(&hello)).await?;
         let body = read_handshake(&mut stream).await?;
         match decode_handshake(&body)? {
             Answer::Welcome { node, .. } if node != peer => Err(HandshakeError::WrongNode(node)),
-            Answer::Welcome { incarnation, .. } => Ok(incarnation),
+            Answer::Welcome { incarnation, boot, .. } => Ok(Process { incarnation, boot }),
             Answer::Reject { code, text } => Err(HandshakeError::Rejected {
                 code: Reject::from_code(code),
                 text: cut(text, MAX_REASON_BYTES).to_owned(),
@@ -88,7 +106,7 @@ pub(super) async fn dial(
         }
     })
     .await
-    .map(|life| (stream, life))
+    .map(|process| (stream, process))
 }
 
 /// `base`, a quarter more or less, so that nodes that lost each other together do not come back in step.
@@ -125,14 +143,14 @@ pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: wat
             dialed = dial_all(&shared, peer, &target) => dialed,
         };
         match dialed {
-            Ok((streams, incarnation)) => {
+            Ok((streams, claim)) => {
                 add(&shared.stats.links_up, 1);
                 if had_link {
                     add(&shared.stats.reconnects, 1);
                 }
                 had_link = true;
                 let since = clock::mono();
-                let again = run_link(&shared, peer, incarnation, streams, &mut address).await;
+                let again = run_link(&shared, claim, streams, &mut address).await;
                 if !again {
                     return;
                 }
@@ -176,11 +194,12 @@ pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: wat
 /// One link from Up to Down. Returns whether to dial again.
 async fn run_link(
     shared: &Arc<Shared>,
-    peer: NodeId,
-    incarnation: Incarnation,
+    mut claim: Claim,
     streams: Streams,
     address: &mut watch::Receiver<Option<String>>,
 ) -> bool {
+    let (peer, incarnation) = claim.life();
+    let boot = claim.number().boot;
     let mut shutdown = shared.shutdown.clone();
     let mut fences = shared.fences.clone();
     let link = PeerLink::new(peer, incarnation, &shared.options, shared.stats.clone());
@@ -193,7 +212,7 @@ async fn run_link(
     if shared.push(vec![PeerEvent::Up { peer, incarnation, link: link.clone() }].into()).await.is_err() {
         return false;
     }
-    tracing::info!(%peer, %incarnation, "link up");
+    tracing::info!(%peer, %incarnation, boot, "link up");
     let why = tokio::select! {
         biased;
         () = stopping(&mut shutdown) => {
@@ -204,6 +223,7 @@ async fn run_link(
         }
         _ = address.changed() => "its address changed".to_owned(),
         () = fenced(&mut fences, peer, incarnation) => "it is fenced".to_owned(),
+        () = claim.ended() => "a later start of its life has connected".to_owned(),
         end = writers.join_next() => match end {
             Some(Ok(end)) => end.to_string(),
             Some(Err(panic)) => panic.to_string(),
@@ -213,7 +233,8 @@ async fn run_link(
     link.close();
     // All connections are closed before the next are dialed.
     writers.shutdown().await;
-    tracing::info!(%peer, %incarnation, why, "link down");
+    tracing::info!(%peer, %incarnation, boot, why, "link down");
+    // The claim ends after this: no frame of a later process comes before it.
     shared.push(vec![PeerEvent::Down { peer }].into()).await.is_ok()
 }
 

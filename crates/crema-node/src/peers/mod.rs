@@ -16,6 +16,8 @@
 //! Within a stream frames arrive in order or not at all, across reconnections too: every connection carries a number
 //! that grows within the dialer's life, and an acceptor ends the reader of a lower one *for good* before it welcomes a
 //! higher. The rest of the protocol (a suspended lease that must not be overtaken, a session's writes) stands on this.
+//! A life may outlast its process; the number then says which start of it the process is (`boot`), both sides tell
+//! theirs, and a later start ends whatever stands to or from an earlier one: its peers see `Down`, then `Up` (`claims`).
 //!
 //! Snapshots are what may wait: their frames are compressed by the writer (`packing`), leave at a rate that all peers share
 //! (`pace`), have a short queue, and only few of them wait for the driver of the receiver.
@@ -46,7 +48,7 @@ pub use wire::MAX_CLUSTER_NAME_BYTES;
 use crate::driver::Input;
 use acceptor::run_acceptor;
 use bytes::Bytes;
-use claims::{Stream, StreamKey};
+use claims::{Life, LifeKey, revoke};
 use crema_core::{Incarnation, NodeId};
 use crema_shard::Channel;
 use crossbeam::channel::{Sender, TrySendError};
@@ -133,6 +135,9 @@ pub struct PeersConfig {
     pub node: NodeId,
     /// This life.
     pub incarnation: Incarnation,
+    /// Which start of this life: higher than that of every earlier process with the same incarnation, and durable before
+    /// it is used here. Peers read nothing of a lower one once they have heard a higher. 0 where every start is a new life.
+    pub boot: u64,
     /// Limits and periods.
     pub options: PeerOptions,
 }
@@ -164,7 +169,8 @@ pub enum PeerEvent {
         /// Frames for this life of the peer go here.
         link: PeerLink,
     },
-    /// The link to `peer` is gone, with everything that was queued. An `Up` always came before.
+    /// The link to `peer` is gone, with everything that was queued. An `Up` always came before. Whatever comes of a later
+    /// process of the same life comes after this, its frames too.
     Down {
         /// The peer.
         peer: NodeId,
@@ -230,12 +236,13 @@ struct Shared {
     cluster: String,
     node: NodeId,
     incarnation: Incarnation,
+    boot: u64,
     options: PeerOptions,
     driver: Sender<Input>,
     stats: Arc<PeerStats>,
     /// Number of the next connection; one counter for all targets and channels grows within each of them.
     next_number: AtomicU64,
-    streams: Mutex<HashMap<StreamKey, Stream>>,
+    lives: Mutex<HashMap<LifeKey, Life>>,
     large_frames: Arc<Semaphore>,
     unpacked_frames: Arc<Semaphore>,
     /// Of the snapshots that this node sends.
@@ -247,8 +254,8 @@ struct Shared {
 }
 
 impl Shared {
-    fn streams(&self) -> MutexGuard<'_, HashMap<StreamKey, Stream>> {
-        self.streams.lock().expect("no panic while held")
+    fn lives(&self) -> MutexGuard<'_, HashMap<LifeKey, Life>> {
+        self.lives.lock().expect("no panic while held")
     }
 
     /// Hands a batch to the driver; waits while its queue is full. That stops the reader, and by TCP the sender.
@@ -297,11 +304,12 @@ impl Peers {
             cluster: config.cluster,
             node: config.node,
             incarnation: config.incarnation,
+            boot: config.boot,
             options: config.options,
             driver,
             stats: Arc::default(),
             next_number: AtomicU64::new(1),
-            streams: Mutex::default(),
+            lives: Mutex::default(),
             large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_BUDGET_BYTES)),
             unpacked_frames: Arc::new(Semaphore::new(UNPACKED_BUDGET_BYTES)),
             pace: Arc::new(Pace::new(config.options.snapshot_bytes_per_second)),
@@ -412,9 +420,7 @@ impl PeersHandle {
     /// Closes the incoming stream of a peer that sent what does not decode. The peer may connect again.
     pub fn distrust(&self, peer: NodeId, incarnation: Incarnation, channel: Channel) {
         add(&self.inner.shared.stats.distrusted, 1);
-        if let Some(stream) = self.inner.shared.streams().get(&(peer, incarnation, channel as u8)) {
-            stream.allowed.send_modify(|a| a.revoked = a.highest);
-        }
+        revoke(&self.inner.shared.lives(), (peer, incarnation), channel);
     }
 
     /// Ends all connections, after queued frames were written or [`PeerOptions::flush_timeout`] has passed. Returns when

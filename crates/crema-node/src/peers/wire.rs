@@ -8,6 +8,7 @@
 //! All integers are little-endian. The preamble is the same in every version, so that a node of another version can be
 //! told why it is refused.
 
+use super::claims::ConnNumber;
 use bytes::BufMut;
 use crema_core::{Incarnation, NodeId};
 use crema_shard::Channel;
@@ -40,13 +41,13 @@ pub(super) struct Hello<'a> {
     pub(super) incarnation: Incarnation,
     pub(super) to: NodeId,
     pub(super) channel: u8,
-    pub(super) number: u64,
+    pub(super) number: ConnNumber,
 }
 
 /// What the acceptor answers.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Answer<'a> {
-    Welcome { node: NodeId, incarnation: Incarnation },
+    Welcome { node: NodeId, incarnation: Incarnation, boot: u64 },
     Reject { code: u8, text: &'a str },
 }
 
@@ -87,6 +88,10 @@ pub(super) enum HandshakeError {
     WrongNode(NodeId),
     #[error("the streams reached different processes")]
     Torn,
+    #[error("a later start of that life is connected")]
+    EarlierBoot,
+    #[error("too many lives are remembered")]
+    Crowded,
     #[error("that life of the node is fenced")]
     FencedPeer,
     #[error("the connection ended at our own end")]

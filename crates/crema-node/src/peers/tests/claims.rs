@@ -32,13 +32,12 @@ async fn a_connection_is_welcomed_only_after_the_older_reader_has_ended() {
     let mut node = Node::new(1, 11);
     let (mut old, _) = greet(&node, &hello(1)).await;
     until_read(&mut old, &mut node).await;
-    let turn = node.peers.inner.shared.streams().values().next().unwrap().turn.clone();
-    // In the place of a reader that takes its time to end: who waits longest gets the turn next.
-    let lingering = tokio::spawn(turn.lock_owned());
+    // In the place of a reader that takes its time to end.
+    let life = (NodeId(9), Incarnation(90));
+    let lingering = Claim::stream(&node.peers.inner.shared, life, Channel::Raft, number(2)).unwrap();
+    until_closed(&mut old).await;
     let mut new = TcpStream::connect(node.peers.local_addr()).await.unwrap();
-    drop(old);
-    let lingering = timeout(PATIENCE, lingering).await.unwrap().unwrap();
-    new.write_all(&handshake_bytes(&hello(2))).await.unwrap();
+    new.write_all(&handshake_bytes(&hello(3))).await.unwrap();
     new.write_all(&framed(b"new")).await.unwrap();
     assert!(timeout(Duration::from_millis(200), new.readable()).await.is_err(), "welcomed too early");
     assert!(node.events.try_recv().is_err(), "read too early");
@@ -70,25 +69,31 @@ async fn a_number_that_is_not_higher_is_rejected() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn remembered_streams_are_limited() {
+async fn remembered_lives_are_limited() {
     let node = Node::new(1, 11);
     let shared = &node.peers.inner.shared;
-    for life in 0..MAX_STREAMS as u128 {
-        drop(Claim::new(shared, (NodeId(9), Incarnation(life), 0), 1).ok().unwrap());
+    let life = |n: usize| (NodeId(9), Incarnation(n as u128));
+    let stream = |n, counter| Claim::stream(shared, life(n), Channel::Raft, number(counter));
+    for n in 0..MAX_LIVES {
+        drop(stream(n, 1).unwrap());
     }
-    let fresh = (NodeId(9), Incarnation(u128::MAX), 0);
+    let fresh = usize::MAX;
     // All of them ended a moment ago: forgetting one could let an older connection of it in.
-    assert!(matches!(Claim::new(shared, fresh, 1), Err(Reject::Busy)));
-    let known = (NodeId(9), Incarnation(5), 0);
-    assert!(matches!(Claim::new(shared, known, 1), Err(Reject::Stale)));
-    let held = Claim::new(shared, known, 2).ok().unwrap();
-    for stream in shared.streams().values_mut() {
-        stream.idle_since = MonoTime(0);
+    assert!(matches!(stream(fresh, 1), Err(Reject::Busy)));
+    assert!(matches!(stream(5, 1), Err(Reject::Stale)));
+    let held = stream(5, 2).unwrap();
+    // Strangers cannot keep us from the peers that we dial; for these there is a limit, too.
+    for n in 0..MAX_PEERS {
+        drop(Claim::link(shared, life(MAX_LIVES + n), 0).unwrap());
+    }
+    assert!(matches!(Claim::link(shared, life(fresh), 0), Err(Reject::Busy)));
+    for life in shared.lives().values_mut() {
+        life.idle_since = MonoTime(0);
     }
     // The clock counts from the boot; a machine that has just booted remembers a little longer.
-    if clock::mono().0 > STREAM_MEMORY.as_nanos() as u64 {
-        assert!(Claim::new(shared, fresh, 1).is_ok());
-        assert_eq!(shared.streams().len(), MAX_STREAMS);
+    if clock::mono().0 > LIFE_MEMORY.as_nanos() as u64 {
+        assert!(Claim::link(shared, life(fresh), 0).is_ok());
+        assert_eq!(shared.lives().len(), MAX_LIVES + MAX_PEERS);
     }
-    assert!(shared.streams().contains_key(&held.key), "a stream in use is never forgotten");
+    assert!(shared.lives().contains_key(&held.life()), "a life in use is never forgotten");
 }

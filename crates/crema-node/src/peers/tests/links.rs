@@ -6,11 +6,19 @@ use super::*;
 async fn all_streams_must_reach_the_named_node_in_one_life() {
     // The first connection is answered by life 0, the next by life 1, and so on: never twice the same.
     let mut one = Node::new(1, 11);
-    let (torn, mut kept) = fake_acceptor(|n| (2, u128::from(n)));
+    let (torn, mut kept) = fake_acceptor(|n| (2, u128::from(n), 0));
     tokio::spawn(async move { while kept.recv().await.is_some() {} });
     one.peers.set_address(NodeId(2), Some(torn));
     eventually("torn", || count(&one.peers.stats().dials_failed) >= 3).await;
-    let (wrong, mut kept) = fake_acceptor(|_| (3, 33));
+    // One life, but the process was restarted in between: before the second stream, or before the third.
+    for restart in [1, 2] {
+        let (torn, mut kept) = fake_acceptor(move |n| (2, 22, u64::from(n % 3 >= restart)));
+        tokio::spawn(async move { while kept.recv().await.is_some() {} });
+        let before = count(&one.peers.stats().dials_failed);
+        one.peers.set_address(NodeId(2), Some(torn));
+        eventually("torn", || count(&one.peers.stats().dials_failed) >= before + 3).await;
+    }
+    let (wrong, mut kept) = fake_acceptor(|_| (3, 33, 0));
     tokio::spawn(async move { while kept.recv().await.is_some() {} });
     one.peers.set_address(NodeId(2), Some(wrong));
     let before = count(&one.peers.stats().dials_failed);
@@ -24,7 +32,7 @@ async fn a_peer_that_falls_silent_goes_down() {
     let quick = PeerOptions { pulse_timeout: Duration::from_millis(100), ..options() };
     let mut one = Node::start(config(1, 11, quick));
     // It welcomes and keeps the connections open, but never sends a pulse.
-    let (addr, mut kept) = fake_acceptor(|_| (2, 22));
+    let (addr, mut kept) = fake_acceptor(|_| (2, 22, 0));
     one.peers.set_address(NodeId(2), Some(addr));
     one.up().await;
     let _held = (kept.recv().await, kept.recv().await, kept.recv().await);
@@ -35,7 +43,7 @@ async fn a_peer_that_falls_silent_goes_down() {
 async fn a_peer_that_takes_nothing_goes_down() {
     let quick = PeerOptions { write_timeout: Duration::from_millis(100), ..options() };
     let mut one = Node::start(config(1, 11, quick));
-    let (addr, mut kept) = fake_acceptor(|_| (2, 22));
+    let (addr, mut kept) = fake_acceptor(|_| (2, 22, 0));
     one.peers.set_address(NodeId(2), Some(addr));
     let (_, _, link) = one.up().await;
     let streams = [(); Channel::ALL.len()].map(|()| kept.try_recv().unwrap());

@@ -1,11 +1,12 @@
 //! Nodes, dialers and acceptors for the tests, which are beside this file by theme.
 
+mod boots;
 mod claims;
 mod flow;
 mod handshake;
 mod links;
 
-use super::claims::{Claim, MAX_STREAMS, STREAM_MEMORY};
+use super::claims::{Claim, ConnNumber, LIFE_MEMORY, MAX_LIVES};
 use super::dialer::jittered;
 use super::link::{Queue, QueueInner, Taken};
 use super::reader::{CHUNK_BYTES, CREDIT_BYTES, FrameBuffer, LARGE_FRAME_BYTES, SNAPSHOT_CREDIT_BYTES};
@@ -36,7 +37,7 @@ fn options() -> PeerOptions {
 }
 
 fn config(node: u64, life: u128, options: PeerOptions) -> PeersConfig {
-    PeersConfig { cluster: "test".to_owned(), node: NodeId(node), incarnation: Incarnation(life), options }
+    PeersConfig { cluster: "test".to_owned(), node: NodeId(node), incarnation: Incarnation(life), boot: 0, options }
 }
 
 fn listener() -> std::net::TcpListener {
@@ -122,7 +123,13 @@ fn count(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
-fn hello(number: u64) -> Hello<'static> {
+/// Of a process whose every start is a new life.
+fn number(counter: u64) -> ConnNumber {
+    ConnNumber { boot: 0, counter }
+}
+
+fn hello(counter: u64) -> Hello<'static> {
+    let number = number(counter);
     Hello { cluster: "test", from: NodeId(9), incarnation: Incarnation(90), to: NodeId(1), channel: 0, number }
 }
 
@@ -179,9 +186,9 @@ fn println_seed(name: &str, seed: u64) {
     println!("{name}: seed {seed}");
 }
 
-/// An acceptor by hand: answers each Hello by `answer` and returns the connections.
+/// An acceptor by hand: answers each Hello by `answer` (node, life, boot) and returns the connections.
 fn fake_acceptor(
-    answer: impl Fn(u64) -> (u64, u128) + std::marker::Send + 'static,
+    answer: impl Fn(u64) -> (u64, u128, u64) + std::marker::Send + 'static,
 ) -> (String, mpsc::Receiver<TcpStream>) {
     let listener = listener();
     listener.set_nonblocking(true).unwrap();
@@ -194,9 +201,9 @@ fn fake_acceptor(
             if read_handshake(&mut stream).await.is_err() {
                 continue;
             }
-            let (node, life) = answer(n);
+            let (node, life, boot) = answer(n);
             n += 1;
-            let welcome = Answer::Welcome { node: NodeId(node), incarnation: Incarnation(life) };
+            let welcome = Answer::Welcome { node: NodeId(node), incarnation: Incarnation(life), boot };
             let _ = stream.write_all(&handshake_bytes(&welcome)).await;
             if sender.send(stream).await.is_err() {
                 return;
