@@ -469,7 +469,7 @@ struct Conn {
 /// A standing link and whether each channel got frames in this round.
 struct Link {
     link: PeerLink,
-    unflushed: [bool; 2],
+    unflushed: [bool; Channel::ALL.len()],
 }
 
 struct Loop<E> {
@@ -594,7 +594,7 @@ impl<E: Engine> Loop<E> {
     fn peer_event(&mut self, now: Now, event: PeerEvent) {
         match event {
             PeerEvent::Up { peer, incarnation, link } => {
-                self.links.insert(peer, Link { link, unflushed: [false; 2] });
+                self.links.insert(peer, Link { link, unflushed: Default::default() });
                 self.engine.peer_up(now, peer, incarnation);
             }
             PeerEvent::Down { peer } => {
@@ -756,7 +756,7 @@ impl<E: Engine> Loop<E> {
     /// One wake-up a writer and one a connection; then the host learns what was dropped.
     fn flush(&mut self) {
         for link in self.links.values_mut() {
-            for channel in [Channel::Raft, Channel::Requests] {
+            for channel in Channel::ALL {
                 if std::mem::take(&mut link.unflushed[channel as usize]) {
                     link.link.flush(channel);
                 }
@@ -1113,7 +1113,7 @@ mod tests {
             led: Arc::default(),
             conns: HashMap::new(),
             touched: Vec::new(),
-            links: HashMap::from([(NodeId(2), Link { link: link.clone(), unflushed: [false; 2] })]),
+            links: HashMap::from([(NodeId(2), Link { link: link.clone(), unflushed: Default::default() })]),
             dropped: Vec::new(),
             effects: Effects::default(),
             log: LogLimit::default(),
@@ -1318,6 +1318,7 @@ mod tests {
             cluster: "driver test".to_owned(),
             node: NodeId(node),
             incarnation,
+            boot: 0,
             options: PeerOptions::default(),
         };
         let raft = listener.local_addr().unwrap().to_string();

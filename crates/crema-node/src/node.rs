@@ -394,6 +394,8 @@ impl Node {
             cluster: config.cluster.clone(),
             node: config.node_id,
             incarnation,
+            // The log is in memory: every start is a new life.
+            boot: 0,
             options: PeerOptions::default(),
         };
         let listener = raft.listener.into_std().map_err(|e| failed("raft_addr", &e))?;

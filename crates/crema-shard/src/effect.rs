@@ -86,7 +86,7 @@ pub struct Completion {
     pub result: ClientResult,
 }
 
-/// The streams between a pair of nodes.
+/// The streams between a pair of nodes. They do not wait for each other, and nothing orders them among each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Channel {
@@ -94,8 +94,13 @@ pub enum Channel {
     Raft = 0,
     /// Forwarded requests and their answers.
     Requests = 1,
-    /// Pieces of states on their way to replicas that are being filled.
+    /// Chunks of shards' snapshots: large, and in no hurry. The shell compresses them and limits their rate.
     Snapshot = 2,
+}
+
+impl Channel {
+    /// All of them, in the order of their codes.
+    pub const ALL: [Channel; 3] = [Channel::Raft, Channel::Requests, Channel::Snapshot];
 }
 
 /// A frame for a peer. Frames of one (peer, channel) must arrive in order or not at all.

@@ -1665,7 +1665,7 @@ mod tests {
         let mut e = Effects::default();
         h.poll(now, &mut e);
         let a = e.sends.iter().find(|s| s.channel == Channel::Requests).unwrap();
-        let answers = decode_answers(&a.frame.slice(1..)).unwrap();
+        let answers = decode_answers(&a.frame.slice(9..)).unwrap();
         assert_ne!(
             answers[0].2,
             Answer::NotLeader { leader: Some(x), term: Term(term.0 + 1) },

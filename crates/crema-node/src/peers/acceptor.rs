@@ -1,0 +1,179 @@
+//! Accepts connections, judges who they are from, and has those that may be read.
+
+use super::claims::{Claim, ConnNumber};
+use super::reader::{read_frames, send_pulses};
+use super::stats::add;
+use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, VERSION, channel_from_code, cut};
+use super::wire::{decode_handshake, handshake_bytes, read_handshake, within};
+use super::writer::StreamEnd;
+use super::{Shared, fenced, is_fenced, stopping};
+use crema_shard::Channel;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// Accepts connections until the shutdown, then ends them all.
+pub(super) async fn run_acceptor(shared: Arc<Shared>, listener: TcpListener) {
+    let places = Arc::new(Semaphore::new(shared.options.max_incoming));
+    let mut shutdown = shared.shutdown.clone();
+    let mut readers = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = stopping(&mut shutdown) => break,
+            Some(_) = readers.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, addr) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or the peer went away meanwhile. The pause keeps the first from spinning.
+                tracing::debug!(%error, "accept failed");
+                sleep(Duration::from_millis(20)).await;
+                continue;
+            }
+        };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            add(&shared.stats.over_limit, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, left_out, "too many incoming peer connections");
+            }
+            continue;
+        };
+        let shared = shared.clone();
+        readers.spawn(async move {
+            let _place = place;
+            let _counted = Counted::new(shared.clone());
+            serve_incoming(shared, stream, addr).await;
+        });
+    }
+    // Close the port first, so that nobody waits in its backlog for a process that is going away.
+    drop(listener);
+    readers.shutdown().await;
+}
+
+/// Counts a connection while it lives.
+struct Counted(Arc<Shared>);
+
+impl Counted {
+    pub(super) fn new(shared: Arc<Shared>) -> Counted {
+        shared.stats.incoming.fetch_add(1, Ordering::Relaxed);
+        Counted(shared)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.stats.incoming.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// An incoming connection from its handshake to its end.
+async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: SocketAddr) {
+    let limit = shared.options.handshake_timeout;
+    let (mut claim, channel) = match within(limit, accept_hello(&shared, &mut stream)).await {
+        Ok(Ok(accepted)) => accepted,
+        Ok(Err((reject, text))) => {
+            add(&shared.stats.handshakes_rejected, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, ?reject, text, left_out, "peer connection rejected");
+            }
+            let answer = Answer::Reject { code: reject as u8, text: cut(&text, MAX_REASON_BYTES) };
+            let _ = timeout(limit, stream.write_all(&handshake_bytes(&answer))).await;
+            return;
+        }
+        Err(error) => {
+            let counter = match error {
+                HandshakeError::TimedOut => &shared.stats.handshakes_timed_out,
+                _ => &shared.stats.garbage,
+            };
+            add(counter, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, %error, left_out, "not a peer connection");
+            }
+            return;
+        }
+    };
+    let mut fences = shared.fences.clone();
+    let mut shutdown = shared.shutdown.clone();
+    // The reader of a lower number has been told to end, and so have all streams and the link of an earlier process. Only
+    // when they are gone, with all that they would still hand to the driver, does the dialer hear Welcome and this
+    // connection get read.
+    let alone = tokio::select! {
+        biased;
+        () = stopping(&mut shutdown) => false,
+        alone = claim.wait_alone() => alone,
+    };
+    if !alone {
+        return;
+    }
+    let ((peer, incarnation), number) = (claim.life(), claim.number());
+    let welcome = Answer::Welcome { node: shared.node, incarnation: shared.incarnation, boot: shared.boot };
+    if !matches!(timeout(limit, stream.write_all(&handshake_bytes(&welcome))).await, Ok(Ok(()))) {
+        return;
+    }
+    let (mut from, to) = stream.into_split();
+    let end = tokio::select! {
+        biased;
+        () = claim.ended() => None,
+        () = fenced(&mut fences, peer, incarnation) => None,
+        () = stopping(&mut shutdown) => None,
+        () = send_pulses(&to, shared.options.pulse) => None,
+        end = read_frames(&shared, &mut from, peer, incarnation, channel) => Some(end),
+    };
+    match end {
+        Some(StreamEnd::Oversize(_)) => add(&shared.stats.oversize, 1),
+        Some(StreamEnd::Unpackable) => add(&shared.stats.unpackable, 1),
+        _ => {}
+    }
+    let why = end.map_or_else(|| "ended here".to_owned(), |e| e.to_string());
+    tracing::debug!(%peer, %incarnation, ?channel, ?number, why, "incoming stream ended");
+}
+
+/// Reads and judges a Hello. The inner error is told to the dialer.
+#[allow(clippy::type_complexity)] // one use
+async fn accept_hello(
+    shared: &Arc<Shared>,
+    stream: &mut TcpStream,
+) -> Result<Result<(Claim, Channel), (Reject, String)>, HandshakeError> {
+    stream.set_nodelay(true)?;
+    let body = match read_handshake(stream).await {
+        Err(HandshakeError::Version(theirs)) => {
+            let text = format!("this node speaks version {VERSION} of the peer protocol, not {theirs}");
+            return Ok(Err((Reject::Version, text)));
+        }
+        body => body?,
+    };
+    let hello: Hello<'_> = decode_handshake(&body)?;
+    let channel = channel_from_code(hello.channel).ok_or(HandshakeError::Garbage("unknown channel"))?;
+    let is_fenced = is_fenced(&shared.fences.borrow(), hello.from, hello.incarnation);
+    let refusal = if hello.cluster != shared.cluster {
+        Some((Reject::Cluster, format!("this is cluster {:?}, not {:?}", shared.cluster, hello.cluster)))
+    } else if hello.to != shared.node {
+        Some((Reject::Target, format!("this is node {}, not {}", shared.node, hello.to)))
+    } else if hello.from == shared.node {
+        Some((Reject::OwnId, format!("this process itself has node id {}", shared.node)))
+    } else if is_fenced {
+        Some((Reject::Fenced, format!("a newer life of node {} is registered", hello.from)))
+    } else {
+        None
+    };
+    if let Some(refusal) = refusal {
+        return Ok(Err(refusal));
+    }
+    let ConnNumber { boot, counter } = hello.number;
+    let claim = Claim::stream(shared, (hello.from, hello.incarnation), channel, hello.number);
+    Ok(claim.map(|claim| (claim, channel)).map_err(|reject| {
+        let text = match reject {
+            Reject::Stale => format!("connection {counter} of start {boot} is not the newest"),
+            _ => "too many lives".to_owned(),
+        };
+        (reject, text)
+    }))
+}

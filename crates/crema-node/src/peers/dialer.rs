@@ -1,0 +1,247 @@
+//! The peer task: dials every stream of a peer, hands the driver a link once all stand, and dials again once one breaks.
+//!
+//! ```text
+//!  no address --> dialing --> link up --> (broken, fenced, moved) --> link down --> pause --> dialing ...
+//! ```
+
+use super::claims::{Claim, ConnNumber};
+use super::link::PeerLink;
+use super::stats::add;
+use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, cut, decode_handshake, handshake_bytes};
+use super::wire::{read_handshake, within};
+use super::writer::run_writer;
+use super::{PeerEvent, Shared, fenced, is_fenced, stopping};
+use crate::clock;
+use crema_core::{Incarnation, NodeId};
+use crema_shard::Channel;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// Most addresses of one name that are tried in one attempt.
+const MAX_RESOLVED: usize = 4;
+
+/// The streams to a peer, by channel.
+type Streams = [TcpStream; Channel::ALL.len()];
+
+/// What answered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Process {
+    incarnation: Incarnation,
+    boot: u64,
+}
+
+/// Resolves, connects and shakes hands: all streams and the claim of the link, or nothing.
+async fn dial_all(shared: &Arc<Shared>, peer: NodeId, address: &str) -> Result<(Streams, Claim), HandshakeError> {
+    let limit = shared.options.handshake_timeout;
+    let resolved = within(limit, async { Ok(tokio::net::lookup_host(address).await?) }).await?;
+    let mut raft = Err(HandshakeError::NoAddress);
+    for addr in resolved.take(MAX_RESOLVED) {
+        raft = dial(shared, peer, addr, Channel::Raft).await.map(|(stream, process)| (stream, process, addr));
+        if raft.is_ok() {
+            break;
+        }
+    }
+    let (raft, process, addr) = raft?;
+    // To the same address: a name may lead to several machines.
+    let (requests, of_requests) = dial(shared, peer, addr, Channel::Requests).await?;
+    let (snapshot, of_snapshot) = dial(shared, peer, addr, Channel::Snapshot).await?;
+    if process != of_requests || process != of_snapshot {
+        return Err(HandshakeError::Torn);
+    }
+    if is_fenced(&shared.fences.borrow(), peer, process.incarnation) {
+        return Err(HandshakeError::FencedPeer);
+    }
+    let claim = Claim::link(shared, (peer, process.incarnation), process.boot);
+    let mut claim = claim.map_err(|reject| match reject {
+        Reject::Stale => HandshakeError::EarlierBoot,
+        _ => HandshakeError::Crowded,
+    })?;
+    // What an earlier process of that life has sent is with the driver before the Up of this one, or never.
+    if !within(limit, async { Ok(claim.wait_alone().await) }).await? {
+        return Err(HandshakeError::EarlierBoot);
+    }
+    Ok(([raft, requests, snapshot], claim))
+}
+
+async fn dial(
+    shared: &Shared,
+    peer: NodeId,
+    addr: SocketAddr,
+    channel: Channel,
+) -> Result<(TcpStream, Process), HandshakeError> {
+    let limit = shared.options.handshake_timeout;
+    let mut stream = within(limit, async { Ok(TcpStream::connect(addr).await?) }).await?;
+    // TCP lets a socket connect to itself when the system happens to choose the dialed port for our end. On one machine
+    // this would even keep the port from the node that wants to listen on it.
+    if stream.local_addr()? == stream.peer_addr()? {
+        return Err(HandshakeError::OwnSocket);
+    }
+    stream.set_nodelay(true)?;
+    let counter = shared.next_number.fetch_add(1, Ordering::Relaxed);
+    let hello = Hello {
+        cluster: &shared.cluster,
+        from: shared.node,
+        incarnation: shared.incarnation,
+        to: peer,
+        channel: channel as u8,
+        number: ConnNumber { boot: shared.boot, counter },
+    };
+    within(limit, async {
+        stream.write_all(&handshake_bytes(&hello)).await?;
+        let body = read_handshake(&mut stream).await?;
+        match decode_handshake(&body)? {
+            Answer::Welcome { node, .. } if node != peer => Err(HandshakeError::WrongNode(node)),
+            Answer::Welcome { incarnation, boot, .. } => Ok(Process { incarnation, boot }),
+            Answer::Reject { code, text } => Err(HandshakeError::Rejected {
+                code: Reject::from_code(code),
+                text: cut(text, MAX_REASON_BYTES).to_owned(),
+            }),
+        }
+    })
+    .await
+    .map(|process| (stream, process))
+}
+
+/// `base`, a quarter more or less, so that nodes that lost each other together do not come back in step.
+pub(super) fn jittered(base: Duration) -> Duration {
+    let random = f64::from(getrandom::u32().unwrap_or(u32::MAX / 2)) / f64::from(u32::MAX);
+    base.mul_f64(0.75 + random / 2.0)
+}
+
+/// Keeps a link to `peer` wherever its address leads, until the shutdown.
+pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: watch::Receiver<Option<String>>) {
+    let mut shutdown = shared.shutdown.clone();
+    let options = shared.options;
+    let mut backoff = options.backoff_min;
+    let mut had_link = false;
+    loop {
+        let target = address.borrow_and_update().clone();
+        let Some(target) = target else {
+            tokio::select! {
+                () = stopping(&mut shutdown) => return,
+                changed = address.changed() => if changed.is_err() { return },
+            }
+            continue;
+        };
+        let dialed = tokio::select! {
+            biased;
+            () = stopping(&mut shutdown) => return,
+            changed = address.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                backoff = options.backoff_min;
+                continue;
+            }
+            dialed = dial_all(&shared, peer, &target) => dialed,
+        };
+        match dialed {
+            Ok((streams, claim)) => {
+                add(&shared.stats.links_up, 1);
+                if had_link {
+                    add(&shared.stats.reconnects, 1);
+                }
+                had_link = true;
+                let since = clock::mono();
+                let again = run_link(&shared, claim, streams, &mut address).await;
+                if !again {
+                    return;
+                }
+                if clock::mono().since(since) >= options.backoff_max {
+                    backoff = options.backoff_min;
+                }
+            }
+            Err(error) => {
+                add(&shared.stats.dials_failed, 1);
+                let fenced = matches!(error, HandshakeError::Rejected { code: Some(Reject::Fenced), .. });
+                if let HandshakeError::Rejected { .. } | HandshakeError::WrongNode(_) | HandshakeError::Version(_) =
+                    error
+                {
+                    if let Some(left_out) = shared.dial_log.allow() {
+                        tracing::warn!(%peer, address = ?target, %error, left_out, "peer refused");
+                    }
+                } else {
+                    tracing::debug!(%peer, address = ?target, %error, "peer not reached");
+                }
+                if fenced && shared.push(vec![PeerEvent::Fenced { by: peer }].into()).await.is_err() {
+                    return;
+                }
+            }
+        }
+        let pause = jittered(backoff);
+        backoff = (backoff * 2).min(options.backoff_max);
+        tokio::select! {
+            biased;
+            () = stopping(&mut shutdown) => return,
+            changed = address.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                backoff = options.backoff_min;
+            }
+            () = sleep(pause) => {}
+        }
+    }
+}
+
+/// One link from Up to Down. Returns whether to dial again.
+async fn run_link(
+    shared: &Arc<Shared>,
+    mut claim: Claim,
+    streams: Streams,
+    address: &mut watch::Receiver<Option<String>>,
+) -> bool {
+    let (peer, incarnation) = claim.life();
+    let boot = claim.number().boot;
+    let mut shutdown = shared.shutdown.clone();
+    let mut fences = shared.fences.clone();
+    let link = PeerLink::new(peer, incarnation, &shared.options, shared.stats.clone());
+    // Whoever holds a clone of the link learns of its end, even if this task is aborted.
+    let _closer = CloseOnDrop(link.clone());
+    let mut writers = JoinSet::new();
+    for (channel, stream) in Channel::ALL.into_iter().zip(streams) {
+        writers.spawn(run_writer(stream, link.clone(), channel, shared.pace.clone(), shared.options));
+    }
+    if shared.push(vec![PeerEvent::Up { peer, incarnation, link: link.clone() }].into()).await.is_err() {
+        return false;
+    }
+    tracing::info!(%peer, %incarnation, boot, "link up");
+    let why = tokio::select! {
+        biased;
+        () = stopping(&mut shutdown) => {
+            link.drain();
+            let all = async { while writers.join_next().await.is_some() {} };
+            let _ = timeout(shared.options.flush_timeout, all).await;
+            return false;
+        }
+        _ = address.changed() => "its address changed".to_owned(),
+        () = fenced(&mut fences, peer, incarnation) => "it is fenced".to_owned(),
+        () = claim.ended() => "a later start of its life has connected".to_owned(),
+        end = writers.join_next() => match end {
+            Some(Ok(end)) => end.to_string(),
+            Some(Err(panic)) => panic.to_string(),
+            None => "no writer".to_owned(),
+        },
+    };
+    link.close();
+    // All connections are closed before the next are dialed.
+    writers.shutdown().await;
+    tracing::info!(%peer, %incarnation, boot, why, "link down");
+    // The claim ends after this: no frame of a later process comes before it.
+    shared.push(vec![PeerEvent::Down { peer }].into()).await.is_ok()
+}
+
+struct CloseOnDrop(PeerLink);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
