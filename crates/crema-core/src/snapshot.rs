@@ -349,7 +349,7 @@ mod tests {
     use crate::reply::{Outcome, Reply};
     use crate::slot::Slot;
     use crate::state_machine::{Applied, ShardInit};
-    use crate::store::{RECORD_OVERHEAD, SCAN_SLOT_SHIFT, ScanQuery};
+    use crate::store::{SCAN_SLOT_SHIFT, ScanQuery, record_bytes};
     use std::collections::BTreeMap;
     use std::sync::Arc;
 
@@ -619,7 +619,7 @@ mod tests {
             r.set(0, &name(i), b"after.", SetExpire::Clear);
             r.set(0, &name(i), b"again.", SetExpire::Clear);
         }
-        let old: u64 = (0..5000).map(|i| name(i).len() as u64 + 6 + RECORD_OVERHEAD).sum();
+        let old: u64 = (0..5000).map(|i| record_bytes(name(i).len(), 6, false)).sum();
         assert_eq!(r.m.snapshot_pending_bytes() - sessions, old, "once each, however often it is written");
         // A whole table may be overwritten: what is left to walk is passed over, in bounded steps.
         let mut steps = 0;
