@@ -22,6 +22,7 @@
 use crate::codec::{put, take};
 use crate::error::CorruptSnapshot;
 use crate::ids::{Epoch, LogIndex};
+use crate::limits::MemoryLimits;
 use crate::session::Sessions;
 use crate::slot::{SLOT_COUNT, SlotRange};
 use crate::state_machine::{DIGESTS_KEPT, StateMachine};
@@ -66,6 +67,7 @@ pub(crate) struct Head {
     pub(crate) applied: LogIndex,
     pub(crate) digests: Vec<(LogIndex, u64)>,
     pub(crate) checked: LogIndex,
+    pub(crate) limits: MemoryLimits,
     pub(crate) sessions: u64,
     pub(crate) keys: u64,
     pub(crate) bytes: u64,
@@ -345,6 +347,7 @@ mod tests {
     use crate::codec::{EntryBuilder, encode_advance, encode_check_digest, encode_open_session, encode_ops};
     use crate::ids::Incarnation;
     use crate::key::KeyRef;
+    use crate::limits::LimitPolicy;
     use crate::op::{ExpireAt, ExpireCond, Op, SetCond, SetExpire};
     use crate::reply::{Outcome, Reply};
     use crate::slot::Slot;
@@ -785,6 +788,7 @@ mod tests {
             applied: empty.applied(),
             digests: Vec::new(),
             checked: LogIndex(0),
+            limits: MemoryLimits::default(),
             sessions: 0,
             keys: u64::MAX,
             bytes: 0,
@@ -836,6 +840,8 @@ mod tests {
             (|h| h.digest ^= 1, 2),
             (|h| h.log_time = LogTime(1), 2),
             (|h| h.epoch = Epoch(2), 2),
+            (|h| h.limits.max_bytes = 2, 2),
+            (|h| h.limits.policy = LimitPolicy::Refuse, 2),
             (|h| h.range = SlotRange { start: 5, end: 4 }, 0),
             (|h| h.range = SlotRange { start: 0, end: SLOT_COUNT + 1 }, 0),
             (|h| h.digests = (0..9).map(|i| (LogIndex(i), 0)).collect(), 0),
