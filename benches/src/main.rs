@@ -1,9 +1,10 @@
-//! Benchmarks of Crema, from the outside: real processes, real sockets.
+//! Benchmarks of Crema: from the outside, real processes and real sockets; and of the state machine alone.
 //!
 //! ```text
 //!   shards    crema dev --shards N  <--RESP over loopback-- clients     requests a second, percentiles per N
 //!   reads     crema dev --reads lease | read_index, redis-server     GET: throughput, latency, ratios, in turn
 //!   failover  crema start × 3       <--writers, kill -9---- survivors   longest pause, failed requests, lost writes
+//!   memory    a state machine in this process                         resident and accounted bytes per key
 //! ```
 //!
 //! Run with `--release`; the harness builds `crema` in the profile of this program.
@@ -12,7 +13,9 @@
 
 mod dev;
 mod failover;
+mod fill;
 mod load;
+mod memory;
 mod reads;
 mod replies;
 mod shards;
@@ -20,6 +23,10 @@ mod stats;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
+
+/// As the binary: what a key takes depends on it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Benchmarks of Crema. Build with --release.
 #[derive(Parser)]
@@ -37,6 +44,8 @@ enum Bench {
     Reads(reads::Args),
     /// The pause that the end of a node causes at the other gateways, a fresh cluster each time.
     Failover(failover::Args),
+    /// Resident bytes per key of one state machine, against what it accounts.
+    Memory(memory::Args),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +57,7 @@ fn main() -> ExitCode {
         Bench::Shards(args) => shards::run(args),
         Bench::Reads(args) => reads::run(args),
         Bench::Failover(args) => failover::run(args),
+        Bench::Memory(args) => memory::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -16,18 +16,21 @@
 //! | 1 open session | gateway's incarnation |
 //! | 2 advance | – |
 //! | 3 check digest | index, digest |
+//! | 4 set limits | limits |
+//! | 5 remove | expired only (a byte, 0 or 1), then ten bytes a victim: slot, hash (little-endian) |
 
 use crate::error::{CodecError, OpError};
 use crate::glob::MAX_PATTERN_BYTES;
 use crate::ids::{Incarnation, LogIndex};
 use crate::key::KeyRef;
 use crate::limits::{
-    DATABASES, MAX_KEY_BYTES, MAX_OPS_PER_REQUEST, MAX_REQUEST_BYTES, MAX_SCAN_COUNT, MAX_VALUE_BYTES,
+    DATABASES, MAX_KEY_BYTES, MAX_OPS_PER_REQUEST, MAX_REQUEST_BYTES, MAX_SCAN_COUNT, MAX_VALUE_BYTES, MAX_VICTIMS,
+    MemoryLimits,
 };
 use crate::op::{Op, SetExpire};
 use crate::reply::{Outcome, Reply, ValueType};
 use crate::session::SessionTag;
-use crate::slot::slot_of;
+use crate::slot::{SLOT_COUNT, Slot, slot_of};
 use crate::time::LogTime;
 use bytes::Bytes;
 use postcard::ser_flavors::Flavor;
@@ -43,6 +46,10 @@ const KIND_BATCH: u8 = 0;
 const KIND_OPEN_SESSION: u8 = 1;
 const KIND_ADVANCE: u8 = 2;
 const KIND_CHECK_DIGEST: u8 = 3;
+const KIND_SET_LIMITS: u8 = 4;
+const KIND_REMOVE: u8 = 5;
+/// Bytes of a victim in an entry.
+const VICTIM_BYTES: usize = 10;
 
 /// Bytes of an operation besides its key, value and pattern: codes, lengths and numbers, each at its longest.
 const OP_OVERHEAD: usize = 48;
@@ -341,6 +348,45 @@ pub fn encode_check_digest(stamp: LogTime, index: LogIndex, digest: u64) -> Byte
     Bytes::from(out)
 }
 
+/// An entry that sets how much memory the shard may use.
+pub fn encode_set_limits(stamp: LogTime, limits: MemoryLimits) -> Bytes {
+    let mut out = entry_head(stamp, 0, KIND_SET_LIMITS);
+    put(&mut out, &limits);
+    Bytes::from(out)
+}
+
+/// An entry that removes records; with `expired_only`, those that have expired by its log time.
+///
+/// # Errors
+/// [`CodecError::TooLarge`] for more than [`MAX_VICTIMS`]; [`CodecError::Malformed`] for a slot that does not exist.
+pub fn encode_remove(stamp: LogTime, victims: &[Victim], expired_only: bool) -> Result<Bytes, CodecError> {
+    let mut out = entry_head(stamp, 0, KIND_REMOVE);
+    out.reserve_exact(1 + victims.len() * VICTIM_BYTES);
+    let head = out.len();
+    out.push(u8::from(expired_only));
+    for v in victims {
+        out.extend_from_slice(&v.slot.0.to_le_bytes());
+        out.extend_from_slice(&v.hash.to_le_bytes());
+    }
+    take_victims(&out[head..])?;
+    Ok(Bytes::from(out))
+}
+
+fn take_victims(body: &[u8]) -> Result<(Victims<'_>, bool), CodecError> {
+    let ([flag @ (0 | 1)], rest) = body.split_first_chunk::<1>().ok_or(CodecError::Malformed)? else {
+        return Err(CodecError::Malformed);
+    };
+    if rest.len() > MAX_VICTIMS * VICTIM_BYTES {
+        return Err(CodecError::TooLarge);
+    }
+    let (victims, []) = rest.as_chunks() else { return Err(CodecError::Malformed) };
+    let victims = Victims(victims);
+    if victims.iter().any(|v| v.slot.0 >= SLOT_COUNT) {
+        return Err(CodecError::Malformed);
+    }
+    Ok((victims, *flag == 1))
+}
+
 /// A decoded entry; borrows its payload. Everything in it has been checked.
 #[derive(Clone, Copy, Debug)]
 pub struct EntryView<'a> {
@@ -371,6 +417,48 @@ pub enum EntryBody<'a> {
         /// The digest of a right state that has applied exactly up to there.
         digest: u64,
     },
+    /// Sets how much memory the shard may use.
+    SetLimits(MemoryLimits),
+    /// Removes records.
+    Remove {
+        /// Which.
+        victims: Victims<'a>,
+        /// Only those that have expired by log time.
+        expired_only: bool,
+    },
+}
+
+/// Names a record that shall be removed: all records of this slot and hash, which is one but for a freak of hashing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Victim {
+    /// The slot.
+    pub slot: Slot,
+    /// Hash of database and key, seeded with the founding secret.
+    pub hash: u64,
+}
+
+/// The victims of an entry, at most [`MAX_VICTIMS`].
+#[derive(Clone, Copy, Debug)]
+pub struct Victims<'a>(&'a [[u8; VICTIM_BYTES]]);
+
+impl<'a> Victims<'a> {
+    /// The victims, in order. Allocates nothing.
+    pub fn iter(&self) -> impl Iterator<Item = Victim> + use<'a> {
+        self.0.iter().map(|[a, b, hash @ ..]| Victim {
+            slot: Slot(u16::from_le_bytes([*a, *b])),
+            hash: u64::from_le_bytes(*hash),
+        })
+    }
+
+    /// Number of victims.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// The requests of a batch entry.
@@ -430,6 +518,12 @@ pub fn decode_entry(bytes: &[u8]) -> Result<EntryView<'_>, CodecError> {
         KIND_CHECK_DIGEST => {
             let (index, digest) = take(&mut rest)?;
             EntryBody::CheckDigest { index, digest }
+        }
+        KIND_SET_LIMITS => EntryBody::SetLimits(take(&mut rest)?),
+        KIND_REMOVE => {
+            let (victims, expired_only) = take_victims(rest)?;
+            rest = &[];
+            EntryBody::Remove { victims, expired_only }
         }
         _ => return Err(CodecError::Malformed),
     };
@@ -556,8 +650,8 @@ pub(crate) mod tests {
     use super::*;
     use crate::error::OpError;
     use crate::ids::{Epoch, Seq, SessionId};
+    use crate::limits::LimitPolicy;
     use crate::op::{ExpireAt, ExpireCond, SetCond, f64Bits};
-    use crate::slot::Slot;
     use crate::time::WallTime;
     use proptest::prelude::*;
 
@@ -597,6 +691,12 @@ pub(crate) mod tests {
         ]
     }
 
+    const LIMITS: MemoryLimits = MemoryLimits { max_bytes: 1 << 40, policy: LimitPolicy::Refuse };
+
+    fn victims(count: u64) -> Vec<Victim> {
+        (0..count).map(|i| Victim { slot: Slot((SLOT_COUNT - 1) - i as u16), hash: u64::MAX - i }).collect()
+    }
+
     fn batch() -> Bytes {
         let mut b = EntryBuilder::new(LogTime(1_700_000_000_000), -12_345);
         assert!(b.is_empty());
@@ -616,6 +716,7 @@ pub(crate) mod tests {
             encode_advance(LogTime(300)),
             encode_check_digest(LogTime(300), LogIndex(1024), u64::MAX),
             EntryBuilder::new(LogTime(0), i64::MIN).finish(),
+            encode_set_limits(LogTime(300), LIMITS),
         ]
     }
 
@@ -666,6 +767,19 @@ pub(crate) mod tests {
         };
         assert_eq!((index, digest), (LogIndex(1024), u64::MAX));
         assert!(matches!(decode_entry(&entries[4]).unwrap().body, EntryBody::Batch(r) if r.is_empty()));
+        assert!(matches!(decode_entry(&entries[5]).unwrap().body, EntryBody::SetLimits(LIMITS)));
+        for (count, flag) in [(0, true), (1, false), (MAX_VICTIMS as u64, true)] {
+            let entry = encode_remove(LogTime(300), &victims(count), flag).unwrap();
+            let EntryBody::Remove { victims: found, expired_only } = decode_entry(&entry).unwrap().body else {
+                panic!("victims")
+            };
+            assert_eq!((found.len() as u64, found.is_empty(), expired_only), (count, count == 0, flag));
+            assert_eq!(found.iter().collect::<Vec<_>>(), victims(count));
+        }
+        let most = MAX_VICTIMS as u64 + 1;
+        assert_eq!(encode_remove(LogTime(300), &victims(most), true).unwrap_err(), CodecError::TooLarge);
+        let foreign = [Victim { slot: Slot(SLOT_COUNT), hash: 0 }];
+        assert_eq!(encode_remove(LogTime(300), &foreign, true).unwrap_err(), CodecError::Malformed);
     }
 
     #[test]
@@ -675,6 +789,13 @@ pub(crate) mod tests {
                 assert!(decode_entry(&entry[..end]).is_err(), "cut to {end} of {}", entry.len());
             }
             assert!(decode_entry(&[&entry[..], &[0]].concat()).is_err());
+        }
+        let entry = encode_remove(LogTime(300), &victims(3), true).unwrap();
+        let head = entry.len() - 3 * VICTIM_BYTES;
+        for end in 0..entry.len() {
+            // Fewer victims are an entry too.
+            let whole = end >= head && (end - head).is_multiple_of(VICTIM_BYTES);
+            assert_eq!(decode_entry(&entry[..end]).is_ok(), whole, "cut to {end} of {}", entry.len());
         }
     }
 
@@ -847,11 +968,12 @@ pub(crate) mod tests {
 
         #[test]
         fn no_mutation_of_good_bytes_makes_a_decoder_panic(
-            which in 0usize..21,
+            which in 0usize..23,
             changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..3), 1..6),
         ) {
             let mut good = entries();
             good.push(encode_ops(&all_ops()).unwrap());
+            good.push(encode_remove(LogTime(300), &victims(3), true).unwrap());
             good.extend(outcomes().iter().map(|o| {
                 let mut b = Vec::new();
                 encode_outcome(o, &mut b);

@@ -34,6 +34,9 @@ pub enum OpError {
     /// The replies of the request together would be larger than one answer may be. Ask for fewer or smaller values at once.
     #[error("the reply would be too large: ask for fewer values at once")]
     ReplyTooLarge,
+    /// The shard's memory is full, and this would take more. Delete something, or raise the limit.
+    #[error("command not allowed when used memory > 'maxmemory'.")]
+    OutOfMemory,
 }
 
 /// Bytes that do not decode. From a client: refuse the request. From a peer: drop the connection.

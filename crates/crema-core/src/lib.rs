@@ -32,11 +32,13 @@ mod tests;
 
 pub use cell::{ReadCell, Seen};
 pub use codec::{
-    EntryBuilder, EntryView, OpsRef, decode_entry, encode_advance, encode_check_digest, encode_open_session, encode_ops,
+    EntryBuilder, EntryView, OpsRef, Victim, Victims, decode_entry, encode_advance, encode_check_digest,
+    encode_open_session, encode_ops, encode_remove, encode_set_limits,
 };
 pub use error::{CodecError, CorruptEntry, CorruptSnapshot, OpError};
 pub use ids::{ClusterUuid, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, Seq, SessionId, ShardId, Term};
 pub use key::KeyRef;
+pub use limits::{LimitPolicy, MemoryLimits};
 pub use op::{ExpireCond, Op, SetCond, SetExpire};
 pub use published::{Found, Published};
 pub use reply::{Outcome, Reply};

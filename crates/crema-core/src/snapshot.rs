@@ -22,6 +22,7 @@
 use crate::codec::{put, take};
 use crate::error::CorruptSnapshot;
 use crate::ids::{Epoch, LogIndex};
+use crate::limits::MemoryLimits;
 use crate::session::Sessions;
 use crate::slot::{SLOT_COUNT, SlotRange};
 use crate::state_machine::{DIGESTS_KEPT, StateMachine};
@@ -66,6 +67,7 @@ pub(crate) struct Head {
     pub(crate) applied: LogIndex,
     pub(crate) digests: Vec<(LogIndex, u64)>,
     pub(crate) checked: LogIndex,
+    pub(crate) limits: MemoryLimits,
     pub(crate) sessions: u64,
     pub(crate) keys: u64,
     pub(crate) bytes: u64,
@@ -345,11 +347,12 @@ mod tests {
     use crate::codec::{EntryBuilder, encode_advance, encode_check_digest, encode_open_session, encode_ops};
     use crate::ids::Incarnation;
     use crate::key::KeyRef;
+    use crate::limits::LimitPolicy;
     use crate::op::{ExpireAt, ExpireCond, Op, SetCond, SetExpire};
     use crate::reply::{Outcome, Reply};
     use crate::slot::Slot;
     use crate::state_machine::{Applied, ShardInit};
-    use crate::store::{RECORD_OVERHEAD, SCAN_SLOT_SHIFT, ScanQuery};
+    use crate::store::{SCAN_SLOT_SHIFT, ScanQuery, record_bytes};
     use std::collections::BTreeMap;
     use std::sync::Arc;
 
@@ -619,7 +622,7 @@ mod tests {
             r.set(0, &name(i), b"after.", SetExpire::Clear);
             r.set(0, &name(i), b"again.", SetExpire::Clear);
         }
-        let old: u64 = (0..5000).map(|i| name(i).len() as u64 + 6 + RECORD_OVERHEAD).sum();
+        let old: u64 = (0..5000).map(|i| record_bytes(name(i).len(), 6, false)).sum();
         assert_eq!(r.m.snapshot_pending_bytes() - sessions, old, "once each, however often it is written");
         // A whole table may be overwritten: what is left to walk is passed over, in bounded steps.
         let mut steps = 0;
@@ -785,6 +788,7 @@ mod tests {
             applied: empty.applied(),
             digests: Vec::new(),
             checked: LogIndex(0),
+            limits: MemoryLimits::default(),
             sessions: 0,
             keys: u64::MAX,
             bytes: 0,
@@ -836,6 +840,8 @@ mod tests {
             (|h| h.digest ^= 1, 2),
             (|h| h.log_time = LogTime(1), 2),
             (|h| h.epoch = Epoch(2), 2),
+            (|h| h.limits.max_bytes = 2, 2),
+            (|h| h.limits.policy = LimitPolicy::Refuse, 2),
             (|h| h.range = SlotRange { start: 5, end: 4 }, 0),
             (|h| h.range = SlotRange { start: 0, end: SLOT_COUNT + 1 }, 0),
             (|h| h.digests = (0..9).map(|i| (LogIndex(i), 0)).collect(), 0),

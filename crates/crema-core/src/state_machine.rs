@@ -10,11 +10,11 @@
 //! A key whose expiry is at or before log time is absent, whether its record is still there or not; the next write to the
 //! key removes it. So nobody has to watch the clock, and a key that is expired for one reader is so for all later ones.
 
-use crate::codec::{EntryBody, OpsRef, decode_entry};
+use crate::codec::{EntryBody, OpsRef, Victim, decode_entry};
 use crate::error::{CorruptEntry, OpError};
 use crate::ids::{Epoch, LogIndex};
 use crate::key::KeyRef;
-use crate::limits::{MAX_REQUEST_BYTES, MAX_VALUE_BYTES};
+use crate::limits::{MAX_REQUEST_BYTES, MAX_VALUE_BYTES, MemoryLimits};
 use crate::mutant::{self, Mutant, planted};
 use crate::op::{ExpireAt, ExpireCond, Op, SetCond, SetExpire};
 use crate::published::Published;
@@ -22,7 +22,7 @@ use crate::reply::{Outcome, Reply, ValueType};
 use crate::session::{Sessions, Verdict};
 use crate::slot::{Slot, SlotRange};
 use crate::snapshot::{Head, Snapshot, SnapshotStep};
-use crate::store::{Edit, Entry, SCAN_BYTES, ScanQuery, Table, TableWriter};
+use crate::store::{Edit, Entry, SCAN_BYTES, ScanQuery, Table, TableWriter, record_bytes};
 use crate::time::LogTime;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -75,6 +75,15 @@ pub enum ReadResult {
     NeedsAdvance,
 }
 
+/// Records that removing entries have removed on this replica since it was created or installed; not replicated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// By entries that remove what has expired.
+    pub expired: u64,
+    /// By entries that make room.
+    pub evicted: u64,
+}
+
 /// The state of one shard.
 #[derive(Debug)]
 pub struct StateMachine {
@@ -88,6 +97,8 @@ pub struct StateMachine {
     digests: VecDeque<(LogIndex, u64)>,
     /// The newest index that an applied entry compared.
     checked: LogIndex,
+    limits: MemoryLimits,
+    removed: Removed,
     /// The snapshot that is being taken.
     snapshot: Option<Snapshot>,
 }
@@ -144,6 +155,8 @@ impl StateMachine {
             applied: init.applied,
             digests: VecDeque::with_capacity(DIGESTS_KEPT),
             checked: LogIndex(0),
+            limits: MemoryLimits::default(),
+            removed: Removed::default(),
             snapshot: None,
         }
     }
@@ -195,6 +208,15 @@ impl StateMachine {
                     if own.is_some_and(|(_, d)| *d != digest) {
                         result.digest_mismatch = Some(at);
                     }
+                }
+                EntryBody::SetLimits(limits) => self.limits = limits,
+                EntryBody::Remove { victims, expired_only } => {
+                    let now = self.log_time.0;
+                    let expired = |e: Entry<'_>| e.expire_at != 0 && e.expire_at <= now;
+                    let count: u64 =
+                        victims.iter().map(|v| self.table.remove(v, |e| !expired_only || expired(e))).sum();
+                    let total = if expired_only { &mut self.removed.expired } else { &mut self.removed.evicted };
+                    *total += count;
                 }
             }
         }
@@ -361,13 +383,19 @@ impl StateMachine {
         })
     }
 
-    /// As [`StateMachine::edit`], for operations that may fail; one that does leaves the key as it is.
+    /// As [`StateMachine::edit`], for operations that may fail; one that does leaves the key as it is. One that would take
+    /// more memory than there is fails; one that takes none never does for that reason.
     fn try_edit<'v>(
         &mut self,
         key: KeyRef<'_>,
         decide: impl FnOnce(Option<Entry<'_>>) -> Result<(Reply, Edit<'v>), OpError>,
     ) -> Result<Reply, OpError> {
+        let (most, each) = (self.limits.most(), self.limits.bytes_per_key());
+        let room = if most == u64::MAX { most } else { most.saturating_sub(self.used()) };
         self.edit(key, |entry| match decide(entry) {
+            Ok((_, edit)) if room < u64::MAX && growth(key, entry, edit, each) > room => {
+                (Err(OpError::OutOfMemory), Edit::Keep)
+            }
             Ok((reply, edit)) => (Ok(reply), edit),
             Err(e) => (Err(e), Edit::Keep),
         })
@@ -557,6 +585,7 @@ impl StateMachine {
             applied: self.applied,
             digests: self.digests.iter().copied().collect(),
             checked: self.checked,
+            limits: self.limits,
             sessions: self.sessions.len() as u64,
             keys: table.keys(),
             bytes: table.bytes(),
@@ -621,6 +650,8 @@ impl StateMachine {
             applied: head.applied,
             digests: head.digests.into(),
             checked: head.checked,
+            limits: head.limits,
+            removed: Removed::default(),
             snapshot: None,
         }
     }
@@ -662,11 +693,13 @@ impl StateMachine {
         self.log_time
     }
 
-    /// Digest of the whole state: records, sessions, log time and epoch. Equal on all replicas that have applied the same
+    /// Digest of the whole state: records, sessions, log time, epoch and limits. Equal on all replicas that have applied the same
     /// entries. Takes time with the number of sessions, not of keys.
     pub fn digest(&self) -> u64 {
-        let parts = [self.table().digest(), self.sessions.digest(), self.log_time.0, self.epoch.0];
-        let mut bytes = [0u8; 32];
+        let MemoryLimits { max_bytes, policy } = self.limits;
+        let parts =
+            [self.table().digest(), self.sessions.digest(), self.log_time.0, self.epoch.0, max_bytes, policy as u64];
+        let mut bytes = [0u8; 48];
         for (i, part) in parts.into_iter().enumerate() {
             bytes[i * 8..i * 8 + 8].copy_from_slice(&part.to_le_bytes());
         }
@@ -683,6 +716,39 @@ impl StateMachine {
         self.table().bytes()
     }
 
+    /// Bytes that count against [`MemoryLimits::max_bytes`]: [`StateMachine::bytes`], and what choosing victims takes where
+    /// that is done. Neither sessions nor a snapshot that is being taken. Equal on all replicas.
+    pub fn used(&self) -> u64 {
+        self.bytes() + self.keys() * self.limits.bytes_per_key()
+    }
+
+    /// How much memory may be used.
+    pub fn limits(&self) -> MemoryLimits {
+        self.limits
+    }
+
+    /// What has been removed by entries that remove.
+    pub fn removed(&self) -> Removed {
+        self.removed
+    }
+
+    /// Looks for records that have expired by `estimate`, the leader's log time now, and returns at most `max_records` of
+    /// them, for an entry that removes them ([`crate::encode_remove`]). Nothing changes; until that entry is applied the
+    /// same ones may be found again.
+    ///
+    /// Goes round the shard, on from where the last call stopped, past segments in which nothing can have expired. One call
+    /// looks at some ten thousand records at most; there may be more to find as long as
+    /// [`StateMachine::next_expiry_hint`] is not after `estimate`.
+    pub fn expired(&mut self, estimate: LogTime, max_records: usize) -> Vec<Victim> {
+        self.table.expired(estimate.0, max_records)
+    }
+
+    /// No record expires before; `None` if none expires at all. A lower bound: it rises with a round of
+    /// [`StateMachine::expired`].
+    pub fn next_expiry_hint(&self) -> Option<LogTime> {
+        Some(self.table().earliest_expiry()).filter(|at| *at != u64::MAX).map(LogTime)
+    }
+
     /// Number of open sessions.
     pub fn sessions(&self) -> usize {
         self.sessions.len()
@@ -692,6 +758,19 @@ impl StateMachine {
     pub fn digest_to_check(&self) -> Option<(LogIndex, u64)> {
         self.digests.back().copied().filter(|(i, _)| *i > self.checked)
     }
+}
+
+/// Accounted bytes by which an edit that writes a value grows a key. The others do not count: they free memory, or take
+/// only what an expiry does.
+fn growth(key: KeyRef<'_>, old: Option<Entry<'_>>, edit: Edit<'_>, each: u64) -> u64 {
+    let bytes = |len, expire_at| record_bytes(key.bytes.len(), len, expire_at != 0) + each;
+    let before = old.map_or(0, |e| bytes(e.value.len(), e.expire_at));
+    let after = match edit {
+        Edit::Put { value, expire_at } => bytes(value.len(), expire_at),
+        Edit::Append(tail) => old.map_or(bytes(tail.len(), 0), |e| bytes(e.value.len() + tail.len(), e.expire_at)),
+        Edit::Keep | Edit::Delete | Edit::Expiry(_) => 0,
+    };
+    after.saturating_sub(before)
 }
 
 /// The slot of the first operation that has one; the kept outcome moves with it.
@@ -741,8 +820,12 @@ fn format_float(value: f64) -> String {
 mod tests {
     use super::*;
     use crate::codec::tests::{key, tag};
-    use crate::codec::{EntryBuilder, encode_advance, encode_check_digest, encode_open_session, encode_ops};
+    use crate::codec::{
+        EntryBuilder, encode_advance, encode_check_digest, encode_open_session, encode_ops, encode_remove,
+        encode_set_limits,
+    };
     use crate::ids::Incarnation;
+    use crate::limits::{EVICTION_BYTES_PER_KEY, LimitPolicy};
     use crate::op::f64Bits;
     use crate::slot::{SLOT_COUNT, slot_of};
     use crate::store::SCAN_SLOT_SHIFT;
@@ -1040,6 +1123,215 @@ mod tests {
         assert_eq!(r.op(expire(b"absent", ExpireAt::After(i64::MAX))), Reply::Error(OpError::InvalidExpire));
         r.wall_offset = -1;
         assert_eq!(r.op(expire(b"absent", ExpireAt::At(i64::MAX))), Reply::Error(OpError::InvalidExpire));
+    }
+
+    fn limits(r: &mut Rig, max_bytes: u64, policy: LimitPolicy) {
+        let limits = MemoryLimits { max_bytes, policy };
+        let digest = r.m.digest();
+        assert_eq!(r.next(&encode_set_limits(LogTime(T), limits)), Applied::default());
+        assert_eq!(r.m.limits(), limits);
+        assert_ne!(r.m.digest(), digest, "replicas that disagree in it are told apart");
+    }
+
+    #[test]
+    fn a_full_shard_refuses_what_takes_memory_and_nothing_else() {
+        let mut r = Rig::new();
+        let k = key(b"k");
+        let set = |value| Op::Set { key: k, value, cond: SetCond::Always, expire: CLEAR, get: false };
+        r.set(b"k", &[b'1'; 15], SetExpire::After(1000));
+        r.set(b"f", b"1", CLEAR);
+        let bytes = r.m.bytes();
+        limits(&mut r, bytes, LimitPolicy::Refuse);
+        assert_eq!(r.m.used(), r.m.bytes());
+        let full = Reply::Error(OpError::OutOfMemory);
+        let table = r.m.table().digest();
+        for op in [
+            set(&[0; 60]),
+            Op::Append { key: k, value: &[0; 60] },
+            Op::Append { key: key(b"new"), value: b"" },
+            Op::IncrBy { key: key(b"new"), by: 1 },
+            Op::IncrByFloat { key: key(b"new"), by: f64Bits::from(1.0) },
+            // 52 digits and more.
+            Op::IncrByFloat { key: key(b"f"), by: f64Bits::from(1e60) },
+        ] {
+            assert_eq!(r.op(op), full, "{op:?}");
+            assert_eq!(r.m.table().digest(), table, "{op:?}: nothing has changed");
+        }
+        // In a transaction each for itself.
+        let reply =
+            r.request_at(0, &[Op::GetDel { key: key(b"f") }, set(&[0; 16]), Op::Append { key: k, value: &[0; 300] }]);
+        assert_eq!(reply, Reply::Array(vec![bulk(b"1"), Reply::Ok, full.clone()]));
+        limits(&mut r, 1, LimitPolicy::Refuse);
+        for op in [
+            set(&[b'1'; 15]),
+            Op::IncrBy { key: k, by: 1 },
+            Op::Append { key: k, value: b"" },
+            Op::Expire { key: k, at: ExpireAt::After(50), cond: ExpireCond::Always },
+            Op::GetEx { key: k, expire: SetExpire::After(9) },
+            Op::Persist { key: k },
+            Op::Set { key: key(b"new"), value: b"", cond: SetCond::IfPresent, expire: CLEAR, get: false },
+            Op::Del { key: k },
+            Op::Flush { db: None },
+        ] {
+            let reply = r.op(op);
+            assert!(!matches!(reply, Reply::Error(_)), "{op:?}: {reply:?}");
+        }
+        assert_eq!(r.op(set(b"v")), full);
+        limits(&mut r, 0, LimitPolicy::Refuse);
+        assert_eq!(r.op(set(b"v")), Reply::Ok);
+    }
+
+    #[test]
+    fn eviction_has_a_little_room_beyond_the_limit() {
+        let mut r = Rig::new();
+        limits(&mut r, 64_000, LimitPolicy::Evict);
+        let each = record_bytes(7, 10, false) + EVICTION_BYTES_PER_KEY;
+        let mut stored = 0;
+        while r.at(0, Op::Append { key: key(format!("key{stored:04}").as_bytes()), value: &[0; 10] }) == Reply::Int(10)
+        {
+            stored += 1;
+            assert_eq!(r.m.used(), each * stored);
+        }
+        assert_eq!(stored, 65_000 / each);
+        limits(&mut r, u64::MAX, LimitPolicy::Evict);
+        r.set(b"k", b"v", CLEAR);
+    }
+
+    #[test]
+    fn removing_takes_what_is_named_and_if_asked_only_what_has_expired() {
+        let mut r = Rig::with(SlotRange { start: 0, end: 9000 });
+        // "foo" lies in slot 12182, which is of another shard.
+        for (k, expire) in [(&b"bar"[..], CLEAR), (b"hello", SetExpire::After(10)), (b"{bar}2", SetExpire::After(20))] {
+            r.set(k, b"v", expire);
+        }
+        let victim = |r: &Rig, k: &[u8]| Victim { slot: slot_of(k), hash: r.m.table().hash(0, k) };
+        let all = [
+            victim(&r, b"bar"),
+            victim(&r, b"hello"),
+            victim(&r, b"{bar}2"),
+            victim(&r, b"foo"),
+            victim(&r, b"absent"),
+        ];
+        let mut twin = Rig::with(SlotRange { start: 0, end: 9000 });
+        twin.set(b"bar", b"v", CLEAR);
+        twin.set(b"hello", b"v", SetExpire::After(10));
+        twin.set(b"{bar}2", b"v", SetExpire::After(20));
+        r.next(&encode_remove(LogTime(T + 9), &all, true).unwrap());
+        assert_eq!((r.m.keys(), r.m.log_time()), (3, LogTime(T + 9)));
+        r.next(&encode_remove(LogTime(T + 10), &all, true).unwrap());
+        assert_eq!((r.m.keys(), r.get(b"hello"), r.pttl(b"{bar}2")), (2, Reply::Nil, 10));
+        r.next(&encode_remove(LogTime(T), &all[..1], false).unwrap());
+        assert_eq!((r.m.keys(), r.get(b"bar")), (1, Reply::Nil));
+        assert_eq!(r.m.removed(), Removed { expired: 1, evicted: 1 });
+        for k in [b"bar" as &[u8], b"hello"] {
+            twin.op(Op::Del { key: key(k) });
+        }
+        assert_eq!(r.m.table().digest(), twin.m.table().digest());
+        // A snapshot sees what was removed since.
+        let head = r.m.begin_snapshot().unwrap();
+        r.next(&encode_remove(LogTime(T), &all, false).unwrap());
+        assert_eq!(r.m.keys(), 0);
+        let mut restore = crate::snapshot::Restore::begin(&head).unwrap();
+        loop {
+            match r.m.snapshot_step(100) {
+                SnapshotStep::Chunk(c) => assert!(!restore.chunk(&c).unwrap()),
+                SnapshotStep::Done(c) => break assert!(restore.chunk(&c).unwrap()),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(restore.finish().unwrap().table().digest(), twin.m.table().digest());
+    }
+
+    #[test]
+    fn the_search_for_expired_keys_finds_all_of_them_and_no_other() {
+        for seed in 1..9u64 {
+            let mut rng = seed * 0x9E37_79B9;
+            let mut below = move |n: u64| {
+                rng ^= rng << 13;
+                rng ^= rng >> 7;
+                rng ^= rng << 17;
+                rng % n
+            };
+            let mut r = Rig::new();
+            assert_eq!((r.m.next_expiry_hint(), r.m.expired(LogTime(u64::MAX), 10)), (None, vec![]));
+            let mut live: BTreeMap<Vec<u8>, u64> = BTreeMap::new();
+            let mut now = 0;
+            for round in 0..30 {
+                for _ in 0..below(600) {
+                    let i = below(4000);
+                    let name = if i % 3 == 0 { format!("spread{i}") } else { format!("{{one}}{i}") }.into_bytes();
+                    let ms = if below(3) == 0 { 0 } else { 1 + below(2000) };
+                    match below(8) {
+                        0 => {
+                            r.at(now, Op::Del { key: key(&name) });
+                            live.remove(&name);
+                        }
+                        1 => {
+                            let at = ExpireAt::After(ms.max(1) as i64);
+                            r.at(now, Op::Expire { key: key(&name), at, cond: ExpireCond::Always });
+                            live.entry(name).and_modify(|at| *at = now + ms.max(1));
+                        }
+                        _ => {
+                            let expire = if ms == 0 { CLEAR } else { SetExpire::After(ms) };
+                            r.at(
+                                now,
+                                Op::Set { key: key(&name), value: b"v", cond: SetCond::Always, expire, get: false },
+                            );
+                            live.insert(name, if ms == 0 { u64::MAX } else { now + ms });
+                        }
+                    }
+                }
+                if below(12) == 0 {
+                    r.op(Op::Flush { db: None });
+                    live.clear();
+                }
+                let earliest = live.values().min().filter(|at| **at != u64::MAX);
+                let hint = r.m.next_expiry_hint().map(|at| at.0 - T);
+                assert!(
+                    hint.unwrap_or(u64::MAX) <= earliest.copied().unwrap_or(u64::MAX),
+                    "seed {seed}: a lower bound"
+                );
+                now += below(300);
+                // Half of the time the leader's estimate is ahead of log time.
+                let estimate = LogTime(T + now);
+                let mut calls = 0;
+                while r.m.next_expiry_hint().is_some_and(|at| at <= estimate) {
+                    let most = [3, 50, 4096][below(3) as usize];
+                    let victims = r.m.expired(estimate, most);
+                    assert!(victims.len() <= most);
+                    let (before, count) = (r.m.keys(), victims.len() as u64);
+                    r.next(&encode_remove(estimate, &victims, true).unwrap());
+                    assert_eq!(r.m.keys(), before - count, "seed {seed}: everything found has expired, once");
+                    calls += 1;
+                    assert!(calls < 2000, "seed {seed}, round {round}: it does not end");
+                }
+                live.retain(|_, at| *at > now);
+                assert_eq!(r.m.keys(), live.len() as u64, "seed {seed}, round {round}");
+                assert!(r.m.expired(estimate, 100).is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn one_search_is_bounded_and_none_is_made_in_vain() {
+        let mut r = Rig::new();
+        for i in 0..30_000 {
+            r.set(format!("key{i}").as_bytes(), b"v", SetExpire::After(3));
+            r.op(Op::Persist { key: key(format!("key{i}").as_bytes()) });
+        }
+        // The bounds say that all may have expired, and one round finds out that none ever will.
+        assert_eq!(r.m.expired(LogTime(T + 2), 10), []);
+        assert_eq!(r.m.next_expiry_hint(), Some(LogTime(T + 3)));
+        let mut calls = 0;
+        while r.m.next_expiry_hint().is_some() {
+            assert_eq!(r.m.expired(LogTime(T + 3), 10), []);
+            calls += 1;
+        }
+        assert!((4..8).contains(&calls), "{calls}");
+        // A key that expires makes its segment worth looking at.
+        r.set(b"soon", b"v", SetExpire::After(3));
+        assert_eq!(r.m.expired(LogTime(T + 9), 10).len(), 1);
+        assert_eq!(r.m.next_expiry_hint(), Some(LogTime(T + 3)), "until it is removed");
     }
 
     #[test]

@@ -188,6 +188,7 @@ pub fn op_error(out: &mut BytesMut, e: &OpError, name: &str) {
     match e {
         OpError::InvalidExpire => err(out, format!("invalid expire time in '{name}' command").as_bytes()),
         OpError::WrongSlot { .. } => error(out, MOVING.as_bytes()),
+        OpError::OutOfMemory => error(out, format!("OOM {e}").as_bytes()),
         e => err(out, e.to_string().as_bytes()),
     }
 }
@@ -266,5 +267,6 @@ mod tests {
         assert_eq!(text(OpError::Overflow), "-ERR increment or decrement would overflow\r\n");
         assert_eq!(text(OpError::InvalidExpire), "-ERR invalid expire time in 'set' command\r\n");
         assert!(text(OpError::WrongSlot { epoch: Epoch(1) }).starts_with("-TRYAGAIN "));
+        assert_eq!(text(OpError::OutOfMemory), "-OOM command not allowed when used memory > 'maxmemory'.\r\n");
     }
 }
