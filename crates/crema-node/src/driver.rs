@@ -1055,14 +1055,16 @@ mod tests {
                     send(2, Channel::Raft, "a"),
                     send(2, Channel::Raft, "b"),
                     send(2, Channel::Requests, "c"),
+                    send(2, Channel::Snapshot, "d"),
                 ]);
             }),
         ));
         rig.handle.send(Input::NodeGone(NodeId(4))).await.unwrap();
         rig.settle().await;
-        assert!(link.flushed(Channel::Raft) && link.flushed(Channel::Requests));
+        assert!(Channel::ALL.into_iter().all(|channel| link.flushed(channel)));
         assert_eq!(link.take_queued(Channel::Raft), [&b"a"[..], b"b"]);
         assert_eq!(link.take_queued(Channel::Requests), [&b"c"[..]]);
+        assert_eq!(link.take_queued(Channel::Snapshot), [&b"d"[..]]);
         assert_eq!(rig.fake.calls()[3..], ["gone 4", "persisted 3"]);
     }
 

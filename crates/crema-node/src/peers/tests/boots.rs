@@ -159,7 +159,7 @@ async fn a_later_start_that_was_dialed_ends_the_streams_of_the_earlier_before_it
     until_closed(&mut old).await;
     timeout(PATIENCE, lingering.ended()).await.expect("told to end");
     assert_eq!(greet(&node, &start(3, 9, Channel::Snapshot)).await.1, Err(Reject::Stale as u8));
-    assert!(node.events.try_recv().is_err(), "up too early");
+    assert!(timeout(Duration::from_millis(200), node.events.recv()).await.is_err(), "up too early");
     drop(lingering);
     let _held = (kept.recv().await, kept.recv().await, kept.recv().await);
     assert_eq!(node.up().await.0, NodeId(9));
