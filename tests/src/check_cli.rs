@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn an_exported_run_is_judged_alike() {
         let mut world = World::new(Options::default());
-        let mut load = Workload::new(&mut world, Rng::new(11));
+        let mut load = Workload::new(&mut world, Rng::new(11), false);
         let until = 8 * S;
         loop {
             match world.step(until) {

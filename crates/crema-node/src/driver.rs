@@ -982,6 +982,10 @@ mod tests {
         }
     }
 
+    fn batch(number: u64) -> PersistBatch {
+        PersistBatch { number, writes: Vec::new() }
+    }
+
     fn effects(change: impl FnOnce(&mut Effects)) -> Effects {
         let mut effects = Effects::default();
         change(&mut effects);
@@ -1040,10 +1044,10 @@ mod tests {
         let (up, link) = up(2, &PeerOptions::default());
         let mut script = Script::default();
         script.polls.push_back(effects(|e| {
-            e.persist.extend([PersistBatch { number: 1 }, PersistBatch { number: 2 }]);
+            e.persist.extend([batch(1), batch(2)]);
         }));
         script.after.push(("up", Effects::default()));
-        script.after.push(("gone", effects(|e| e.persist.push(PersistBatch { number: 3 }))));
+        script.after.push(("gone", effects(|e| e.persist.push(batch(3)))));
         let rig = Rig::start(script, vec![up]);
         rig.settle().await;
         assert_eq!(rig.fake.calls(), ["persisted 1", "persisted 2", "up 2 70"]);
