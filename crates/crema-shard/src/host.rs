@@ -749,6 +749,12 @@ impl Host {
                 return;
             }
         }
+        // Of two lives that ask, the one counts that is connected: what the other has sent before may still be on its way, and
+        // would fence its successor.
+        let connected = self.peers.get(&node).is_some_and(|p| p.incarnation == incarnation);
+        if !connected && node != self.config.node {
+            return;
+        }
         self.coordinator.meta_command(MetaCommand::Register { node, incarnation, addrs }.encode().into());
     }
 

@@ -188,6 +188,8 @@ pub struct Replica {
     next_context: u64,
     context_prefix: u64,
     unpersisted: Vec<Unpersisted>,
+    /// The last index that was durable when it was looked at last.
+    durable: u64,
     leadership: Leadership,
     asleep: bool,
     quiet_ticks: usize,
@@ -344,6 +346,7 @@ impl Replica {
             next_context: 0,
             context_prefix: init.context_prefix,
             unpersisted: Vec::new(),
+            durable: 0,
             leadership: Leadership { term: Term(0), leader: None, leads: false },
             asleep: false,
             quiet_ticks: 0,
@@ -423,9 +426,11 @@ impl Replica {
     pub fn read_counts(&self) -> ReadCounts {
         self.counts
     }
-    /// Index up to which its log is durable.
+    /// Index up to which its log is durable. While a state is being installed, what was durable before it: that stays on
+    /// disk until the state takes its place, and the state covers what had been acknowledged of it.
     pub fn persisted_index(&self) -> LogIndex {
-        LogIndex(self.raw.raft.raft_log.persisted)
+        let installs = self.raw.snap().is_some_and(|s| !s.is_empty()) || self.filling.installing();
+        LogIndex(self.raw.raft.raft_log.persisted.max(if installs { self.durable } else { 0 }))
     }
     /// Applied index.
     pub fn applied(&self) -> LogIndex {
@@ -1386,6 +1391,7 @@ impl Replica {
         let released = self.unpersisted[..upto].last().map_or(number, |u| u.number);
         let done: Vec<Unpersisted> = self.unpersisted.drain(..upto).collect();
         self.raw.on_persist_ready(released);
+        self.durable = self.raw.raft.raft_log.persisted;
         for u in done {
             for m in u.messages {
                 self.send(m, now, out);
