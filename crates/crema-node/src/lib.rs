@@ -7,6 +7,7 @@ pub mod client;
 pub mod clock;
 pub mod config;
 pub mod dev;
+pub mod disk;
 pub mod driver;
 pub mod logs;
 mod membership;
