@@ -23,6 +23,7 @@ use crema_core::{KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, 
 use crema_shard::{ClientRequest, ClientResult, ConnId, ReadLevel, ReadMode, Refusal, Token};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -94,6 +95,7 @@ pub struct CacheConfig {
     redis_cluster_addr: Option<SocketAddr>,
     http_addr: Option<SocketAddr>,
     insecure: bool,
+    data_dir: Option<PathBuf>,
 }
 
 impl CacheConfig {
@@ -113,6 +115,7 @@ impl CacheConfig {
             redis_cluster_addr: None,
             http_addr: None,
             insecure: false,
+            data_dir: None,
         }
     }
     /// The other initial members and their Raft addresses. They and this node found the cluster together; each must be
@@ -146,6 +149,12 @@ impl CacheConfig {
     /// [`ReadMode::ReadIndex`] costs a round to a majority, shared by the reads of a moment, and assumes nothing of clocks.
     pub fn with_reads(mut self, reads: ReadMode) -> Self {
         self.reads = reads;
+        self
+    }
+    /// Directory in which this node keeps its log and its data, so that they survive a restart, of this node or of all;
+    /// writes are then acknowledged when they are on the disks of a majority. Without, all is in memory alone.
+    pub fn with_data_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.data_dir = Some(dir.into());
         self
     }
     /// How long [`DistributedCache::shutdown`] waits until every shard can do without this node, at most 10 min; 10 s by
@@ -244,6 +253,8 @@ impl CacheConfig {
             max_clients: 10_000,
             stop_grace: self.stop_grace,
             max_log_bytes: 256 << 20,
+            data_dir: self.data_dir,
+            checkpoint_log_bytes: 512 << 20,
         };
         config.check().map_err(CacheError::Invalid)?;
         Ok(config)

@@ -59,6 +59,9 @@ pub struct DevArgs {
     /// How reads are confirmed: see `crema start --help`.
     #[arg(long, value_name = "HOW", value_enum, default_value_t)]
     pub reads: Reads,
+    /// Keep each node's log and data on disk, in a directory node-I within this one.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<std::path::PathBuf>,
     /// Run each node as a process of its own, so that one can be killed. Their process ids are printed.
     #[arg(long)]
     pub processes: bool,

@@ -138,6 +138,16 @@ pub struct Config {
     /// Units: b, kb, mb, gb, tb, in steps of 1024.
     #[config(env = "CREMA_MAX_LOG_BYTES", default = "256mb", layer_attr(arg(long, value_name = "SIZE")))]
     pub max_log_bytes: ByteSize,
+
+    /// Directory in which this node keeps its log and its data, so that they survive a restart, of this node or of all.
+    /// A command is then acknowledged when it is on the disks of a majority. Without, all is in memory alone.
+    #[config(env = "CREMA_DATA_DIR", layer_attr(arg(long, value_name = "DIR")))]
+    pub data_dir: Option<PathBuf>,
+
+    /// With data_dir: when the log on disk, over all shards, has grown by this much, data is written to disk as a whole
+    /// and the log behind it is cut; later by as much as the data has. 16mb to 1tb.
+    #[config(env = "CREMA_CHECKPOINT_LOG_BYTES", default = "512mb", layer_attr(arg(long, value_name = "SIZE")))]
+    pub checkpoint_log_bytes: ByteSize,
 }
 
 /// The configuration as one source gives it: every key optional. Also the flags of `crema start`.
@@ -198,6 +208,12 @@ impl Config {
         if !(1 << 20..=1 << 40).contains(&self.max_log_bytes.0) {
             return bad(format!("max_log_bytes must be between 1mb and 1tb, not {}", self.max_log_bytes));
         }
+        if !(16 << 20..=1 << 40).contains(&self.checkpoint_log_bytes.0) {
+            return bad(format!(
+                "checkpoint_log_bytes must be between 16mb and 1tb, not {}",
+                self.checkpoint_log_bytes
+            ));
+        }
         check_metadata(&self.metadata)?;
         self.check_addresses_differ()?;
         self.check_advertise_host()?;
@@ -227,6 +243,8 @@ impl Config {
                 max_clients: self.max_clients,
                 stop_grace: Duration::from_millis(self.stop_grace_ms),
                 max_log_bytes: self.max_log_bytes.as_usize(),
+                data_dir: self.data_dir.clone(),
+                checkpoint_log_bytes: self.checkpoint_log_bytes.0,
             },
             warnings,
         })

@@ -77,6 +77,7 @@ fn plan(args: &DevArgs) -> Result<Vec<Config>, CliError> {
             shards: Some(args.shards),
             replicas: Some(u32::from(args.nodes.min(3))),
             reads: Some(args.reads),
+            data_dir: args.data_dir.as_ref().map(|dir| dir.join(format!("node-{}", i + 1))),
             gossip_addr: Some(local(args.gossip_port, i)),
             raft_addr: Some(local(args.raft_port, i)),
             redis_addr: Some(local(args.redis_port, i)),
@@ -107,7 +108,8 @@ fn flags(c: &Config) -> Vec<String> {
         ("--redis-cluster-addr", c.redis_cluster_addr.to_string()),
         ("--http-addr", c.http_addr.to_string()),
     ];
-    pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
+    let data_dir = c.data_dir.as_ref().map(|dir| ("--data-dir", dir.display().to_string()));
+    pairs.into_iter().chain(data_dir).flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
 }
 
 /// The table of nodes and where to find them; `pids` is empty for nodes of this process.

@@ -21,9 +21,11 @@
 use crate::client::{Client, ClientInput, Outbox, Stopped};
 use crate::clock;
 use crate::peers::{LogLimit, PeerBatch, PeerEvent, PeerLink, PeersHandle, SendError, add};
+use crate::storage::Storage;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use crema_core::{ClusterUuid, CodecError, Incarnation, MonoTime, NodeId, Now, ShardId};
+use crema_core::store::Table;
+use crema_core::{ClusterUuid, CodecError, Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId};
 use crema_shard::{
     Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, Host, HostStatus, LeaderHint, LedShard, Note,
     RoutingView, Token,
@@ -61,6 +63,19 @@ pub enum Input {
     Client(ClientInput),
     /// By the connections to other nodes.
     Peers(PeerBatch),
+    /// By the disk: there is news, see [`crate::storage`].
+    Durable,
+    /// By the disk: a piece of a state was written, the last one durably.
+    StateWritten {
+        /// The group.
+        shard: ShardId,
+        /// The replica.
+        replica: ReplicaId,
+        /// The file.
+        file: u64,
+        /// The piece.
+        seq: u32,
+    },
     /// By gossip: claims of leadership.
     LeaderHints(Vec<LeaderHint>),
     /// By gossip: the node is dead or has left.
@@ -108,6 +123,8 @@ pub enum NodeEvent {
     Misfit(String),
     /// Everything this node led has been handed over.
     Drained,
+    /// The disk failed: what it holds is not known any more, end the process.
+    DiskFailed(String),
     /// The driver thread panicked: nothing works any more, end the process.
     DriverDied,
 }
@@ -212,10 +229,11 @@ impl Driver {
         host: Host,
         peers: PeersHandle,
         (sender, inputs): (Sender<Input>, Receiver<Input>),
+        storage: Option<Storage>,
         on_view: Option<ViewHook>,
     ) -> io::Result<(DriverHandle, DriverOutputs)> {
         let view = host.view();
-        Self::start_engine(host, view, Box::new(peers), (sender, inputs), on_view)
+        Self::start_engine(host, view, Box::new(peers), (sender, inputs), storage, on_view)
     }
 
     fn start_engine<E: Engine + std::marker::Send + 'static>(
@@ -223,6 +241,7 @@ impl Driver {
         view: Arc<RoutingView>,
         peers: Box<dyn PeerControl>,
         (sender, inputs): (Sender<Input>, Receiver<Input>),
+        storage: Option<Storage>,
         on_view: Option<ViewHook>,
     ) -> io::Result<(DriverHandle, DriverOutputs)> {
         let (events, event_receiver) = mpsc::channel(EVENT_QUEUE);
@@ -233,6 +252,8 @@ impl Driver {
             engine,
             peers,
             inputs,
+            storage,
+            garbage: Garbage::start()?,
             view: view.clone(),
             on_view,
             stats: stats.clone(),
@@ -260,6 +281,39 @@ impl Driver {
         let client = Client::new(sender.clone(), view);
         let handle = DriverHandle { inputs: sender, client, stats, thread: Arc::new(Mutex::new(Some(thread))) };
         Ok((handle, DriverOutputs { events: event_receiver, led: LedReceiver { feed } }))
+    }
+}
+
+/// A thread that frees what takes long to free: a million keys are a tenth of a second.
+struct Garbage {
+    to: Option<Sender<Arc<Table>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Garbage {
+    fn start() -> io::Result<Garbage> {
+        let (to, from) = crossbeam::channel::unbounded::<Arc<Table>>();
+        let thread =
+            std::thread::Builder::new().name("crema-garbage".to_owned()).spawn(move || from.iter().for_each(drop))?;
+        Ok(Garbage { to: Some(to), thread: Some(thread) })
+    }
+
+    fn take(&self, tables: &mut Vec<Arc<Table>>) {
+        for table in tables.drain(..) {
+            if let Some(to) = &self.to {
+                // Should the thread be gone, it is freed here.
+                let _ = to.send(table);
+            }
+        }
+    }
+}
+
+impl Drop for Garbage {
+    fn drop(&mut self) {
+        self.to = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -385,6 +439,8 @@ trait Engine {
     fn tick(&mut self, now: Now);
     fn next_tick(&self) -> MonoTime;
     fn persisted(&mut self, now: Now, number: u64);
+    fn state_written(&mut self, shard: ShardId, replica: ReplicaId, file: u64, seq: u32);
+    fn ask_checkpoint(&mut self, replica: ReplicaId);
     fn poll(&mut self, now: Now, effects: &mut Effects);
     fn status(&self) -> HostStatus;
 }
@@ -433,6 +489,12 @@ impl Engine for Host {
     fn next_tick(&self) -> MonoTime {
         Host::next_tick(self)
     }
+    fn state_written(&mut self, shard: ShardId, replica: ReplicaId, file: u64, seq: u32) {
+        Host::state_written(self, shard, replica, file, seq);
+    }
+    fn ask_checkpoint(&mut self, replica: ReplicaId) {
+        Host::ask_checkpoint(self, replica);
+    }
     fn persisted(&mut self, now: Now, number: u64) {
         Host::persisted(self, now, number);
     }
@@ -476,6 +538,9 @@ struct Loop<E> {
     engine: E,
     peers: Box<dyn PeerControl>,
     inputs: Receiver<Input>,
+    /// The disk, where logs are kept there. Dropped after the channel: its threads may wait for room in it.
+    storage: Option<Storage>,
+    garbage: Garbage,
     view: Arc<ArcSwap<RoutingView>>,
     on_view: Option<ViewHook>,
     stats: Arc<DriverStats>,
@@ -578,6 +643,9 @@ impl<E: Engine> Loop<E> {
                     self.engine.leader_hint(now, hint);
                 }
             }
+            // Looked at in every round.
+            Input::Durable => {}
+            Input::StateWritten { shard, replica, file, seq } => self.engine.state_written(shard, replica, file, seq),
             Input::NodeGone(node) => self.engine.node_gone(now, node),
             Input::Drain => self.engine.drain(now),
             Input::Status(tell) => {
@@ -623,6 +691,7 @@ impl<E: Engine> Loop<E> {
         if now.mono >= self.engine.next_tick() {
             self.engine.tick(now);
         }
+        self.take_disk_news();
         let mut more = true;
         for _ in 0..ROUND_POLLS {
             let now = clock::now();
@@ -641,6 +710,22 @@ impl<E: Engine> Loop<E> {
         more
     }
 
+    /// What is durable by now releases what depends on it.
+    fn take_disk_news(&mut self) {
+        let Some(storage) = &mut self.storage else { return };
+        let news = storage.news();
+        if let Some(number) = news.durable {
+            self.engine.persisted(clock::now(), number);
+        }
+        for replica in news.compact {
+            self.engine.ask_checkpoint(replica);
+        }
+        if let Some(why) = news.failure {
+            tracing::error!(%why, "the disk failed");
+            self.tell(NodeEvent::DiskFailed(why));
+        }
+    }
+
     fn perform(&mut self) {
         let mut effects = std::mem::take(&mut self.effects);
         // The view first: a client that is redirected by a result of this round then finds it.
@@ -654,9 +739,18 @@ impl<E: Engine> Loop<E> {
             self.view.store(view);
         }
         for batch in effects.persist.drain(..) {
-            // The log is in memory: what the host has handed out is as durable as it will ever be.
-            self.engine.persisted(clock::now(), batch.number);
+            match &mut self.storage {
+                Some(storage) => storage.persist(batch),
+                // The log is in memory: what the host has handed out is as durable as it will ever be.
+                None => self.engine.persisted(clock::now(), batch.number),
+            }
         }
+        for write in effects.states.drain(..) {
+            if let Some(storage) = &mut self.storage {
+                storage.write_state(write);
+            }
+        }
+        self.garbage.take(&mut effects.garbage);
         for send in effects.sends.drain(..) {
             self.send(send);
         }
@@ -890,6 +984,12 @@ mod tests {
         fn persisted(&mut self, _: Now, number: u64) {
             self.call("persisted", number.to_string());
         }
+        fn state_written(&mut self, _: ShardId, _: ReplicaId, file: u64, seq: u32) {
+            self.call("state", format!("{file} {seq}"));
+        }
+        fn ask_checkpoint(&mut self, replica: ReplicaId) {
+            self.call("checkpoint", replica.to_string());
+        }
         fn poll(&mut self, _: Now, effects: &mut Effects) {
             assert!(effects.is_empty(), "what an earlier poll added was not performed");
             self.call("poll", String::new());
@@ -961,7 +1061,8 @@ mod tests {
             for input in inputs {
                 channel.0.send(input).unwrap();
             }
-            let started = Driver::start_engine(fake.clone(), Arc::default(), Box::new(peers.clone()), channel, hook);
+            let started =
+                Driver::start_engine(fake.clone(), Arc::default(), Box::new(peers.clone()), channel, None, hook);
             let (handle, outputs) = started.unwrap();
             Rig { fake, peers, handle, outputs }
         }
@@ -1111,6 +1212,8 @@ mod tests {
             engine: Fake::default(),
             peers: Box::new(FakePeers::default()),
             inputs: input_channel().1,
+            storage: None,
+            garbage: Garbage::start().unwrap(),
             view: Arc::default(),
             on_view: None,
             stats: Arc::default(),
@@ -1344,9 +1447,10 @@ mod tests {
             snapshot_chunk_bytes: 1024,
             process: 1,
             checkpoint_log_bytes: None,
+            uuid: None,
         };
         let host = Host::new(host, clock::now());
-        let (handle, outputs) = Driver::start(host, peers.clone(), channel, None).unwrap();
+        let (handle, outputs) = Driver::start(host, peers.clone(), channel, None, None).unwrap();
         Real { peers, handle, outputs }
     }
 

@@ -7,6 +7,7 @@ pub mod client;
 pub mod clock;
 pub mod config;
 pub mod dev;
+pub mod disk;
 pub mod driver;
 pub mod logs;
 mod membership;
@@ -15,6 +16,7 @@ pub mod node;
 pub mod peers;
 pub mod resp;
 pub mod run;
+pub mod storage;
 
 pub use cache::{CacheConfig, CacheError, DistributedCache, NodeId};
 pub use crema_shard::{ReadLevel, ReadMode};

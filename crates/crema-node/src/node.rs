@@ -17,17 +17,20 @@
 use crate::admin::{self, AdminServer, AdminSource, BoxFuture, Facts, GossipMember, MemberBody};
 use crate::client::{Client, Stopped};
 use crate::config::Secret;
+use crate::disk::DataDir;
 use crate::driver::{Driver, DriverHandle, Input, NodeEvent};
 use crate::membership::{AddressBook, Membership, Surroundings, update_addresses};
 use crate::metrics::{self, Metrics};
 use crate::peers::{PeerOptions, Peers, PeersConfig, PeersHandle};
 use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
+use crate::storage::{Opened, StorageError};
 use crema_core::{Incarnation, NodeId};
 use crema_gossip::{GossipConfig, GossipError, Member};
 use crema_shard::{Host, HostConfig, HostStatus, NodeAddrs, ReadMode, RoutingView, Timing};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -109,6 +112,10 @@ pub struct NodeConfig {
     pub stop_grace: Duration,
     /// Most bytes of log kept for replicas that lag, over all shards.
     pub max_log_bytes: usize,
+    /// Where the log is kept on disk; in memory alone without.
+    pub data_dir: Option<PathBuf>,
+    /// Bytes of log on disk, over all shards, behind which states are written to files.
+    pub checkpoint_log_bytes: u64,
 }
 
 impl NodeConfig {
@@ -347,6 +354,23 @@ async fn advertised_ip(addr: SocketAddr, host: Option<&str>) -> Result<SocketAdd
     same_family.ok_or_else(|| fail(format!("it has no address of the family of {addr}")))
 }
 
+fn draw_incarnation() -> Result<u128, String> {
+    random().map(u128::from_le_bytes).map_err(|e| e.to_string())
+}
+
+/// Opens the data directory, if there is one, and reads what it holds.
+async fn open_storage(config: &NodeConfig) -> Result<Option<Opened>, StartError> {
+    let Some(path) = config.data_dir.clone() else { return Ok(None) };
+    let (node, cluster) = (config.node_id, config.cluster.clone());
+    let open = move || Opened::open(&path, node, &cluster, draw_incarnation);
+    match tokio::task::spawn_blocking(open).await {
+        Ok(Ok(opened)) => Ok(Some(opened)),
+        Ok(Err(e @ StorageError::Directory(_))) => Err(StartError::Invalid(e.to_string())),
+        Ok(Err(e)) => Err(StartError::Failed(e.to_string())),
+        Err(e) => Err(StartError::Failed(format!("the data directory was not read: {e}"))),
+    }
+}
+
 fn random<const N: usize>() -> Result<[u8; N], StartError> {
     let mut bytes = [0; N];
     match getrandom::fill(&mut bytes) {
@@ -377,7 +401,47 @@ impl Node {
             redis_cluster: told(&redis_cluster),
             http: told(&http),
         };
-        let incarnation = Incarnation(u128::from_le_bytes(random()?));
+        let mut storage = open_storage(&config).await?;
+        let entropy = || random().map(u64::from_le_bytes);
+        let mut host_config = HostConfig {
+            node: config.node_id,
+            incarnation: Incarnation(0),
+            cluster: config.cluster.clone(),
+            initial_members: config.initial_members.clone(),
+            uuid: None,
+            shards: config.shards,
+            replication: config.replicas,
+            addrs: addrs.clone(),
+            entropy: [entropy()?, entropy()?, entropy()?],
+            timing: Timing::default(),
+            max_log_bytes: config.max_log_bytes,
+            read_mode: config.reads,
+            snapshot_chunk_bytes: SNAPSHOT_CHUNK_BYTES,
+            process: entropy()?,
+            checkpoint_log_bytes: storage.as_ref().map(|_| config.checkpoint_log_bytes),
+        };
+        let host = loop {
+            let recovered = storage.as_mut().map(|s| std::mem::take(&mut s.recovered)).unwrap_or_default();
+            host_config.incarnation = match &storage {
+                Some(storage) => storage.incarnation(),
+                None => Incarnation(u128::from_le_bytes(random()?)),
+            };
+            host_config.uuid = storage.as_ref().and_then(Opened::uuid);
+            let (host, lost) = Host::recovered(host_config.clone(), recovered, crate::clock::now());
+            match (lost.first(), storage.take()) {
+                // One replica that cannot be trusted is enough: what else is on this disk?
+                (Some((shard, why)), Some(opened)) => {
+                    let fresh = opened.lost(&format!("shard {shard}: {why}"), draw_incarnation);
+                    storage = Some(fresh.map_err(|e| StartError::Failed(e.to_string()))?);
+                }
+                (_, opened) => {
+                    storage = opened;
+                    break host;
+                }
+            }
+        };
+        let incarnation = host_config.incarnation;
+        let boot = storage.as_ref().map_or(0, |s| s.identity().boot);
         let membership = start_gossip(&config, incarnation, &addrs).await?.map(Arc::new);
 
         let mut addresses: Vec<_> = [Some(&raft), redis.as_ref(), redis_cluster.as_ref(), http.as_ref()]
@@ -395,36 +459,25 @@ impl Node {
             node: config.node_id,
             incarnation,
             // The log is in memory: every start is a new life.
-            boot: 0,
+            boot,
             options: PeerOptions::default(),
         };
         let listener = raft.listener.into_std().map_err(|e| failed("raft_addr", &e))?;
         let peers =
             Peers::start(peers_config, listener, inputs.0.clone()).map_err(|e| failed("peer connections", &e))?;
 
-        let entropy: [[u8; 8]; 3] = [random()?, random()?, random()?];
-        let host_config = HostConfig {
-            node: config.node_id,
-            incarnation,
-            cluster: config.cluster.clone(),
-            initial_members: config.initial_members.clone(),
-            shards: config.shards,
-            replication: config.replicas,
-            addrs: addrs.clone(),
-            entropy: entropy.map(u64::from_le_bytes),
-            timing: Timing::default(),
-            max_log_bytes: config.max_log_bytes,
-            read_mode: config.reads,
-            snapshot_chunk_bytes: SNAPSHOT_CHUNK_BYTES,
-            process: u64::from_le_bytes(random()?),
-            checkpoint_log_bytes: None,
-        };
         let book = Arc::new(Mutex::new(AddressBook::default()));
         let (view_changes, view_changed) = watch::channel(());
         let (reach, reach_changed) = watch::channel(());
         let on_view = view_hook(config.node_id, book.clone(), peers.clone(), view_changes, reach);
-        let host = Host::new(host_config, crate::clock::now());
-        let driver = Driver::start(host, peers.clone(), inputs, Some(on_view));
+        let (storage, data_dir) = match storage {
+            Some(opened) => {
+                let (storage, dir) = opened.start(inputs.0.clone()).map_err(|e| failed("the disk's threads", &e))?;
+                (Some(storage), Some(dir))
+            }
+            None => (None, None),
+        };
+        let driver = Driver::start(host, peers.clone(), inputs, storage, Some(on_view));
         let (driver, outputs) = driver.map_err(|e| failed("the driver's thread", &e))?;
         update_addresses(&book, &peers, |book| book.set_configured(config.static_peers.clone()));
 
@@ -458,7 +511,7 @@ impl Node {
         let admin = http.map(|bound| AdminServer::start(bound.listener, admin::router(watch.clone())));
         let mut tasks = vec![
             tokio::spawn(watch_registration(watch.clone())),
-            tokio::spawn(follow_events(watch.clone(), outputs.events)),
+            tokio::spawn(follow_events(watch.clone(), outputs.events, data_dir)),
         ];
         if config.bind.redis.is_some() || config.bind.redis_cluster.is_some() {
             tasks.push(tokio::spawn(follow_memory(watch.driver.clone(), front.clone())));
@@ -714,7 +767,11 @@ fn view_hook(
 }
 
 /// Acts on what the driver reports.
-async fn follow_events(watch: Arc<Watch>, mut events: mpsc::Receiver<NodeEvent>) {
+async fn follow_events(
+    watch: Arc<Watch>,
+    mut events: mpsc::Receiver<NodeEvent>,
+    data_dir: Option<Arc<Mutex<DataDir>>>,
+) {
     let (mut in_use, mut rival): (Option<IdInUse>, Option<IdInUse>) = (None, None);
     let node = watch.facts.node;
     while let Some(event) = events.recv().await {
@@ -722,6 +779,16 @@ async fn follow_events(watch: Arc<Watch>, mut events: mpsc::Receiver<NodeEvent>)
             NodeEvent::Joined { uuid, founded } => {
                 let how = if founded { "founded" } else { "joined" };
                 tracing::debug!("node {node} has {how} cluster {} {uuid}", watch.facts.cluster);
+                if let Some(dir) = data_dir.clone() {
+                    let kept = tokio::task::spawn_blocking(move || {
+                        dir.lock().unwrap_or_else(std::sync::PoisonError::into_inner).set_uuid(uuid.0)
+                    });
+                    match kept.await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(e)) => watch.fail(e.to_string(), true),
+                        Err(e) => watch.fail(format!("the cluster's identity cannot be kept: {e}"), false),
+                    }
+                }
             }
             NodeEvent::Fenced { by, told_by } => {
                 let by = by.map_or(String::new(), |by| format!(", life {by}"));
@@ -753,6 +820,7 @@ async fn follow_events(watch: Arc<Watch>, mut events: mpsc::Receiver<NodeEvent>)
                 in_use = Some(refused);
             }
             NodeEvent::Drained => drop(watch.drained.send_replace(true)),
+            NodeEvent::DiskFailed(why) => watch.fail(format!("the disk failed, so this node ends: {why}"), false),
             NodeEvent::DriverDied => watch.fail("an internal error has ended this node's driver".to_owned(), false),
         }
     }
@@ -947,6 +1015,8 @@ mod tests {
             max_clients: 10,
             stop_grace: Duration::from_secs(10),
             max_log_bytes: 1 << 20,
+            data_dir: None,
+            checkpoint_log_bytes: 512 << 20,
         }
     }
 

@@ -16,7 +16,9 @@
 
 use crate::clock;
 use crate::disk::checkpoint::{self, CheckpointReader, CheckpointWriter};
-use crate::disk::{Batch, CheckpointId, DataDir, DirError, Identity, LogEngine, LogOptions, LogWriter, Mode, SubmitError};
+use crate::disk::{
+    Batch, CheckpointId, DataDir, DirError, Identity, LogEngine, LogOptions, LogWriter, Mode, SubmitError,
+};
 use crate::driver::Input;
 use bytes::Bytes;
 use crema_core::{ClusterUuid, Incarnation, NodeId, ReplicaId};
@@ -96,11 +98,7 @@ impl Opened {
     }
 
     /// Gives up what was read: the host cannot take it up. The node begins a new life.
-    pub fn lost(
-        self,
-        why: &str,
-        draw: impl Fn() -> Result<u128, String>,
-    ) -> Result<Opened, StorageError> {
+    pub fn lost(self, why: &str, draw: impl Fn() -> Result<u128, String>) -> Result<Opened, StorageError> {
         let Opened { mut dir, engine, recovered } = self;
         drop((engine, recovered));
         tracing::error!(%why, "what this node kept on disk is lost: it begins a new life and is filled by the others");

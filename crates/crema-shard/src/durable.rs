@@ -192,9 +192,18 @@ impl Recovered {
             }
         };
         entries.retain(|e| e.index > index);
+        // Behind a state that came from a leader there may stand what it made void: of older terms, since whoever leads
+        // from the state's term on has it.
+        let mut term = record.begins_at().term;
+        let stale = entries.iter().position(|e| std::mem::replace(&mut term, e.term) > e.term);
+        entries.truncate(stale.unwrap_or(entries.len()));
         let gap = entries.iter().zip(index + 1..).any(|(e, wanted)| e.index != wanted);
         if gap {
             return Err(format!("the log does not continue the state at {index}"));
+        }
+        let last = entries.last().map_or(index, |e| e.index);
+        if hard.commit > last {
+            return Err(format!("it is committed up to {} but ends at {last}", hard.commit));
         }
         Ok(Recovered { record, machine, hard, entries })
     }
@@ -245,6 +254,11 @@ mod tests {
         assert_eq!(new(vec![entry(2), entry(3)]).unwrap().entries.len(), 2);
         assert!(new(vec![entry(3)]).is_err(), "2 is missing");
         assert_eq!(new(vec![entry(1), entry(2)]).unwrap().entries.len(), 1, "1 is in the state");
+        let of_term = |index, term| Entry { index, term, ..Entry::default() };
+        let cut = new(vec![of_term(2, 3), of_term(3, 2), of_term(4, 3)]).unwrap();
+        assert_eq!(cut.entries.len(), 1, "what a state has made void");
+        let lost = HardState { commit: 4, ..HardState::default() };
+        assert!(Recovered::new(founded(), lost, vec![entry(2), entry(3)], none()).is_err(), "4 was committed");
         let at = GroupRecord { start: Start::At(Point { index: 5, term: 1, members: members() }), ..founded() };
         assert!(Recovered::new(at, HardState::default(), vec![], none()).is_err(), "its state is gone");
     }

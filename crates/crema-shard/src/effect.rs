@@ -128,7 +128,8 @@ pub struct PersistBatch {
 pub struct LogWrite {
     /// The replica; its id is the name of its log.
     pub replica: ReplicaId,
-    /// Everything written of this replica before is dropped first, as a part of the same change.
+    /// What was written of this replica before is void: the record and the state take its place. Entries of it that lie
+    /// behind the state may stay where they are; whoever reads them knows them by their older terms.
     pub clear: bool,
     /// What the log stands on from now on: an encoded [`crate::durable::GroupRecord`].
     pub record: Option<Bytes>,

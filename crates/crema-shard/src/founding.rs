@@ -30,8 +30,10 @@ pub struct FoundingConfig {
     pub addrs: NodeAddrs,
     /// The cluster's name.
     pub cluster: String,
-    /// The nodes that found the cluster together, ascending.
+    /// The nodes that found the cluster together, ascending; nobody, where this node only joins.
     pub members: Vec<NodeId>,
+    /// The only cluster that this node may join.
+    pub uuid: Option<ClusterUuid>,
     /// Shards to found it with.
     pub shards: u32,
     /// Replicas of each.
@@ -99,6 +101,9 @@ impl Founding {
     pub fn waiting_for(&self) -> String {
         if let Some((reason, _)) = &self.refusal {
             return format!("founding refused: {reason}");
+        }
+        if let Some(uuid) = self.config.uuid {
+            return format!("joining: waiting for a node that knows cluster {uuid}");
         }
         let missing: Vec<String> = self
             .config
@@ -224,6 +229,11 @@ impl Founding {
         if state.cluster != self.config.cluster || state.check().is_err() {
             return None;
         }
+        if let Some(mine) = self.config.uuid.filter(|mine| *mine != state.uuid) {
+            let why = format!("this node belongs to cluster {mine}, and found cluster {} of the same name", state.uuid);
+            self.refusal = Some((why, true));
+            return None;
+        }
         // A record that names this life and is active somewhere was accepted by everyone, us included.
         let accepted = self.accepted.take();
         if let Some(a) = accepted.filter(|a| a.state.uuid == state.uuid) {
@@ -337,6 +347,7 @@ mod tests {
             incarnation: Incarnation(u128::from(node) * 100),
             addrs: NodeAddrs { raft: format!("127.0.0.1:{}", 9000 + node), ..NodeAddrs::default() },
             cluster: "t".into(),
+            uuid: None,
             members: members.iter().map(|n| NodeId(*n)).collect(),
             shards: 4,
             replication: 3,

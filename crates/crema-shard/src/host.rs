@@ -63,6 +63,8 @@ pub struct HostConfig {
     pub cluster: String,
     /// The nodes that found the cluster together, this one included if it is one of them.
     pub initial_members: Vec<NodeId>,
+    /// The cluster that this node has been a member of: it founds none, and joins no other.
+    pub uuid: Option<ClusterUuid>,
     /// Data shards to found the cluster with, 1 to 16,384.
     pub shards: u32,
     /// Replicas of each shard, 1 to 7; at most one a node.
@@ -194,7 +196,8 @@ impl Host {
             incarnation: config.incarnation,
             addrs: config.addrs.clone(),
             cluster: config.cluster.clone(),
-            members: config.initial_members.clone(),
+            members: if config.uuid.is_none() { config.initial_members.clone() } else { Vec::new() },
+            uuid: config.uuid,
             shards: config.shards,
             replication: config.replication,
             entropy: config.entropy,
@@ -247,7 +250,7 @@ impl Host {
     /// A node that comes back with what it kept on disk, in the same life. Returns the node, and the replicas that cannot
     /// be trusted: with any of them, its life is over, and the shell must begin a new one instead.
     pub fn recovered(config: HostConfig, recovered: Vec<Recovered>, now: Now) -> (Host, Vec<(ShardId, String)>) {
-        // Whoever has been a member founds nothing.
+        // Whoever has been a member founds nothing, even if it died before it wrote down of which cluster.
         let members = if recovered.is_empty() { config.initial_members.clone() } else { Vec::new() };
         let mut host = Host::new(HostConfig { initial_members: members, ..config }, now);
         let lost = host.coordinator.recover(recovered, now);
@@ -1293,6 +1296,7 @@ mod tests {
                         incarnation: incarnation(n),
                         cluster: "t".into(),
                         initial_members: (1..=nodes).map(NodeId).collect(),
+                        uuid: None,
                         shards,
                         replication: 3,
                         addrs: NodeAddrs { raft: format!("127.0.0.1:{}", 9000 + n), ..NodeAddrs::default() },

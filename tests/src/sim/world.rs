@@ -1030,6 +1030,7 @@ impl World {
             max_log_bytes: self.options.max_log_bytes,
             snapshot_chunk_bytes: self.options.chunk_bytes,
             process: new.0 as u64,
+            uuid: None,
             checkpoint_log_bytes: self.durable(id).then_some(self.options.checkpoint_log_bytes),
             read_mode: if self.rng.permille(self.options.read_index) { ReadMode::ReadIndex } else { ReadMode::Lease },
         };

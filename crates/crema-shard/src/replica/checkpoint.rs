@@ -8,6 +8,7 @@
 use super::{Machine, Out, Replica};
 use crate::durable::{GroupRecord, Start};
 use crate::effect::{LogWrite, StateWrite};
+use crate::log_store::FOUNDING_INDEX;
 use crate::transfer::Point;
 use bytes::Bytes;
 use crema_core::ShardInit;
@@ -99,6 +100,7 @@ impl Replica {
             clear: true,
             record: Some(record.encode()),
             hard: Some(self.raw.raft.hard_state()),
+            compact_to: Some(FOUNDING_INDEX),
             ..LogWrite::default()
         }
     }
