@@ -30,19 +30,19 @@ pub const NODES: u64 = 3;
 pub const SHARDS: u32 = 16;
 /// Within this after the end of a fault every shard must take writes through every gateway. An unoptimised build on a
 /// busy machine is given twice the time.
-const WRITABLE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 10 });
+pub(super) const WRITABLE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 10 });
 /// Limit of waits for what takes a moment.
-const SOON: Duration = Duration::from_secs(30);
+pub(super) const SOON: Duration = Duration::from_secs(30);
 /// Longer than a request's deadline of 5 s: such a client sees what the gateway says at the end of it.
-const PATIENT: Duration = Duration::from_secs(15);
+pub(super) const PATIENT: Duration = Duration::from_secs(15);
 /// Of writers that go on with other commands during a fault.
-const IMPATIENT: Duration = Duration::from_millis(1_000);
+pub(super) const IMPATIENT: Duration = Duration::from_millis(1_000);
 /// Of readers: an answer that comes at the end of a fault is to a question asked at most this long before.
-const CURIOUS: Duration = Duration::from_millis(200);
+pub(super) const CURIOUS: Duration = Duration::from_millis(200);
 /// Readers at the victim.
 const CROWD: usize = 24;
 /// Answers that every client must get before a fault and after it.
-const PROGRESS: u64 = 20;
+pub(super) const PROGRESS: u64 = 20;
 
 /// How to run.
 #[derive(Clone, Debug, Default)]
@@ -161,7 +161,7 @@ fn pause(cluster: &mut Cluster, victim: u64, time: Duration) -> Result<()> {
     cluster.process(victim).signal(Signal::CONT)
 }
 
-fn keep_failed(cluster: &Cluster, result: Result<()>) -> Result<()> {
+pub(super) fn keep_failed(cluster: &Cluster, result: Result<()>) -> Result<()> {
     if result.is_err() {
         cluster.scratch().keep();
     }
@@ -272,7 +272,7 @@ fn clients(cluster: &Cluster, nodes: &[u64], victim: u64, requests: Requests) ->
 }
 
 /// Waits until every shard took a write through every running gateway.
-fn wait_writable(cluster: &Cluster, name: &str) -> Result<()> {
+pub(super) fn wait_writable(cluster: &Cluster, name: &str) -> Result<()> {
     let deadline = Instant::now() + WRITABLE;
     for node in cluster.running() {
         for (shard, tag) in tag_per_shard(SHARDS).iter().enumerate() {
@@ -290,7 +290,7 @@ fn wait_writable(cluster: &Cluster, name: &str) -> Result<()> {
 }
 
 /// No running node has ended or panicked.
-fn healthy(cluster: &mut Cluster) -> Result<()> {
+pub(super) fn healthy(cluster: &mut Cluster) -> Result<()> {
     for node in cluster.running() {
         let process = cluster.process(node);
         if let Some(status) = process.ended()? {
