@@ -1,8 +1,7 @@
 //! `crema-tests kills`: one cluster, killed as often as one likes.
 
-use crate::process::Keeps;
 use crate::process::kills::{Drill, Round};
-use crate::process::turn;
+use crate::process::{Keeps, binary, turn};
 use std::io::{self, Write};
 use std::time::{Instant, SystemTime};
 
@@ -58,6 +57,8 @@ pub fn run(args: &Arguments, out: &mut impl Write) -> io::Result<bool> {
         since.map_or(1, |t| u64::from(t.subsec_nanos()) ^ t.as_secs() << 30)
     });
     writeln!(out, "seed={seed}")?;
+    // Building it, if need be, is no part of the run.
+    binary::crema().map_err(io::Error::other)?;
     let start = Instant::now();
     let (mut single, mut whole) = (0u64, 0u64);
     // The lock is given back between rounds, for tests that wait for it: an idle cluster disturbs nobody.

@@ -2,9 +2,10 @@
 
 use crate::{bad_start, client, expect, expect_exit};
 use crema_tests::process::kills::{Drill, READY};
+use crema_tests::process::ports::Use;
 use crema_tests::process::resp::Value;
 use crema_tests::process::scenarios::SHARDS;
-use crema_tests::process::{Cluster, Keeps, Process, Result, ports, turn};
+use crema_tests::process::{Cluster, Keeps, Process, Result, http, ports, turn};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -54,7 +55,7 @@ fn a_lost_data_directory_is_filled_again() {
     let mut drill = Drill::new(Keeps::Disk, SEED).unwrap();
     let victim = drill.cluster.node_with_most_leaders().unwrap();
     let dir = drill.cluster.data_dir(victim);
-    let before = identity(&dir);
+    let before = incarnation(&drill.cluster, victim);
     round(&mut drill, "wiped", |cluster| {
         cluster.kill(victim)?;
         std::fs::remove_dir_all(&dir).expect("the directory of a node that does not run");
@@ -63,7 +64,7 @@ fn a_lost_data_directory_is_filled_again() {
         Ok(format!("node {victim} killed, its directory removed"))
     });
     drill.settle().unwrap();
-    assert_ne!(identity(&dir), before, "another life, so another incarnation");
+    assert_ne!(incarnation(&drill.cluster, victim), before, "another life");
 }
 
 #[test]
@@ -94,6 +95,7 @@ fn a_data_directory_of_somebody_else_is_refused_and_left_alone() {
     expect(&mut client(&cluster, 1), "SET mine 1", Value::ok());
     let own = ports::reserve().unwrap();
     let dir = cluster.data_dir(1);
+    let life = incarnation(&cluster, 1);
 
     // In use. What its owner writes meanwhile is the owner's affair; who it belongs to stays.
     let before = identity(&dir);
@@ -123,7 +125,7 @@ fn a_data_directory_of_somebody_else_is_refused_and_left_alone() {
     // Its owner goes on with it.
     cluster.restart(1).unwrap();
     cluster.wait_ready(READY).unwrap();
-    assert_eq!(identity(&dir), before[Path::new("identity")], "the same life");
+    assert_eq!(incarnation(&cluster, 1), life, "the same life");
     expect(&mut client(&cluster, 1), "GET mine", Value::bulk("1"));
 }
 
@@ -135,6 +137,13 @@ fn expect_refused(process: &mut Process, word: &str) {
     assert!(stderr.contains(word), "{stderr}");
     assert!(process.stdout().is_empty(), "nothing on standard output: {}", process.stdout());
     assert_eq!(stderr.trim().lines().count(), 1, "one sentence: {stderr}");
+}
+
+/// The life of `node`, as it says itself.
+fn incarnation(cluster: &Cluster, node: u64) -> String {
+    let members = http::get_json(cluster.addr(node, Use::Http), "/v1/members").unwrap();
+    let own = members.as_array().expect("an array").iter().find(|m| m["node_id"] == node).expect("itself");
+    own["incarnation"].as_str().expect("an incarnation").into()
 }
 
 fn identity(dir: &Path) -> Vec<u8> {
