@@ -5,6 +5,7 @@
 //!   reads     crema dev --reads lease | read_index, redis-server     GET: throughput, latency, ratios, in turn
 //!   failover  crema start × 3       <--writers, kill -9---- survivors   longest pause, failed requests, lost writes
 //!   memory    a state machine in this process                         resident and accounted bytes per key
+//!   evict     a state machine in this process, moka, exact LRU        hit ratios, nanoseconds an access
 //! ```
 //!
 //! Run with `--release`; the harness builds `crema` in the profile of this program.
@@ -12,6 +13,7 @@
 #![allow(clippy::print_stdout)]
 
 mod dev;
+mod evict;
 mod failover;
 mod fill;
 mod load;
@@ -46,6 +48,8 @@ enum Bench {
     Failover(failover::Args),
     /// Resident bytes per key of one state machine, against what it accounts.
     Memory(memory::Args),
+    /// Hit ratios of the eviction policies against exact LRU and moka, and what an access costs.
+    Evict(evict::Args),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Bench::Reads(args) => reads::run(args),
         Bench::Failover(args) => failover::run(args),
         Bench::Memory(args) => memory::run(args),
+        Bench::Evict(args) => evict::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

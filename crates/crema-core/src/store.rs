@@ -18,8 +18,9 @@
 //! parity puts it aside for the walk instead. So beginning costs nothing, and a write at most an allocation.
 
 use crate::codec::Victim;
+use crate::eviction::{EvictionPolicy, Name, Queues, Used};
 use crate::key::KeyRef;
-use crate::limits::{DATABASES, MAX_SCAN_COUNT, MAX_VALUE_BYTES};
+use crate::limits::{DATABASES, EVICTION_BYTES_PER_KEY, MAX_SCAN_COUNT, MAX_VALUE_BYTES};
 use crate::slot::{Slot, SlotRange};
 use bytes::Bytes;
 use hashbrown::HashTable;
@@ -69,6 +70,10 @@ pub const SCAN_BYTES: usize = 1024 * 1024;
 const SCAN_COMPARISONS: usize = 8 * 1024 * 1024;
 /// Most records that one step of a walk looks at, shown or not: those written since it began are only passed over.
 const WALK_VISITS: usize = 8192;
+/// Most names and records that one search for victims looks at.
+const VICTIM_VISITS: usize = 65_536;
+/// With so many names too few, or twice as many too many, and a part of all keys, the queues of victims are filled anew.
+const STRAY_NAMES: usize = 4096;
 /// Odd and irregular (2^64 divided by the golden ratio), to spread small numbers over a word.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
 const CURSOR_HASH: u64 = (1 << SCAN_SLOT_SHIFT) - 1;
@@ -242,11 +247,66 @@ struct Segment {
     depth: u32,
     /// None of its records expires before; `u64::MAX` if none expires. Changed by the writer only.
     earliest: AtomicU64,
-    records: RwLock<HashTable<Record>>,
+    records: RwLock<Records>,
+}
+
+/// The records of a segment, and how often each was used.
+#[derive(Default)]
+struct Records {
+    table: HashTable<Record>,
+    /// Two bits a bucket of the table, counted up by readers. Empty until the table is asked for victims. When the table
+    /// grows they begin anew; when it tidies up in place they get mixed up, rarely, which costs a few wrong choices.
+    hits: Box<[AtomicU64]>,
+}
+
+impl std::ops::Deref for Records {
+    type Target = HashTable<Record>;
+    fn deref(&self) -> &HashTable<Record> {
+        &self.table
+    }
+}
+
+impl std::ops::DerefMut for Records {
+    fn deref_mut(&mut self) -> &mut HashTable<Record> {
+        &mut self.table
+    }
+}
+
+impl Records {
+    /// Buckets whose hits share a word.
+    const SHARE: usize = 32;
+
+    /// The record of a bucket was used. Most uses find its count full, and write nothing.
+    fn hit(&self, bucket: usize) {
+        let Some(word) = self.hits.get(bucket / Self::SHARE) else { return };
+        let (now, shift) = (word.load(Relaxed), bucket % Self::SHARE * 2);
+        if now >> shift & 3 != 3 {
+            // Should somebody else count in this word at the same moment, one of the two uses is not counted.
+            let _ = word.compare_exchange(now, now + (1 << shift), Relaxed, Relaxed);
+        }
+    }
+
+    /// Sets the hits of a bucket; returns what they were.
+    fn set_hits(&self, bucket: usize, change: impl FnOnce(u8) -> u8) -> u8 {
+        let Some(word) = self.hits.get(bucket / Self::SHARE) else { return 0 };
+        let shift = bucket % Self::SHARE * 2;
+        let before = (word.fetch_and(!(3 << shift), Relaxed) >> shift & 3) as u8;
+        word.fetch_or(u64::from(change(before) & 3) << shift, Relaxed);
+        before
+    }
+
+    /// Makes room to count the hits of every bucket.
+    fn fit_hits(&mut self) {
+        let words = self.table.num_buckets().div_ceil(Self::SHARE);
+        if words != self.hits.len() {
+            self.hits = (0..words).map(|_| AtomicU64::new(0)).collect();
+        }
+    }
 }
 
 impl Segment {
     fn new(depth: u32, earliest: u64, records: HashTable<Record>) -> Self {
+        let records = Records { table: records, hits: Box::default() };
         Segment { depth, earliest: AtomicU64::new(earliest), records: RwLock::new(records) }
     }
 
@@ -303,7 +363,8 @@ impl Directory {
         }
         let depth = depth + 1;
         let bit = 64 - depth;
-        let old = std::mem::take(self.segments[place].records.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let old = self.segments[place].records.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::take(&mut old.table);
         // Half and a little more, so that it need not grow while it is filled.
         let room = old.len() / 2 + old.len() / 8;
         let mut halves = [HashTable::with_capacity(room), HashTable::with_capacity(room)];
@@ -444,7 +505,12 @@ impl Table {
         let Some(directory) = directory.as_deref() else { return f(None) };
         let hash = self.hash(key.db, key.bytes);
         let records = read(&directory.segment(hash).records);
-        f(records.find(in_segment(hash), |r| r.is(&key)).map(Record::entry))
+        if records.hits.is_empty() {
+            return f(records.find(in_segment(hash), |r| r.is(&key)).map(Record::entry));
+        }
+        let bucket = records.find_bucket_index(in_segment(hash), |r| r.is(&key));
+        bucket.inspect(|b| records.hit(*b));
+        f(bucket.and_then(|b| records.get_bucket(b)).map(Record::entry))
     }
 
     /// Number of keys of a database, expired ones that nobody wrote to included; 0 for one that does not exist.
@@ -475,6 +541,12 @@ impl Table {
     /// No record expires before this log time; `u64::MAX` if none expires.
     pub(crate) fn earliest_expiry(&self) -> u64 {
         self.earliest.load(Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn hits_bytes(&self) -> usize {
+        let of = |d: &Directory| d.segments.iter().map(|s| size_of_val(&read(&s.records).hits[..])).sum::<usize>();
+        self.slots.iter().map(|s| read(s).as_deref().map_or(0, of)).sum()
     }
 
     /// Seed of the hash of keys: the cluster's founding secret.
@@ -601,6 +673,10 @@ pub struct TableWriter {
     walk: Option<Walk>,
     /// Slot and hash at which the next step of [`TableWriter::expired`] begins.
     expiry_cursor: (u16, u64),
+    /// The order of victims, once somebody has asked for any.
+    queues: Option<Box<Queues>>,
+    /// Slot and hash up to which the queues have been filled with what was there before them; `None` when they are full.
+    adopting: Option<(u16, u64)>,
 }
 
 /// A pass over the records that a table had at one moment.
@@ -704,7 +780,14 @@ impl Walk {
 impl TableWriter {
     /// The writer of a new, empty table for the slots of `range`; `seed` is the cluster's founding secret.
     pub fn new(range: SlotRange, seed: u64) -> Self {
-        TableWriter { table: Arc::new(Table::new(range, seed)), parity: 0, walk: None, expiry_cursor: (range.start, 0) }
+        TableWriter {
+            table: Arc::new(Table::new(range, seed)),
+            parity: 0,
+            walk: None,
+            expiry_cursor: (range.start, 0),
+            queues: None,
+            adopting: None,
+        }
     }
 
     /// Begins a walk over the records as they are now; `false` while an earlier one is unfinished.
@@ -782,17 +865,23 @@ impl TableWriter {
             if let Some(record) = new_record(parity, &key, edit) {
                 let directory = Directory::new();
                 t.account(&directory, &directory.segments[0], key.db, Some((&record, hash)), None);
-                write(&directory.segments[0].records)
-                    .insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
+                let mut records = write(&directory.segments[0].records);
+                records.insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
+                if self.queues.is_some() {
+                    records.fit_hits();
+                }
+                drop(records);
                 *write(slot) = Some(Box::new(directory));
+                self.created(key.slot, hash);
             }
             return answer;
         };
         let segment = directory.segment(hash);
         let mut records = write(&segment.records);
-        let mut overfull = false;
+        let (mut overfull, mut created) = (false, false);
         let answer = match records.find_entry(in_segment(hash), |r| r.is(&key)) {
             Ok(mut found) => {
+                let bucket = found.bucket_index();
                 let (answer, edit) = decide(Some(found.get().entry()));
                 let before = (found.get().bytes(), found.get().digest_unless(edit == Edit::Keep, hash));
                 // Records of the old parity are there only while they are walked.
@@ -836,15 +925,24 @@ impl TableWriter {
                         t.account(directory, segment, key.db, Some((found.get(), hash)), Some(before));
                     }
                 }
+                if edit != Edit::Delete {
+                    records.hit(bucket);
+                }
                 answer
             }
             Err(absent) => {
                 let (answer, edit) = decide(None);
                 if let Some(record) = new_record(parity, &key, edit) {
                     t.account(directory, segment, key.db, Some((&record, hash)), None);
-                    let records = absent.into_table();
-                    records.insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
-                    overfull = records.len() > SEGMENT_RECORDS && segment.depth < MAX_DEPTH;
+                    let table = absent.into_table();
+                    let entry = table.insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
+                    let bucket = entry.bucket_index();
+                    overfull = table.len() > SEGMENT_RECORDS && segment.depth < MAX_DEPTH;
+                    created = true;
+                    if self.queues.is_some() {
+                        records.fit_hits();
+                        records.set_hits(bucket, |_| 0);
+                    }
                 }
                 answer
             }
@@ -859,7 +957,25 @@ impl TableWriter {
         if empty {
             *write(slot) = None;
         }
+        if created {
+            self.created(key.slot, hash);
+        }
         answer
+    }
+
+    /// A key was created: it gets its place in the order of victims.
+    fn created(&mut self, slot: Slot, hash: u64) {
+        let Some(queues) = &mut self.queues else { return };
+        if self.adopting.is_some_and(|at| (slot.0, hash) >= at) {
+            // It will be found with the others.
+            return;
+        }
+        queues.insert(Name::new(slot, hash));
+        // Names of deleted keys pile up when nothing is evicted.
+        if queues.len() > 2 * STRAY_NAMES && queues.len() as u64 > 2 * self.table.keys() {
+            **queues = Queues::new(queues.policy());
+            self.adopting = Some((self.table.range.start, 0));
+        }
     }
 
     /// Deletes the records of a slot and hash for which `which` holds; how many.
@@ -927,6 +1043,71 @@ impl TableWriter {
         found
     }
 
+    /// Chooses records to evict, in the order of `policy`, until they come to `bytes` or are `max`; `now` is log time.
+    /// Looks at a bounded number.
+    pub(crate) fn victims(&mut self, policy: EvictionPolicy, bytes: u64, max: usize, now: u64) -> Vec<Victim> {
+        let keys = self.table.keys() as usize;
+        let fresh = self.queues.as_ref().is_none_or(|q| {
+            // Names are missing when victims were chosen and not removed.
+            q.policy() != policy || self.adopting.is_none() && q.len() + keys / 8 + STRAY_NAMES < keys
+        });
+        let mut queues = self.queues.take().unwrap_or_else(|| Box::new(Queues::new(policy)));
+        if fresh {
+            *queues = Queues::new(policy);
+            self.adopting = Some((self.table.range.start, 0));
+        }
+        self.adopt(&mut queues);
+        let t = &*self.table;
+        let (mut victims, mut freed, mut visits) = (Vec::new(), 0, VICTIM_VISITS);
+        while freed < bytes && victims.len() < max {
+            let mut found = (0, 0);
+            let next = queues.next(&mut visits, |name, change| {
+                let (used, hash, bytes) = t.used(name, change, now)?;
+                found = (hash, bytes);
+                Some(used)
+            });
+            let Some(name) = next else { break };
+            freed += found.1 + EVICTION_BYTES_PER_KEY;
+            victims.push(Victim { slot: name.slot(), hash: found.0 });
+        }
+        self.queues = Some(queues);
+        victims
+    }
+
+    /// Fills the queues with what was there before them: a bounded number of records.
+    fn adopt(&mut self, queues: &mut Queues) {
+        let t = &*self.table;
+        let mut visits = VICTIM_VISITS;
+        while let Some((slot, from)) = self.adopting
+            && visits > 0
+        {
+            if slot >= t.range.end {
+                self.adopting = None;
+                break;
+            }
+            let mut end = None;
+            if let Some(directory) = read(&t.slots[usize::from(slot - t.range.start)]).as_deref() {
+                let segment = directory.segment(from);
+                let mut records = write(&segment.records);
+                records.fit_hits();
+                visits = visits.saturating_sub(records.len());
+                records.iter().for_each(|r| queues.adopt(Name::new(Slot(slot), t.hash_of(r))));
+                end = segment.end(from);
+            }
+            self.adopting = Some(end.map_or((slot + 1, 0), |end| (slot, end)));
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn queues(&self) -> Option<&Queues> {
+        self.queues.as_deref()
+    }
+
+    /// Forgets the order of victims, which takes memory.
+    pub(crate) fn forget_victims(&mut self) {
+        (self.queues, self.adopting) = (None, None);
+    }
+
     /// Deletes every key of one database. Looks at every record of the shard unless all are of that database, or none.
     pub fn clear_db(&mut self, db: u8) {
         let of_db = self.table.len(db);
@@ -963,6 +1144,10 @@ impl TableWriter {
         if self.table.keys() != 0 {
             self.table = Arc::new(Table::new(self.table.range, self.table.seed));
             self.expiry_cursor = (self.table.range.start, 0);
+            if let Some(queues) = &mut self.queues {
+                **queues = Queues::new(queues.policy());
+                self.adopting = None;
+            }
             match &mut self.walk {
                 Some(walk) if walk.abandoned => self.walk = None,
                 Some(walk) => walk.detached = true,
@@ -989,6 +1174,17 @@ fn new_record(parity: u8, key: &KeyRef<'_>, edit: Edit<'_>) -> Option<Record> {
 }
 
 impl Table {
+    /// What a name stands for, its whole hash and accounted bytes; `None` if it is gone. Changes its hits.
+    fn used(&self, name: Name, change: fn(u8) -> u8, now: u64) -> Option<(Used, u64, u64)> {
+        let directory = read(self.slot(name.slot())?);
+        let records = read(&directory.as_deref()?.segment(name.hash()).records);
+        let bucket = records.find_bucket_index(in_segment(name.hash()), |r| name.is(self.hash_of(r)))?;
+        let record = records.get_bucket(bucket)?;
+        let expired = record.expires() && record.expire_at() <= now;
+        let used = Used { hits: records.set_hits(bucket, change), expired };
+        Some((used, self.hash_of(record), record.bytes()))
+    }
+
     /// Counts a record that comes, with its key's hash, and one that goes, with its bytes and digest.
     fn account(
         &self,
