@@ -18,6 +18,7 @@ pub mod key;
 pub mod limits;
 pub mod mutant;
 pub mod op;
+mod packed;
 pub mod published;
 pub mod reply;
 pub mod session;

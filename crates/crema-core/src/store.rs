@@ -21,9 +21,9 @@ use crate::codec::Victim;
 use crate::eviction::{EvictionPolicy, Name, Queues, Used};
 use crate::key::KeyRef;
 use crate::limits::{DATABASES, EVICTION_BYTES_PER_KEY, MAX_SCAN_COUNT, MAX_VALUE_BYTES};
+use crate::packed::Packed;
 use crate::slot::{Slot, SlotRange};
 use bytes::Bytes;
-use hashbrown::HashTable;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -34,11 +34,11 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 pub const SCAN_SLOT_SHIFT: u32 = 39;
 
 /// Accounted bytes of a record beside its own allocation: its share of the hash table, of the directory, and of what the
-/// allocator needs for itself. Measured (`crema-benches memory`): 33 to 50 with the load of the hash table, which is any
-/// from 7/16 to 7/8 as keys come; 45 for a million keys in all slots.
-pub const RECORD_OVERHEAD: u64 = 44;
+/// allocator needs for itself. Measured (`crema-benches memory`): 32 to 41 from thirty keys a slot on, 35 for a million
+/// keys in all slots. Some 300 bytes of each slot in use are not counted: with six keys a slot it is 70.
+pub const RECORD_OVERHEAD: u64 = 38;
 
-/// Accounted bytes of a key: about what it keeps resident, within some 6 % from a dozen keys a slot on.
+/// Accounted bytes of a key: about what it keeps resident, within some 6 % from fifteen keys a slot on.
 ///
 /// Part of the replicated state, so it is a function of the record alone, whatever the allocator of a build does. It is
 /// modelled on mimalloc: allocations are rounded to 16 bytes, beyond 64 to four classes a power of two; larger ones
@@ -92,6 +92,7 @@ fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
 ///
 /// Sixteen bytes in the table, and three in the allocation that it would round up anyway: with the fields beside the
 /// pointer, a hash table at usual load would take some 25 bytes a key more.
+#[derive(Default)]
 struct Record(Box<[u8]>);
 
 impl Record {
@@ -235,13 +236,6 @@ impl<'a> RecordBytes<'a> {
     }
 }
 
-/// What the hash table of a segment is given. It tells records apart by the upper seven bits and places them by the lower;
-/// the records of a segment agree in as many upper bits as the directory is deep, so other bits must come on top.
-fn in_segment(hash: u64) -> u64 {
-    let low = (1 << MAX_DEPTH) - 1;
-    (hash << MAX_DEPTH) | (hash & low)
-}
-
 struct Segment {
     /// Upper bits of the hash in which all its records agree.
     depth: u32,
@@ -253,59 +247,90 @@ struct Segment {
 /// The records of a segment, and how often each was used.
 #[derive(Default)]
 struct Records {
-    table: HashTable<Record>,
-    /// Two bits a bucket of the table, counted up by readers. Empty until the table is asked for victims. When the table
-    /// grows they begin anew; when it tidies up in place they get mixed up, rarely, which costs a few wrong choices.
+    table: Packed<Record>,
+    /// Two bits a place of the table, counted up by readers. Empty until the table is asked for victims.
     hits: Box<[AtomicU64]>,
 }
 
 impl std::ops::Deref for Records {
-    type Target = HashTable<Record>;
-    fn deref(&self) -> &HashTable<Record> {
+    type Target = Packed<Record>;
+    fn deref(&self) -> &Packed<Record> {
         &self.table
     }
 }
 
-impl std::ops::DerefMut for Records {
-    fn deref_mut(&mut self) -> &mut HashTable<Record> {
-        &mut self.table
-    }
-}
-
 impl Records {
-    /// Buckets whose hits share a word.
+    /// Places whose hits share a word.
     const SHARE: usize = 32;
 
-    /// The record of a bucket was used. Most uses find its count full, and write nothing.
-    fn hit(&self, bucket: usize) {
-        let Some(word) = self.hits.get(bucket / Self::SHARE) else { return };
-        let (now, shift) = (word.load(Relaxed), bucket % Self::SHARE * 2);
+    fn hit_words(places: usize) -> Box<[AtomicU64]> {
+        (0..places.div_ceil(Self::SHARE)).map(|_| AtomicU64::new(0)).collect()
+    }
+
+    /// Makes room to count the hits of every record.
+    fn fit_hits(&mut self) {
+        if self.hits.is_empty() {
+            self.hits = Self::hit_words(self.table.places());
+        }
+    }
+
+    /// Adds a record that is not there.
+    fn insert(&mut self, hash: u64, record: Record, hash_of: impl Fn(&Record) -> u64) {
+        if self.table.is_full() {
+            self.refit(self.table.len() + 1, hash_of);
+        }
+        let place = self.table.insert(hash, record);
+        self.set_hits(place, |_| 0);
+    }
+
+    /// Moves the records into a table for so many, and their hits along.
+    fn refit(&mut self, records: usize, hash_of: impl Fn(&Record) -> u64) {
+        let mut moves = Vec::new();
+        let counting = !self.hits.is_empty();
+        let note = |from, to| {
+            if counting {
+                moves.push((from, to));
+            }
+        };
+        self.table = std::mem::take(&mut self.table).rebuilt(records, hash_of, note);
+        if counting {
+            let hits = std::mem::replace(&mut self.hits, Self::hit_words(self.table.places()));
+            let old = Records { table: Packed::default(), hits };
+            for (from, to) in moves {
+                self.set_hits(to, |_| old.set_hits(from, |_| 0));
+            }
+        }
+    }
+
+    /// Gives memory back once three quarters of it are unused.
+    fn shrink(&mut self, hash_of: impl Fn(&Record) -> u64) {
+        if self.table.capacity() > KEEP_CAPACITY && self.table.len() < self.table.capacity() / 4 {
+            self.refit(self.table.len() * 2, hash_of);
+        }
+    }
+
+    /// The record of a place was used. Most uses find its count full, and write nothing.
+    fn hit(&self, place: usize) {
+        let Some(word) = self.hits.get(place / Self::SHARE) else { return };
+        let (now, shift) = (word.load(Relaxed), place % Self::SHARE * 2);
         if now >> shift & 3 != 3 {
             // Should somebody else count in this word at the same moment, one of the two uses is not counted.
             let _ = word.compare_exchange(now, now + (1 << shift), Relaxed, Relaxed);
         }
     }
 
-    /// Sets the hits of a bucket; returns what they were.
-    fn set_hits(&self, bucket: usize, change: impl FnOnce(u8) -> u8) -> u8 {
-        let Some(word) = self.hits.get(bucket / Self::SHARE) else { return 0 };
-        let shift = bucket % Self::SHARE * 2;
+    /// Sets the hits of a place; returns what they were.
+    fn set_hits(&self, place: usize, change: impl FnOnce(u8) -> u8) -> u8 {
+        let Some(word) = self.hits.get(place / Self::SHARE) else { return 0 };
+        let shift = place % Self::SHARE * 2;
         let before = (word.fetch_and(!(3 << shift), Relaxed) >> shift & 3) as u8;
         word.fetch_or(u64::from(change(before) & 3) << shift, Relaxed);
         before
     }
-
-    /// Makes room to count the hits of every bucket.
-    fn fit_hits(&mut self) {
-        let words = self.table.num_buckets().div_ceil(Self::SHARE);
-        if words != self.hits.len() {
-            self.hits = (0..words).map(|_| AtomicU64::new(0)).collect();
-        }
-    }
 }
 
 impl Segment {
-    fn new(depth: u32, earliest: u64, records: HashTable<Record>) -> Self {
+    fn new(depth: u32, earliest: u64, records: Packed<Record>) -> Self {
         let records = Records { table: records, hits: Box::default() };
         Segment { depth, earliest: AtomicU64::new(earliest), records: RwLock::new(records) }
     }
@@ -336,7 +361,7 @@ impl Directory {
         Directory {
             depth: 0,
             index: Vec::new(),
-            segments: vec![Segment::new(0, u64::MAX, HashTable::new())],
+            segments: vec![Segment::new(0, u64::MAX, Packed::default())],
             keys: AtomicU64::new(0),
             digest: AtomicU64::new(0),
         }
@@ -365,18 +390,16 @@ impl Directory {
         let bit = 64 - depth;
         let old = self.segments[place].records.get_mut().unwrap_or_else(PoisonError::into_inner);
         let old = std::mem::take(&mut old.table);
-        // Half and a little more, so that it need not grow while it is filled.
-        let room = old.len() / 2 + old.len() / 8;
-        let mut halves = [HashTable::with_capacity(room), HashTable::with_capacity(room)];
-        for record in old {
-            let h = hash_of(&record);
-            halves[(h >> bit & 1) as usize].insert_unique(in_segment(h), record, |r| in_segment(hash_of(r)));
-        }
-        for half in &mut halves {
-            if half.len() < room / 2 {
-                half.shrink_to_fit(|r| in_segment(hash_of(r)));
+        let (mut halves, bit_of) = ([Vec::new(), Vec::new()], |r: &Record| (hash_of(r) >> bit & 1) as usize);
+        halves.iter_mut().for_each(|half| half.reserve_exact(old.len() / 2 + old.len() / 8));
+        old.into_items().for_each(|record| halves[bit_of(&record)].push(record));
+        let halves = halves.map(|half| {
+            let mut table = Packed::with_capacity(half.len());
+            for record in half {
+                table.insert(hash_of(&record), record);
             }
-        }
+            table
+        });
         let [low, high] = halves;
         self.segments[place] = Segment::new(depth, earliest, low);
         let new = self.segments.len() as u32;
@@ -506,11 +529,11 @@ impl Table {
         let hash = self.hash(key.db, key.bytes);
         let records = read(&directory.segment(hash).records);
         if records.hits.is_empty() {
-            return f(records.find(in_segment(hash), |r| r.is(&key)).map(Record::entry));
+            return f(records.find(hash, |r| r.is(&key)).map(|place| records.item(place).entry()));
         }
-        let bucket = records.find_bucket_index(in_segment(hash), |r| r.is(&key));
-        bucket.inspect(|b| records.hit(*b));
-        f(bucket.and_then(|b| records.get_bucket(b)).map(Record::entry))
+        let place = records.find(hash, |r| r.is(&key));
+        place.inspect(|place| records.hit(*place));
+        f(place.map(|place| records.item(place).entry()))
     }
 
     /// Number of keys of a database, expired ones that nobody wrote to included; 0 for one that does not exist.
@@ -742,7 +765,7 @@ impl Walk {
             let table = self.table.clone();
             if let Some(directory) = read(&table.slots[place]).as_deref() {
                 let segment = directory.segment(self.from);
-                for record in write(&segment.records).iter_mut() {
+                for record in write(&segment.records).table.iter_mut() {
                     visits = visits.saturating_sub(1);
                     if record.parity() != self.parity {
                         continue;
@@ -866,7 +889,7 @@ impl TableWriter {
                 let directory = Directory::new();
                 t.account(&directory, &directory.segments[0], key.db, Some((&record, hash)), None);
                 let mut records = write(&directory.segments[0].records);
-                records.insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
+                records.insert(hash, record, |r| t.hash_of(r));
                 if self.queues.is_some() {
                     records.fit_hits();
                 }
@@ -879,28 +902,25 @@ impl TableWriter {
         let segment = directory.segment(hash);
         let mut records = write(&segment.records);
         let (mut overfull, mut created) = (false, false);
-        let answer = match records.find_entry(in_segment(hash), |r| r.is(&key)) {
-            Ok(mut found) => {
-                let bucket = found.bucket_index();
-                let (answer, edit) = decide(Some(found.get().entry()));
-                let before = (found.get().bytes(), found.get().digest_unless(edit == Edit::Keep, hash));
+        let answer = match records.find(hash, |r| r.is(&key)) {
+            Some(place) => {
+                let found = records.item(place);
+                let (answer, edit) = decide(Some(found.entry()));
+                let before = (found.bytes(), found.digest_unless(edit == Edit::Keep, hash));
                 // Records of the old parity are there only while they are walked.
-                let walk = self.walk.as_mut().filter(|_| found.get().parity() != parity);
+                let walk = self.walk.as_mut().filter(|_| found.parity() != parity);
                 match edit {
                     Edit::Keep => {}
                     Edit::Delete => {
-                        let (record, absent) = found.remove();
+                        let record = records.table.remove(place);
                         if let Some(walk) = walk {
                             walk.displaced(record);
                         }
-                        let records = absent.into_table();
-                        if records.capacity() > KEEP_CAPACITY && records.len() < records.capacity() / 4 {
-                            records.shrink_to(records.len() * 2, |r| in_segment(t.hash_of(r)));
-                        }
+                        records.shrink(|r| t.hash_of(r));
                         t.account(directory, segment, key.db, None, Some(before));
                     }
                     Edit::Put { .. } | Edit::Append(_) | Edit::Expiry(_) => {
-                        let record = found.get_mut();
+                        let record = records.table.item_mut(place);
                         let new = |value, expire_at| Record::new(parity, key.db, key.bytes, value, expire_at);
                         let other = match edit {
                             Edit::Put { value, expire_at } if walk.is_some() => Some(new([value, &[]], expire_at)),
@@ -922,26 +942,23 @@ impl TableWriter {
                                 walk.displaced(old);
                             }
                         }
-                        t.account(directory, segment, key.db, Some((found.get(), hash)), Some(before));
+                        t.account(directory, segment, key.db, Some((record, hash)), Some(before));
                     }
                 }
                 if edit != Edit::Delete {
-                    records.hit(bucket);
+                    records.hit(place);
                 }
                 answer
             }
-            Err(absent) => {
+            None => {
                 let (answer, edit) = decide(None);
                 if let Some(record) = new_record(parity, &key, edit) {
                     t.account(directory, segment, key.db, Some((&record, hash)), None);
-                    let table = absent.into_table();
-                    let entry = table.insert_unique(in_segment(hash), record, |r| in_segment(t.hash_of(r)));
-                    let bucket = entry.bucket_index();
-                    overfull = table.len() > SEGMENT_RECORDS && segment.depth < MAX_DEPTH;
+                    records.insert(hash, record, |r| t.hash_of(r));
+                    overfull = records.len() > SEGMENT_RECORDS && segment.depth < MAX_DEPTH;
                     created = true;
                     if self.queues.is_some() {
                         records.fit_hits();
-                        records.set_hits(bucket, |_| 0);
                     }
                 }
                 answer
@@ -987,7 +1004,7 @@ impl TableWriter {
         {
             let records = read(&directory.segment(victim.hash).records);
             // Should several have the same hash, all of them go: their order differs between replicas.
-            let found = records.iter_hash(in_segment(victim.hash)).filter(|r| t.hash_of(r) == victim.hash);
+            let found = records.with_hash(victim.hash).filter(|r| t.hash_of(r) == victim.hash);
             keys.extend(found.filter(|r| which(r.entry())).map(|r| (r.db(), r.key().to_vec())));
         }
         for (db, key) in &keys {
@@ -1123,15 +1140,17 @@ impl TableWriter {
             let Some(directory) = guard.as_deref_mut() else { continue };
             for segment in &directory.segments {
                 let mut records = write(&segment.records);
-                for record in records.extract_if(|r| r.db() == db) {
+                let with = |record: Record| {
                     t.account(directory, segment, db, None, Some((record.bytes(), record.digest(t.hash_of(&record)))));
                     if record.parity() != self.parity
                         && let Some(walk) = &mut self.walk
                     {
                         walk.displaced(record);
                     }
-                }
-                records.shrink_to_fit(|r| in_segment(t.hash_of(r)));
+                };
+                records.table.extract(|r| r.db() == db, with);
+                let left = records.len();
+                records.refit(left, |r| t.hash_of(r));
             }
             if directory.keys.load(Relaxed) == 0 {
                 *guard = None;
@@ -1178,10 +1197,10 @@ impl Table {
     fn used(&self, name: Name, change: fn(u8) -> u8, now: u64) -> Option<(Used, u64, u64)> {
         let directory = read(self.slot(name.slot())?);
         let records = read(&directory.as_deref()?.segment(name.hash()).records);
-        let bucket = records.find_bucket_index(in_segment(name.hash()), |r| name.is(self.hash_of(r)))?;
-        let record = records.get_bucket(bucket)?;
+        let place = records.find(name.hash(), |r| name.is(self.hash_of(r)))?;
+        let record = records.item(place);
         let expired = record.expires() && record.expire_at() <= now;
-        let used = Used { hits: records.set_hits(bucket, change), expired };
+        let used = Used { hits: records.set_hits(place, change), expired };
         Some((used, self.hash_of(record), record.bytes()))
     }
 
@@ -1251,11 +1270,7 @@ mod tests {
             for (i, s) in d.segments.iter().enumerate() {
                 for r in read(&s.records).iter() {
                     assert_eq!(d.place(t.hash_of(r)), i, "a record in a segment where nobody looks for it");
-                    assert!(
-                        read(&s.records)
-                            .find(in_segment(t.hash_of(r)), |o| o.key() == r.key() && o.db() == r.db())
-                            .is_some()
-                    );
+                    assert!(read(&s.records).find(t.hash_of(r), |o| o.key() == r.key() && o.db() == r.db()).is_some());
                     bytes += record_bytes(r.key().len(), r.value().len(), r.expire_at() != 0);
                     slot_digest = slot_digest.wrapping_add(r.digest(t.hash_of(r)));
                     keys[usize::from(r.db())] += 1;
@@ -1304,17 +1319,18 @@ mod tests {
     fn accounted_bytes_are_near_what_was_measured() {
         // Resident bytes a key for keys of 16 bytes under mimalloc, a million of them, or as many as fit 300 MB.
         for (value, expires, resident) in [
-            (16, false, 92),
-            (128, false, 205),
-            (128, true, 205),
-            (300, false, 371),
-            (300, true, 440),
-            (600, false, 692),
-            (1000, false, 1_072),
-            (1000, true, 1_328),
-            (2000, false, 2_104),
-            (4000, true, 4_153),
-            (10_000, false, 11_011),
+            (16, false, 84),
+            (100, false, 164),
+            (128, false, 195),
+            (128, true, 195),
+            (300, false, 357),
+            (300, true, 422),
+            (600, false, 685),
+            (1000, false, 1_057),
+            (1000, true, 1_323),
+            (2000, false, 2_097),
+            (4000, true, 4_139),
+            (10_000, false, 10_994),
             (100_000, false, 126_894),
             (600_000, false, 754_399),
         ] {
@@ -1459,11 +1475,7 @@ mod tests {
         // All records claim the same hash: each split moves them to one side, down to the deepest.
         let hash = 0xDEAD_BEEF_0000_0001;
         for i in 0..50u32 {
-            write(&d.segments[0].records).insert_unique(
-                in_segment(hash),
-                Record::new(0, 0, &name(i), [b"", b""], 0),
-                |_| in_segment(hash),
-            );
+            write(&d.segments[0].records).insert(hash, Record::new(0, 0, &name(i), [b"", b""], 0), |_| hash);
         }
         for _ in 0..MAX_DEPTH + 5 {
             d.split(hash, |_| hash);
