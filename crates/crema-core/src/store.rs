@@ -34,8 +34,8 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 pub const SCAN_SLOT_SHIFT: u32 = 39;
 
 /// Accounted bytes of a record beside its own allocation: its share of the hash table, of the directory, and of what the
-/// allocator needs for itself. Measured (`crema-benches memory`): 32 to 41 from thirty keys a slot on, 35 for a million
-/// keys in all slots. Some 300 bytes of each slot in use are not counted: with six keys a slot it is 70.
+/// allocator needs for itself. Measured (`crema-benches memory`): 34 to 43 from thirty keys a slot on, 37 for a million
+/// keys in all slots. Some 300 bytes of each slot in use are not counted: with six keys a slot it is some 70.
 pub const RECORD_OVERHEAD: u64 = 38;
 
 /// Accounted bytes of a key: about what it keeps resident, within some 6 % from fifteen keys a slot on.
@@ -275,16 +275,16 @@ impl Records {
     }
 
     /// Adds a record that is not there.
-    fn insert(&mut self, hash: u64, record: Record, hash_of: impl Fn(&Record) -> u64) {
+    fn insert(&mut self, hash: u64, record: Record) {
         if self.table.is_full() {
-            self.refit(self.table.len() + 1, hash_of);
+            self.refit(self.table.len() + 1);
         }
         let place = self.table.insert(hash, record);
         self.set_hits(place, |_| 0);
     }
 
     /// Moves the records into a table for so many, and their hits along.
-    fn refit(&mut self, records: usize, hash_of: impl Fn(&Record) -> u64) {
+    fn refit(&mut self, records: usize) {
         let mut moves = Vec::new();
         let counting = !self.hits.is_empty();
         let note = |from, to| {
@@ -292,7 +292,7 @@ impl Records {
                 moves.push((from, to));
             }
         };
-        self.table = std::mem::take(&mut self.table).rebuilt(records, hash_of, note);
+        self.table = std::mem::take(&mut self.table).rebuilt(records, note);
         if counting {
             let hits = std::mem::replace(&mut self.hits, Self::hit_words(self.table.places()));
             let old = Records { table: Packed::default(), hits };
@@ -303,9 +303,9 @@ impl Records {
     }
 
     /// Gives memory back once three quarters of it are unused.
-    fn shrink(&mut self, hash_of: impl Fn(&Record) -> u64) {
+    fn shrink(&mut self) {
         if self.table.capacity() > KEEP_CAPACITY && self.table.len() < self.table.capacity() / 4 {
-            self.refit(self.table.len() * 2, hash_of);
+            self.refit(self.table.len() * 2);
         }
     }
 
@@ -889,7 +889,7 @@ impl TableWriter {
                 let directory = Directory::new();
                 t.account(&directory, &directory.segments[0], key.db, Some((&record, hash)), None);
                 let mut records = write(&directory.segments[0].records);
-                records.insert(hash, record, |r| t.hash_of(r));
+                records.insert(hash, record);
                 if self.queues.is_some() {
                     records.fit_hits();
                 }
@@ -916,7 +916,7 @@ impl TableWriter {
                         if let Some(walk) = walk {
                             walk.displaced(record);
                         }
-                        records.shrink(|r| t.hash_of(r));
+                        records.shrink();
                         t.account(directory, segment, key.db, None, Some(before));
                     }
                     Edit::Put { .. } | Edit::Append(_) | Edit::Expiry(_) => {
@@ -954,7 +954,7 @@ impl TableWriter {
                 let (answer, edit) = decide(None);
                 if let Some(record) = new_record(parity, &key, edit) {
                     t.account(directory, segment, key.db, Some((&record, hash)), None);
-                    records.insert(hash, record, |r| t.hash_of(r));
+                    records.insert(hash, record);
                     overfull = records.len() > SEGMENT_RECORDS && segment.depth < MAX_DEPTH;
                     created = true;
                     if self.queues.is_some() {
@@ -1150,7 +1150,7 @@ impl TableWriter {
                 };
                 records.table.extract(|r| r.db() == db, with);
                 let left = records.len();
-                records.refit(left, |r| t.hash_of(r));
+                records.refit(left);
             }
             if directory.keys.load(Relaxed) == 0 {
                 *guard = None;
@@ -1319,10 +1319,10 @@ mod tests {
     fn accounted_bytes_are_near_what_was_measured() {
         // Resident bytes a key for keys of 16 bytes under mimalloc, a million of them, or as many as fit 300 MB.
         for (value, expires, resident) in [
-            (16, false, 84),
-            (100, false, 164),
-            (128, false, 195),
-            (128, true, 195),
+            (16, false, 86),
+            (100, false, 166),
+            (128, false, 197),
+            (128, true, 197),
             (300, false, 357),
             (300, true, 422),
             (600, false, 685),
@@ -1475,7 +1475,7 @@ mod tests {
         // All records claim the same hash: each split moves them to one side, down to the deepest.
         let hash = 0xDEAD_BEEF_0000_0001;
         for i in 0..50u32 {
-            write(&d.segments[0].records).insert(hash, Record::new(0, 0, &name(i), [b"", b""], 0), |_| hash);
+            write(&d.segments[0].records).insert(hash, Record::new(0, 0, &name(i), [b"", b""], 0));
         }
         for _ in 0..MAX_DEPTH + 5 {
             d.split(hash, |_| hash);
