@@ -171,7 +171,8 @@ mod tests {
         drop(queue);
         let text: String = lines.iter().map(|line| String::from_utf8(line).unwrap()).collect();
         // The news of a loss stands wherever the writer noticed it, on a slow machine between the first lines.
-        let (told, kept): (Vec<&str>, Vec<&str>) = text.lines().partition(|line| line.contains("log lines were dropped"));
+        let (told, kept): (Vec<&str>, Vec<&str>) =
+            text.lines().partition(|line| line.contains("log lines were dropped"));
         assert!(kept.starts_with(&["0", "1", "2"]), "what was queued is written, in order");
         assert!(!told.is_empty(), "the reader learns of the loss");
     }
