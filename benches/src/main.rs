@@ -5,6 +5,8 @@
 //!   reads     crema dev --reads lease | read_index, redis-server     GET: throughput, latency, ratios, in turn
 //!   failover  crema start × 3       <--writers, kill -9---- survivors   longest pause, failed requests, lost writes
 //!   memory    a state machine in this process                         resident and accounted bytes per key
+//!   evict     a state machine in this process, moka, exact LRU        hit ratios, nanoseconds an access
+//!   snapshot  a state machine in this process                         times of steps, writes meanwhile, restoring
 //! ```
 //!
 //! Run with `--release`; the harness builds `crema` in the profile of this program.
@@ -12,6 +14,7 @@
 #![allow(clippy::print_stdout)]
 
 mod dev;
+mod evict;
 mod failover;
 mod fill;
 mod load;
@@ -19,6 +22,7 @@ mod memory;
 mod reads;
 mod replies;
 mod shards;
+mod snapshot;
 mod stats;
 
 use clap::{Parser, Subcommand};
@@ -46,6 +50,10 @@ enum Bench {
     Failover(failover::Args),
     /// Resident bytes per key of one state machine, against what it accounts.
     Memory(memory::Args),
+    /// Hit ratios of the eviction policies against exact LRU and moka, and what an access costs.
+    Evict(evict::Args),
+    /// What a snapshot of a large shard costs its writer while it is written to, and restoring it.
+    Snapshot(snapshot::Args),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +66,8 @@ fn main() -> ExitCode {
         Bench::Reads(args) => reads::run(args),
         Bench::Failover(args) => failover::run(args),
         Bench::Memory(args) => memory::run(args),
+        Bench::Evict(args) => evict::run(args),
+        Bench::Snapshot(args) => snapshot::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -83,7 +83,7 @@ pub enum Answer {
 }
 
 /// Errors an answer may carry; their texts are those of the RESP server.
-const ERRORS: [OpError; 8] = [
+const ERRORS: [OpError; 9] = [
     OpError::NotInteger,
     OpError::Overflow,
     OpError::NotFloat,
@@ -92,6 +92,7 @@ const ERRORS: [OpError; 8] = [
     OpError::InvalidExpire,
     OpError::WrongSlot { epoch: Epoch(0) },
     OpError::ReplyTooLarge,
+    OpError::OutOfMemory,
 ];
 
 impl From<&Reply> for Answer {

@@ -11,12 +11,14 @@
 pub mod cell;
 pub mod codec;
 pub mod error;
+pub mod eviction;
 pub mod glob;
 pub mod ids;
 pub mod key;
 pub mod limits;
 pub mod mutant;
 pub mod op;
+mod packed;
 pub mod published;
 pub mod reply;
 pub mod session;
@@ -36,6 +38,7 @@ pub use codec::{
     encode_open_session, encode_ops, encode_remove, encode_set_limits,
 };
 pub use error::{CodecError, CorruptEntry, CorruptSnapshot, OpError};
+pub use eviction::EvictionPolicy;
 pub use ids::{ClusterUuid, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, Seq, SessionId, ShardId, Term};
 pub use key::KeyRef;
 pub use limits::{LimitPolicy, MemoryLimits};

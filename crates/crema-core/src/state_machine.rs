@@ -12,6 +12,7 @@
 
 use crate::codec::{EntryBody, OpsRef, Victim, decode_entry};
 use crate::error::{CorruptEntry, OpError};
+use crate::eviction::EvictionPolicy;
 use crate::ids::{Epoch, LogIndex};
 use crate::key::KeyRef;
 use crate::limits::{MAX_REQUEST_BYTES, MAX_VALUE_BYTES, MemoryLimits};
@@ -749,6 +750,32 @@ impl StateMachine {
         Some(self.table().earliest_expiry()).filter(|at| *at != u64::MAX).map(LogTime)
     }
 
+    /// Chooses records to evict, unused ones first, until they come to `bytes` ([`StateMachine::used`] less the limit, say)
+    /// or are `max`, for an entry that removes them ([`crate::encode_remove`]). Nothing of the replicated state changes.
+    ///
+    /// The first call, and the first with another policy, begins to note what is used: it takes
+    /// [`crate::limits::EVICTION_BYTES_PER_KEY`], and its choice is an arbitrary one. Each call looks at a bounded number of
+    /// records, some 65,000, and may find fewer victims than asked for, or none: ask again. What was chosen is not chosen
+    /// again soon, so do not ask for more than will be proposed.
+    pub fn victims(&mut self, policy: EvictionPolicy, bytes: u64, max: usize) -> Vec<Victim> {
+        self.table.victims(policy, bytes, max, self.log_time.0)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn queues(&self) -> Option<&crate::eviction::Queues> {
+        self.table.queues()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn names(&self) -> usize {
+        self.queues().map_or(0, |q| q.len())
+    }
+
+    /// Forgets what [`StateMachine::victims`] goes by, and frees its memory: for a replica that does not lead any more.
+    pub fn forget_victims(&mut self) {
+        self.table.forget_victims();
+    }
+
     /// Number of open sessions.
     pub fn sessions(&self) -> usize {
         self.sessions.len()
@@ -817,7 +844,7 @@ fn format_float(value: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::codec::tests::{key, tag};
     use crate::codec::{
@@ -835,22 +862,22 @@ mod tests {
 
     const ALL: SlotRange = SlotRange { start: 0, end: SLOT_COUNT };
     /// Log time at which the tests begin.
-    const T: u64 = 1_000_000;
+    pub(crate) const T: u64 = 1_000_000;
 
     fn machine(range: SlotRange) -> StateMachine {
         StateMachine::new(ShardInit { range, epoch: Epoch(4), secret: 99, log_time: LogTime(T), applied: LogIndex(5) })
     }
 
     /// A machine with one session that writes in order.
-    struct Rig {
-        m: StateMachine,
+    pub(crate) struct Rig {
+        pub(crate) m: StateMachine,
         session: u64,
         seq: u64,
         wall_offset: i64,
     }
 
     impl Rig {
-        fn new() -> Self {
+        pub(crate) fn new() -> Self {
             Self::with(ALL)
         }
         fn with(range: SlotRange) -> Self {
@@ -859,7 +886,7 @@ mod tests {
             assert_eq!(applied.outcomes, [Outcome::Reply(Reply::Int(6))]);
             Rig { m, session: 6, seq: 0, wall_offset: 0 }
         }
-        fn next(&mut self, payload: &[u8]) -> Applied {
+        pub(crate) fn next(&mut self, payload: &[u8]) -> Applied {
             let index = LogIndex(self.m.applied().0 + 1);
             let applied = self.m.apply(index, payload).unwrap();
             assert_eq!(self.m.applied(), index);
@@ -878,7 +905,7 @@ mod tests {
         fn at(&mut self, ms: u64, op: Op<'_>) -> Reply {
             self.request_at(ms, &[op])
         }
-        fn op(&mut self, op: Op<'_>) -> Reply {
+        pub(crate) fn op(&mut self, op: Op<'_>) -> Reply {
             self.at(0, op)
         }
         fn set(&mut self, k: &[u8], value: &[u8], expire: SetExpire) {

@@ -19,8 +19,10 @@ use crate::config::is_loopback;
 use crate::node::{BindAddrs, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
-use crema_core::{KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits};
-use crema_shard::{ClientRequest, ClientResult, ConnId, ReadLevel, ReadMode, Refusal, Token};
+use crema_core::{
+    EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits,
+};
+use crema_shard::{ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -96,6 +98,8 @@ pub struct CacheConfig {
     http_addr: Option<SocketAddr>,
     insecure: bool,
     data_dir: Option<PathBuf>,
+    max_memory: u64,
+    eviction: Option<EvictionPolicy>,
 }
 
 impl CacheConfig {
@@ -116,6 +120,8 @@ impl CacheConfig {
             http_addr: None,
             insecure: false,
             data_dir: None,
+            max_memory: 0,
+            eviction: Some(EvictionPolicy::default()),
         }
     }
     /// The other initial members and their Raft addresses. They and this node found the cluster together; each must be
@@ -149,6 +155,17 @@ impl CacheConfig {
     /// [`ReadMode::ReadIndex`] costs a round to a majority, shared by the reads of a moment, and assumes nothing of clocks.
     pub fn with_reads(mut self, reads: ReadMode) -> Self {
         self.reads = reads;
+        self
+    }
+    /// Bytes of memory that the node may use, at least 16 MiB, or 0 for no limit, which is the default. Three quarters are for
+    /// keys and values, divided over the shards that it holds.
+    pub fn with_max_memory(mut self, bytes: u64) -> Self {
+        self.max_memory = bytes;
+        self
+    }
+    /// What goes when a shard's memory is full; with none, writes that take more memory are refused.
+    pub fn with_eviction(mut self, eviction: Option<EvictionPolicy>) -> Self {
+        self.eviction = eviction;
         self
     }
     /// Directory in which this node keeps its log and its data, so that they survive a restart, of this node or of all;
@@ -253,6 +270,7 @@ impl CacheConfig {
             max_clients: 10_000,
             stop_grace: self.stop_grace,
             max_log_bytes: 256 << 20,
+            memory: MemoryOptions { max_memory: self.max_memory, eviction: self.eviction },
             data_dir: self.data_dir,
             checkpoint_log_bytes: 512 << 20,
         };

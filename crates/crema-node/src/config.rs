@@ -12,8 +12,9 @@
 use crate::node::{BindAddrs, NodeConfig};
 use clap::ArgAction;
 use confique::{Config as _, Layer as _};
+use crema_core::EvictionPolicy;
 use crema_core::NodeId;
-use crema_shard::ReadMode;
+use crema_shard::{MemoryOptions, ReadMode};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -139,6 +140,18 @@ pub struct Config {
     #[config(env = "CREMA_MAX_LOG_BYTES", default = "256mb", layer_attr(arg(long, value_name = "SIZE")))]
     pub max_log_bytes: ByteSize,
 
+    /// Memory that this node may use, at least 16mb; no limit if absent. Three quarters of it are for keys and values,
+    /// divided evenly over the shards that the node holds; the rest is for logs and buffers. A shard has what the least of
+    /// its nodes can give, so set it alike on all nodes.
+    #[config(env = "CREMA_MAX_MEMORY", layer_attr(arg(long, value_name = "SIZE")))]
+    pub max_memory: Option<ByteSize>,
+
+    /// What goes when a shard's memory is full: "s3-fifo", "sieve", "lru" or "none". Set it alike on all nodes.
+    /// s3-fifo: keys used once only go first, however recently. sieve: simpler, a little worse under scans.
+    /// lru: those not used for longest, about. none: nothing; writes that take more memory are refused.
+    #[config(env = "CREMA_EVICTION", default = "s3-fifo", layer_attr(arg(long, value_name = "HOW", value_enum)))]
+    pub eviction: Eviction,
+
     /// Directory in which this node keeps its log and its data, so that they survive a restart, of this node or of all.
     /// A command is then acknowledged when it is on the disks of a majority. Without, all is in memory alone.
     #[config(env = "CREMA_DATA_DIR", layer_attr(arg(long, value_name = "DIR")))]
@@ -214,6 +227,9 @@ impl Config {
                 self.checkpoint_log_bytes
             ));
         }
+        if let Some(size) = self.max_memory.filter(|size| !(16 << 20..=1 << 50).contains(&size.0)) {
+            return bad(format!("max_memory must be at least 16mb, not {size}"));
+        }
         check_metadata(&self.metadata)?;
         self.check_addresses_differ()?;
         self.check_advertise_host()?;
@@ -243,6 +259,10 @@ impl Config {
                 max_clients: self.max_clients,
                 stop_grace: Duration::from_millis(self.stop_grace_ms),
                 max_log_bytes: self.max_log_bytes.as_usize(),
+                memory: MemoryOptions {
+                    max_memory: self.max_memory.map_or(0, |size| size.0),
+                    eviction: self.eviction.into(),
+                },
                 data_dir: self.data_dir.clone(),
                 checkpoint_log_bytes: self.checkpoint_log_bytes.0,
             },
@@ -522,6 +542,35 @@ impl From<Reads> for ReadMode {
     }
 }
 
+/// What goes when a shard's memory is full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+#[value(rename_all = "kebab-case")]
+pub enum Eviction {
+    /// Keys that were used once only, then those not used lately.
+    #[default]
+    #[serde(rename = "s3-fifo")]
+    #[value(name = "s3-fifo")]
+    S3Fifo,
+    /// Keys not used since a hand passed them last.
+    Sieve,
+    /// Keys not used for longest, about.
+    Lru,
+    /// Nothing: writes are refused.
+    None,
+}
+
+impl From<Eviction> for Option<EvictionPolicy> {
+    fn from(eviction: Eviction) -> Self {
+        match eviction {
+            Eviction::S3Fifo => Some(EvictionPolicy::S3Fifo),
+            Eviction::Sieve => Some(EvictionPolicy::Sieve),
+            Eviction::Lru => Some(EvictionPolicy::Lru),
+            Eviction::None => None,
+        }
+    }
+}
+
 impl fmt::Display for Reads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -659,7 +708,7 @@ mod tests {
                     text.push_str("node_id = 1\n")
                 }
                 Some(key) if key.trim_end().ends_with('=') => assert!(
-                    key.starts_with("advertise_host") || key.starts_with("requirepass_file"),
+                    ["advertise_host", "requirepass_file", "max_memory", "data_dir"].iter().any(|k| key.starts_with(k)),
                     "only these are optional: {key}"
                 ),
                 Some(key) => {
@@ -689,9 +738,9 @@ mod tests {
         assert_eq!((config.node_id, config.shards, config.max_log_bytes), (7, 8, ByteSize(1 << 30)));
         assert_eq!(config.metadata["zone"], "a");
 
-        std::fs::write(&file, "node_id = 7\nmax_memory = \"1gb\"\n").unwrap();
+        std::fs::write(&file, "node_id = 7\nmin_memory = \"1gb\"\n").unwrap();
         let error = read_file(&file).unwrap_err().0;
-        assert!(error.contains("max_memory") && error.contains("c.toml"), "{error}");
+        assert!(error.contains("min_memory") && error.contains("c.toml"), "{error}");
         std::fs::write(&file, vec![b'#'; MAX_CONFIG_FILE_BYTES as usize + 1]).unwrap();
         assert!(read_file(&file).unwrap_err().0.contains("longer than"));
         assert!(read_file(&dir.join("absent.toml")).unwrap_err().0.contains("cannot be opened"));

@@ -1447,6 +1447,7 @@ mod tests {
             snapshot_chunk_bytes: 1024,
             process: 1,
             checkpoint_log_bytes: None,
+            memory: crema_shard::MemoryOptions::default(),
             uuid: None,
         };
         let host = Host::new(host, clock::now());

@@ -170,7 +170,10 @@ mod tests {
         drop(Logs { queue: queue.clone() });
         drop(queue);
         let text: String = lines.iter().map(|line| String::from_utf8(line).unwrap()).collect();
-        assert!(text.contains("0\n1\n2\n"), "what was queued is written, in order");
-        assert!(text.contains("log lines were dropped"), "the reader learns of the loss");
+        // The news of a loss stands wherever the writer noticed it, on a slow machine between the first lines.
+        let (told, kept): (Vec<&str>, Vec<&str>) =
+            text.lines().partition(|line| line.contains("log lines were dropped"));
+        assert!(kept.starts_with(&["0", "1", "2"]), "what was queued is written, in order");
+        assert!(!told.is_empty(), "the reader learns of the loss");
     }
 }

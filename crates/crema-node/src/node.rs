@@ -26,7 +26,7 @@ use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::storage::{Opened, StorageError};
 use crema_core::{Incarnation, NodeId};
 use crema_gossip::{GossipConfig, GossipError, Member};
-use crema_shard::{Host, HostConfig, HostStatus, NodeAddrs, ReadMode, RoutingView, Timing};
+use crema_shard::{Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RoutingView, Timing};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -112,6 +112,8 @@ pub struct NodeConfig {
     pub stop_grace: Duration,
     /// Most bytes of log kept for replicas that lag, over all shards.
     pub max_log_bytes: usize,
+    /// Limits of memory.
+    pub memory: MemoryOptions,
     /// Where the log is kept on disk; in memory alone without.
     pub data_dir: Option<PathBuf>,
     /// Bytes of log on disk, over all shards, behind which states are written to files.
@@ -418,6 +420,7 @@ impl Node {
             read_mode: config.reads,
             snapshot_chunk_bytes: SNAPSHOT_CHUNK_BYTES,
             process: entropy()?,
+            memory: config.memory,
             checkpoint_log_bytes: storage.as_ref().map(|_| config.checkpoint_log_bytes),
         };
         let host = loop {
@@ -908,6 +911,8 @@ fn front_config(config: &NodeConfig) -> FrontConfig {
     front.requirepass = config.requirepass.clone();
     front.deadline = config.request_deadline;
     front.max_clients = config.max_clients;
+    front.memory = config.memory;
+    front.durable = config.data_dir.is_some();
     front
 }
 
@@ -1015,6 +1020,7 @@ mod tests {
             max_clients: 10,
             stop_grace: Duration::from_secs(10),
             max_log_bytes: 1 << 20,
+            memory: MemoryOptions::default(),
             data_dir: None,
             checkpoint_log_bytes: 512 << 20,
         }

@@ -18,19 +18,23 @@ use crate::message::{
 use crate::meta::{MetaMachine, MetaState};
 use crate::proposals::Ticket;
 use crate::reads::Read;
-use crate::replica::{Machine, Out, ReadCounts, ReadMode, Replica, ReplicaInit};
+use crate::replica::{Machine, MemoryOptions, Out, ReadCounts, ReadMode, Replica, ReplicaInit};
 use crate::timing::Timing;
 use crate::transfer::{Chunk, ChunkAck};
 use bytes::Bytes;
 use crema_core::mutant::{Mutant, planted};
+use crema_core::state_machine::Removed;
 use crema_core::store::Table;
 use crema_core::{
-    Incarnation, LogIndex, LogTime, NodeId, Now, ReplicaId, SessionTag, ShardId, ShardInit, StateMachine,
+    Incarnation, LogIndex, LogTime, MonoTime, NodeId, Now, ReplicaId, SessionTag, ShardId, ShardInit, StateMachine,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
+/// Sleeping groups are asked this often whether something in them has expired.
+const EXPIRY_LOOK: Duration = Duration::from_secs(1);
 /// Least bytes of log that one group keeps, unless the node's limit is smaller.
 const MIN_LOG_BYTES: usize = 1024 * 1024;
 /// Least bytes of log on disk behind which one group writes its state, unless the node's limit is smaller.
@@ -57,6 +61,8 @@ pub struct GroupOptions {
     pub process: u64,
     /// Bytes of log on disk, over all groups, behind which states are written to files; none where logs are in memory.
     pub checkpoint_log_bytes: Option<u64>,
+    /// Limits of memory.
+    pub memory: MemoryOptions,
 }
 
 /// A batch on its way to be durable.
@@ -107,6 +113,7 @@ pub struct Coordinator {
     connected: BTreeMap<NodeId, Incarnation>,
     logger: slog::Logger,
     dropped: u64,
+    next_expiry_look: MonoTime,
 }
 
 impl Coordinator {
@@ -126,6 +133,7 @@ impl Coordinator {
             connected: BTreeMap::new(),
             logger: crate::raft_log::logger(),
             dropped: 0,
+            next_expiry_look: MonoTime(0),
         }
     }
 
@@ -194,6 +202,9 @@ impl Coordinator {
     fn init(&self, shard: ShardId, id: ReplicaId, machine: Machine, shards: usize) -> ReplicaInit {
         let o = &self.options;
         let groups = 1 + shards as u64;
+        // With a limit of memory, an eighth of it.
+        let most = if o.memory.max_memory == 0 { u64::MAX } else { o.memory.max_memory / 8 };
+        let max_log_bytes = o.max_log_bytes.min(usize::try_from(most).unwrap_or(usize::MAX));
         ReplicaInit {
             shard,
             id,
@@ -201,10 +212,11 @@ impl Coordinator {
             machine,
             log_time: LogTime(0),
             timing: o.timing,
-            max_log_bytes: (o.max_log_bytes / groups as usize).max(MIN_LOG_BYTES.min(o.max_log_bytes)),
+            max_log_bytes: (max_log_bytes / groups as usize).max(MIN_LOG_BYTES.min(max_log_bytes)),
             context_prefix: o.process,
             read_mode: o.read_mode,
             chunk_bytes: o.chunk_bytes,
+            eviction: o.memory.eviction,
             checkpoint_log_bytes: o.checkpoint_log_bytes.map(|b| (b / groups).max(MIN_CHECKPOINT_BYTES.min(b))),
         }
     }
@@ -222,6 +234,7 @@ impl Coordinator {
         self.present = state.nodes.iter().map(|(n, r)| (*n, r.incarnation)).collect();
         self.data.resize_with(state.shards.len(), || None);
         let mut changed = false;
+        let budgets = state.budgets();
         for shard in state.groups() {
             let placed = state.replicas(shard);
             let mine = placed.iter().find(|r| r.node == self.options.node && r.incarnation == self.options.incarnation);
@@ -238,7 +251,12 @@ impl Coordinator {
                 changed = true;
             }
             let epoch = state.epoch_of(shard);
-            if self.with(shard, |r, _| r.set_intent(placed, epoch)).is_some() {
+            let budget = budgets.get(shard.0 as usize).copied().unwrap_or(0);
+            let told = self.with(shard, |r, _| {
+                r.set_intent(placed, epoch);
+                r.set_budget(budget);
+            });
+            if told.is_some() {
                 self.dirty.insert(shard);
             }
         }
@@ -267,6 +285,17 @@ impl Coordinator {
             Machine::Meta(m) => Some(m.state().clone()),
             Machine::Data(_) => None,
         }
+    }
+
+    /// Keys removed since the replicas came here, where this node leads or follows alike.
+    pub fn removed(&self) -> Removed {
+        self.replicas().fold(Removed::default(), |all, r| match r.machine() {
+            Machine::Data(m) => {
+                let one = m.removed();
+                Removed { expired: all.expired + one.expired, evicted: all.evicted + one.evicted }
+            }
+            Machine::Meta(_) => all,
+        })
     }
 
     /// Reads answered by all local replicas.
@@ -438,8 +467,20 @@ impl Coordinator {
         self.replicas().map(Replica::shard).collect()
     }
 
+    /// Wakes sleeping groups that this node leads and in which something has expired. Not for every tick.
+    fn wake_for_expiry(&mut self, now: Now) {
+        if now.mono < self.next_expiry_look {
+            return;
+        }
+        self.next_expiry_look = now.mono.after(EXPIRY_LOOK);
+        let due: Vec<ShardId> =
+            self.replicas().filter(|r| r.asleep() && r.has_expired(now)).map(Replica::shard).collect();
+        due.into_iter().for_each(|shard| self.wake(shard));
+    }
+
     /// One tick of every replica that is awake.
     pub fn tick(&mut self, now: Now) {
+        self.wake_for_expiry(now);
         let present = std::mem::take(&mut self.present);
         let awake: Vec<ShardId> = self.replicas().filter(|r| !r.asleep()).map(Replica::shard).collect();
         let mut filling = self.replicas().filter(|r| r.transfer_status().to.is_some()).count();

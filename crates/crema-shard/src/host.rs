@@ -24,7 +24,7 @@ use crate::message::{
 use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement};
 use crate::placement::preferred_leader;
 use crate::proposals::Ticket;
-use crate::replica::{Machine, ReadMode, Replica};
+use crate::replica::{Machine, MemoryOptions, ReadMode, Replica};
 use crate::router::{NodeRoute, Router, RoutingView, ShardRoute};
 use crate::timing::Timing;
 use bytes::Bytes;
@@ -85,6 +85,8 @@ pub struct HostConfig {
     pub process: u64,
     /// Where logs are kept on disk: bytes of log, over all groups, behind which states are written to files.
     pub checkpoint_log_bytes: Option<u64>,
+    /// Limits of memory.
+    pub memory: MemoryOptions,
 }
 
 /// A claim of leadership heard by gossip. A hint: the highest term wins, Raft decides.
@@ -211,6 +213,7 @@ impl Host {
             chunk_bytes: config.snapshot_chunk_bytes,
             process: config.process,
             checkpoint_log_bytes: config.checkpoint_log_bytes,
+            memory: config.memory,
         });
         Host {
             coordinator,
@@ -640,7 +643,7 @@ impl Host {
             Control::Answer { state: Some(bytes), .. } | Control::Placement { state: bytes } => {
                 self.take_placement(&bytes, now);
             }
-            Control::Register { addrs } => self.register(from, incarnation, addrs, now),
+            Control::Register { addrs, max_memory } => self.register(from, incarnation, addrs, max_memory, now),
             Control::RegisterRefused { refused, by } => {
                 let mine = refused == self.config.incarnation;
                 if mine && self.last_id_note.is_none_or(|t| now.mono.since(t) >= NOTE_EVERY) {
@@ -729,7 +732,7 @@ impl Host {
         }
     }
 
-    fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs, now: Now) {
+    fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs, max_memory: u64, now: Now) {
         if !self.leads_meta() {
             return;
         }
@@ -739,7 +742,8 @@ impl Host {
             return;
         }
         if let Some(record) = state.nodes.get(&node) {
-            if record.past.contains(&incarnation) || (record.incarnation == incarnation && record.addrs == addrs) {
+            let known = record.incarnation == incarnation && record.addrs == addrs && record.max_memory == max_memory;
+            if record.past.contains(&incarnation) || known {
                 return;
             }
             let old = record.incarnation;
@@ -758,7 +762,7 @@ impl Host {
         if !connected && node != self.config.node {
             return;
         }
-        self.coordinator.meta_command(MetaCommand::Register { node, incarnation, addrs }.encode().into());
+        self.coordinator.meta_command(MetaCommand::Register { node, incarnation, addrs, max_memory }.encode().into());
     }
 
     fn set_draining(&mut self, node: NodeId, incarnation: Incarnation, draining: bool) {
@@ -783,16 +787,19 @@ impl Host {
             return;
         };
         let me = state.nodes.get(&self.config.node);
-        let registered = me.is_some_and(|r| r.incarnation == self.config.incarnation && r.addrs == self.config.addrs);
+        let max_memory = self.config.memory.max_memory;
+        let registered = me.is_some_and(|r| {
+            r.incarnation == self.config.incarnation && r.addrs == self.config.addrs && r.max_memory == max_memory
+        });
         let fenced = me.is_some_and(|r| r.past.contains(&self.config.incarnation));
         if !registered && !fenced {
             let addrs = self.config.addrs.clone();
             if me.is_some_and(|r| r.incarnation == self.config.incarnation) && self.leads_meta() {
-                let command =
-                    MetaCommand::Register { node: self.config.node, incarnation: self.config.incarnation, addrs };
+                let (node, incarnation) = (self.config.node, self.config.incarnation);
+                let command = MetaCommand::Register { node, incarnation, addrs, max_memory };
                 self.coordinator.meta_command(command.encode().into());
             } else {
-                self.control_to_all(&Control::Register { addrs });
+                self.control_to_all(&Control::Register { addrs, max_memory });
             }
         }
         if self.draining && me.is_some_and(|r| r.incarnation == self.config.incarnation && !r.draining) {
@@ -1238,6 +1245,8 @@ impl Host {
             ("requests_retried", self.gateway.retries()),
             ("digest_mismatches", self.digest_mismatches),
             ("replicas_failed", self.replicas_failed),
+            ("keys_expired", self.coordinator.removed().expired),
+            ("keys_evicted", self.coordinator.removed().evicted),
         ];
         status
     }
@@ -1307,6 +1316,7 @@ mod tests {
                         snapshot_chunk_bytes: 256,
                         process: n,
                         checkpoint_log_bytes: None,
+                        memory: MemoryOptions::default(),
                     };
                     (NodeId(n), Host::new(config, now))
                 })

@@ -37,6 +37,6 @@ pub use effect::{
 };
 pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
 pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};
-pub use replica::ReadMode;
+pub use replica::{MemoryOptions, ReadMode};
 pub use router::{NodeRoute, RoutingView, ShardRoute};
 pub use timing::Timing;

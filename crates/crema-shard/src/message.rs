@@ -376,6 +376,8 @@ pub enum Control {
     Register {
         /// My addresses.
         addrs: NodeAddrs,
+        /// Most bytes of memory that I may use, 0 for no limit.
+        max_memory: u64,
     },
     /// The id is in use by a life that still answers. Streams go by node id, so the message may reach that life instead of
     /// the refused one.

@@ -30,6 +30,9 @@ pub const MAX_REPLICAS: usize = 7;
 pub const MAX_ADDR_BYTES: usize = 260;
 /// Longest cluster name in bytes.
 pub const MAX_NAME_BYTES: usize = 255;
+/// How much of a node's memory is for keys and values: so many parts of so many. An eighth may be the logs' (they take no
+/// more), an eighth remains for buffers and for states in transit.
+pub const DATA_PARTS: (u64, u64) = (3, 4);
 /// Highest epoch that is believed of a peer: far beyond any reachable one, and far from overflow.
 const MAX_EPOCH: Epoch = Epoch(1 << 62);
 /// First byte of an encoded state.
@@ -84,6 +87,8 @@ pub struct NodeRecord {
     pub approved: bool,
     /// Whether this life is about to stop: it leads nothing and is given nothing.
     pub draining: bool,
+    /// Most bytes of memory that it may use, as it registered them; 0 for no limit, or not known yet.
+    pub max_memory: u64,
 }
 
 /// How many earlier incarnations of a node are remembered; older ones are forgotten, and no longer fenced.
@@ -169,7 +174,10 @@ impl MetaState {
             .iter()
             .map(|(id, incarnation, addrs)| {
                 let (incarnation, addrs) = (*incarnation, addrs.clone());
-                (*id, NodeRecord { incarnation, past: Vec::new(), addrs, approved: true, draining: false })
+                (
+                    *id,
+                    NodeRecord { incarnation, past: Vec::new(), addrs, approved: true, draining: false, max_memory: 0 },
+                )
             })
             .collect();
         let generation = 1;
@@ -305,6 +313,20 @@ impl MetaState {
         self.shards.get(shard.0 as usize).map_or(self.epoch, |s| s.epoch)
     }
 
+    /// Most bytes that each data shard's keys and values may take, 0 for no limit: the least share of the nodes that hold
+    /// it. A node's shares are [`DATA_PARTS`] of its memory together; the rest is for logs, buffers and states in transit.
+    pub fn budgets(&self) -> Vec<u64> {
+        let mut held: BTreeMap<NodeId, u64> = BTreeMap::new();
+        for r in self.shards.iter().flat_map(|s| &s.replicas) {
+            *held.entry(r.node).or_default() += 1;
+        }
+        let share = |node: &NodeId| {
+            let limit = self.nodes.get(node).map_or(0, |n| n.max_memory);
+            (limit > 0).then(|| (limit / DATA_PARTS.1 * DATA_PARTS.0 / held[node]).max(1))
+        };
+        self.shards.iter().map(|s| s.replicas.iter().filter_map(|r| share(&r.node)).min().unwrap_or(0)).collect()
+    }
+
     /// Whether the life of the node that the replica lives in is the one that counts. If not, the replica is lost.
     pub fn replica_is_present(&self, replica: &ReplicaPlacement) -> bool {
         self.nodes.get(&replica.node).is_some_and(|n| n.incarnation == replica.incarnation)
@@ -335,6 +357,8 @@ pub enum MetaCommand {
         incarnation: Incarnation,
         /// Where it is reached; [`NodeAddrs::check`] must accept it.
         addrs: NodeAddrs,
+        /// Most bytes of memory that it may use, 0 for no limit.
+        max_memory: u64,
     },
     /// The node is about to stop, or has changed its mind.
     SetDraining {
@@ -405,7 +429,9 @@ impl MetaMachine {
             _ => Some(MetaCommand::decode(payload).map_err(|e| corrupt(e.to_string()))?),
         };
         let changed = match command {
-            Some(MetaCommand::Register { node, incarnation, addrs }) => self.register(node, incarnation, addrs),
+            Some(MetaCommand::Register { node, incarnation, addrs, max_memory }) => {
+                self.register(node, incarnation, addrs, max_memory)
+            }
             Some(MetaCommand::SetDraining { node, incarnation, draining }) => {
                 self.set_draining(node, incarnation, draining)
             }
@@ -417,13 +443,15 @@ impl MetaMachine {
 
     /// A new life of a node takes the places of the one before it: its replicas get new ids, since what they were in
     /// was its memory.
-    fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs) -> bool {
+    fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs, max_memory: u64) -> bool {
         if node.0 == 0 || addrs.check().is_err() {
             return false;
         }
         match self.state.nodes.get(&node) {
             None if self.state.nodes.len() >= MAX_NODES => return false,
-            Some(known) if known.incarnation == incarnation && known.addrs == addrs => {
+            Some(known)
+                if known.incarnation == incarnation && known.addrs == addrs && known.max_memory == max_memory =>
+            {
                 return false;
             }
             Some(known) if known.past.contains(&incarnation) => return false,
@@ -435,8 +463,10 @@ impl MetaMachine {
             addrs: NodeAddrs::default(),
             approved: false,
             draining: false,
+            max_memory: 0,
         });
         record.addrs = addrs;
+        record.max_memory = max_memory;
         if record.incarnation != incarnation {
             if record.past.len() >= MAX_PAST_INCARNATIONS {
                 record.past.remove(0);
@@ -592,7 +622,7 @@ mod tests {
     }
 
     fn register(node: u64, incarnation: Incarnation) -> MetaCommand {
-        MetaCommand::Register { node: NodeId(node), incarnation, addrs: addrs(node) }
+        MetaCommand::Register { node: NodeId(node), incarnation, addrs: addrs(node), max_memory: 0 }
     }
 
     fn draining(node: u64, incarnation: Incarnation, draining: bool) -> MetaCommand {
@@ -678,6 +708,7 @@ mod tests {
                 addrs: addrs.clone(),
                 approved: true,
                 draining: true,
+                max_memory: u64::MAX,
             };
             s.nodes.insert(NodeId(u64::MAX - n), record);
         }
@@ -773,7 +804,7 @@ mod tests {
         assert_eq!(after.check(), Ok(()));
         // Addresses alone change nothing of it.
         let moved = NodeAddrs { raft: "elsewhere:1".into(), ..NodeAddrs::default() };
-        run(&mut m, MetaCommand::Register { node: NodeId(2), incarnation: life(20), addrs: moved });
+        run(&mut m, MetaCommand::Register { node: NodeId(2), incarnation: life(20), addrs: moved, max_memory: 0 });
         assert!(after.groups().all(|g| m.state().replicas(g) == after.replicas(g)));
     }
 
@@ -784,7 +815,8 @@ mod tests {
         assert_eq!(m.state().epoch, Epoch(1));
         run(&mut m, draining(1, life(1), true));
         let moved = NodeAddrs { raft: "elsewhere:1".into(), ..NodeAddrs::default() };
-        let command = MetaCommand::Register { node: NodeId(1), incarnation: life(1), addrs: moved.clone() };
+        let command =
+            MetaCommand::Register { node: NodeId(1), incarnation: life(1), addrs: moved.clone(), max_memory: 0 };
         assert!(run(&mut m, command));
         let node = &m.state().nodes[&NodeId(1)];
         assert_eq!((&node.addrs, node.incarnation, node.draining, node.past.len()), (&moved, life(1), true, 0));
@@ -807,7 +839,7 @@ mod tests {
         assert_eq!(m.state().check(), Ok(()));
         let long = NodeAddrs { raft: "x".repeat(MAX_ADDR_BYTES + 1), ..NodeAddrs::default() };
         assert!(long.check().is_err());
-        let command = MetaCommand::Register { node: NodeId(1), incarnation: life(3000), addrs: long };
+        let command = MetaCommand::Register { node: NodeId(1), incarnation: life(3000), addrs: long, max_memory: 0 };
         assert!(!run(&mut m, command), "a bad address is not taken");
     }
 
@@ -862,7 +894,7 @@ mod tests {
         let (node, incarnation) = (0u64..6, (0u64..5).prop_map(life));
         prop_oneof![
             (node.clone(), incarnation.clone(), 0u64..3).prop_map(|(node, incarnation, a)| {
-                MetaCommand::Register { node: NodeId(node), incarnation, addrs: addrs(a) }
+                MetaCommand::Register { node: NodeId(node), incarnation, addrs: addrs(a), max_memory: 0 }
             }),
             (node, incarnation, any::<bool>()).prop_map(|(node, incarnation, d)| draining(node, incarnation, d)),
         ]

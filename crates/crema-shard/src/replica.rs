@@ -30,9 +30,9 @@ use crema_core::limits::{MAX_REQUEST_BYTES, TARGET_ENTRY_BYTES};
 use crema_core::mutant::{Mutant, planted};
 use crema_core::store::Table;
 use crema_core::{
-    EntryBuilder, Epoch, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome, Published, ReadResult,
-    ReplicaId, Reply, SessionTag, ShardId, StateMachine, Term, encode_advance, encode_check_digest,
-    encode_open_session,
+    EntryBuilder, Epoch, EvictionPolicy, Incarnation, LogClock, LogIndex, LogTime, NodeId, Now, OpsRef, Outcome,
+    Published, ReadResult, ReplicaId, Reply, SessionTag, ShardId, StateMachine, Term, encode_advance,
+    encode_check_digest, encode_open_session,
 };
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raft::{RawNode, ReadOnlyOption, StateRole};
@@ -42,9 +42,12 @@ use std::sync::Arc;
 mod checkpoint;
 mod filling;
 mod membership;
+mod memory;
 
 use checkpoint::Disk;
 use filling::Filling;
+use memory::Memory;
+pub use memory::MemoryOptions;
 
 /// Most requests a leader queues for its next round; beyond, it answers `Busy`.
 const MAX_QUEUED: usize = 16 * 1024;
@@ -200,6 +203,7 @@ pub struct Replica {
     ready_reads: Vec<Read>,
     /// What it keeps on disk, if it does.
     disk: Option<Disk>,
+    memory: Memory,
 }
 
 /// A new replica's circumstances.
@@ -227,6 +231,8 @@ pub struct ReplicaInit {
     /// Bytes of log on disk behind which a new state is written to a file, or as many as that state has; none where the
     /// log is in memory alone.
     pub checkpoint_log_bytes: Option<u64>,
+    /// How it chooses what goes when the shard is full, where it leads.
+    pub eviction: Option<EvictionPolicy>,
 }
 
 /// Reads that a replica has answered on its driver, and the rounds it took; monotonic.
@@ -356,6 +362,7 @@ impl Replica {
             failed: false,
             ready_reads: Vec::new(),
             disk: init.checkpoint_log_bytes.map(Disk::new),
+            memory: Memory::new(init.eviction),
         };
         replica.members_changed();
         Ok(replica)
@@ -728,6 +735,7 @@ impl Replica {
         let all_match = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.matched == last);
         let told_commit = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.committed_index >= last);
         let changing = !self.members.learners.is_empty() || self.filling.sends() || self.wants_change();
+        let changing = changing || self.limits_differ();
         if !all_match || !told_commit || changing || !self.at_rest() {
             self.quiet_ticks = 0;
             return;
@@ -780,6 +788,7 @@ impl Replica {
             self.keep_lease(now);
             self.update_floor(present);
             self.change_members(now);
+            self.keep_memory(now);
             self.keep_filling(may_fill, now);
             self.propose_digest_check(now);
             self.maybe_invite_to_sleep(out);
@@ -975,6 +984,7 @@ impl Replica {
         self.lease = Lease::default();
         self.reviving = false;
         self.stop_filling();
+        self.forget_accesses();
     }
 
     /// Stops the replica for good: what it holds cannot be trusted, or a part of it panicked.
@@ -1055,6 +1065,7 @@ impl Replica {
         if self.queue.is_empty() || !self.leads() || self.raw.raft.lead_transferee.is_some() {
             return;
         }
+        self.make_room(self.queue_bytes as u64, now);
         let stamp = self.stamp(now);
         let wall_offset = now.wall.0 as i64 - stamp.0 as i64;
         let mut entries: Vec<Entry> = Vec::new();

@@ -118,6 +118,7 @@ impl Member for Ours {
             read_mode: ReadMode::Lease,
             chunk_bytes: 64,
             checkpoint_log_bytes: None,
+            eviction: None,
         };
         let replica = Replica::founded(init, first, &crema_shard::raft_log::logger(), now).expect("a valid group");
         Ours {

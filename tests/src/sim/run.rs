@@ -212,6 +212,8 @@ impl<'a> Run<'a> {
             chunk_bytes,
             durable,
             checkpoint_log_bytes,
+            // What is evicted would look like a lost write; stories test that.
+            memory: crema_shard::MemoryOptions::default(),
             read_index: match plan.reads {
                 Some(ReadMode::Lease) => 0,
                 Some(ReadMode::ReadIndex) => 1_000,

@@ -19,8 +19,8 @@ use super::trace::Trace;
 use bytes::Bytes;
 use crema_core::{Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId, Term, WallTime, slot_of};
 use crema_shard::{
-    Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, NodeAddrs, Note, ReadLevel,
-    ReadMode, StateWrite, Timing, Token,
+    Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, MemoryOptions, NodeAddrs,
+    Note, ReadLevel, ReadMode, StateWrite, Timing, Token,
 };
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
@@ -81,6 +81,8 @@ pub struct Options {
     pub durable: u64,
     /// Bytes of log on such a node's disk behind which states are written.
     pub checkpoint_log_bytes: u64,
+    /// Limits of each node's memory.
+    pub memory: MemoryOptions,
 }
 
 impl Default for Options {
@@ -97,6 +99,7 @@ impl Default for Options {
             chunk_bytes: 256,
             durable: 0,
             checkpoint_log_bytes: 4_000,
+            memory: MemoryOptions::default(),
         }
     }
 }
@@ -1030,6 +1033,7 @@ impl World {
             max_log_bytes: self.options.max_log_bytes,
             snapshot_chunk_bytes: self.options.chunk_bytes,
             process: new.0 as u64,
+            memory: self.options.memory,
             uuid: None,
             checkpoint_log_bytes: self.durable(id).then_some(self.options.checkpoint_log_bytes),
             read_mode: if self.rng.permille(self.options.read_index) { ReadMode::ReadIndex } else { ReadMode::Lease },

@@ -370,3 +370,35 @@ fn refuse_foreign(path: &Path) -> Result<(), DirError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::scratch;
+    use super::super::{Batch, LogOptions, LogWrite};
+    use super::*;
+
+    #[test]
+    fn a_crash_while_a_life_begins_is_finished_at_the_next_opening() {
+        let path = scratch();
+        let (mut dir, _) = DataDir::open(path.path(), 1, "c", Mode::Durable).unwrap();
+        let log = dir.log_dir().unwrap();
+        let write = LogWrite { group: 1, ..LogWrite::default() };
+        let (mut engine, _) = LogEngine::open(&log, LogOptions::default()).unwrap();
+        engine.write(&[Batch { number: 1, writes: vec![write] }]).unwrap();
+        drop(engine);
+        // Only the first of the three steps was done.
+        dir.stored.incarnation = 9;
+        dir.stored.begun = false;
+        dir.save().unwrap();
+        drop(dir);
+        let (dir, identity) = DataDir::open(path.path(), 1, "c", Mode::Durable).unwrap();
+        assert_eq!((identity.incarnation, identity.boot), (9, 2));
+        assert!(LogEngine::open(&log, LogOptions::default()).unwrap().1.is_empty());
+        assert!(path.path().join("lost-1").join("log").join("synced").exists());
+        // And the second: what is moved stays moved, and the same life goes on.
+        drop(dir);
+        let (dir, identity) = DataDir::open(path.path(), 1, "c", Mode::Durable).unwrap();
+        assert_eq!(identity.incarnation, 9);
+        assert_eq!(dir.lost().unwrap(), [1]);
+    }
+}

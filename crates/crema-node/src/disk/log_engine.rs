@@ -18,6 +18,10 @@
 //!   lost tail.
 //! - A damaged block in the middle of what was never known to be synced is what a loss of power leaves: the file is cut
 //!   after the last write that was synced, and opened again.
+//! - raft-engine may bring back entries that were compacted, and a tail that was replaced and then compacted, when the file
+//!   that said so has been purged. The state of the group says where its log begins and ends; the rest is left out.
+//! - It copies the whole index of a group at each compaction, at run time and when it replays one. So it is told of one only
+//!   when a fifth of the group is gone; the state has the true one.
 //! - LZ4 is off: the byte that says "compressed" is the one byte of a batch that no checksum covers. It is checked here to
 //!   be zero, as is the header of each file.
 //! - Reads and rewrites run on threads of their own: raft-engine caches the last block per thread, under a key that names
@@ -42,7 +46,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Small writes share a raft-engine batch up to about this size. Recovery reads, checks and copies a block of entries once
 /// for each group in it, so a larger one makes restarts slow; a smaller one costs more system calls.
-const CHUNK_BYTES: usize = 32 * 1024;
+const CHUNK_BYTES: usize = 16 * 1024;
 /// Largest `meta` of a replica in bytes.
 pub const MAX_META_BYTES: usize = 9 * 1024 * 1024;
 /// The region of the records; no replica id, those count up from zero.
@@ -146,7 +150,8 @@ impl LogOptions {
     /// is rewritten itself.
     ///
     /// What is alive is the caller's: it compacts the groups that a purge names. Entries of very different size in
-    /// different groups can make the last share larger, since raft-engine counts garbage in entries.
+    /// different groups can make the last share larger, since raft-engine counts garbage in entries. Up to a fifth of a
+    /// group's entries may be compacted but not yet forgotten; they count as alive.
     pub fn disk_bound(&self, live: u64) -> u64 {
         let append = self.purge_threshold_bytes + self.purge_threshold_bytes / 2 + 10 * self.target_file_bytes;
         let rewrite = 2 * (self.rewrite_threshold().max(live.saturating_mul(5) / 2) + self.target_file_bytes);
@@ -256,6 +261,8 @@ struct Group {
     hard: HardState,
     compacted: u64,
     compacted_term: Option<u64>,
+    /// What raft-engine was told to compact, at most `compacted`.
+    told: u64,
     last: u64,
     /// The terms of the live entries: each run's first index and its term.
     runs: Vec<(u64, u64)>,
@@ -297,6 +304,16 @@ impl Group {
         self.runs.drain(..gone.saturating_sub(1));
         if let Some(first) = self.runs.first_mut() {
             first.0 = to + 1;
+        }
+    }
+
+    /// Tells raft-engine of a compaction when it is worth it: it copies the whole index of the group at each. At once when
+    /// nothing is left, since what follows may leave a gap behind what raft-engine has.
+    fn tell(&mut self, id: u64, chunk: &mut LogBatch) {
+        let (untold, live) = (self.compacted - self.told, self.last - self.compacted);
+        if untold > live / 4 {
+            chunk.add_command(id, Command::Compact { index: self.compacted + 1 });
+            self.told = self.compacted;
         }
     }
 
@@ -431,10 +448,11 @@ impl LogEngine {
         };
         // A compaction that raft-engine has forgotten is told again: it would see a hole behind what it brought back.
         let mut first = LogBatch::default();
-        for (&id, group) in &engine.groups {
+        for (&id, group) in &mut engine.groups {
             if engine.raw.first_index(id).is_some_and(|first| first <= group.compacted) {
                 first.add_command(id, Command::Compact { index: group.compacted + 1 });
             }
+            group.told = group.compacted;
         }
         // What an earlier process wrote but did not sync is handed out as durable, so it is made so; and the names of the
         // first files, which raft-engine does not sync.
@@ -505,7 +523,7 @@ impl LogEngine {
             && first.index == to + 1
         {
             group.compact(to);
-            chunk.add_command(id, Command::Compact { index: to + 1 });
+            group.tell(id, chunk);
         }
         if let Some(first) = write.entries.first() {
             if first.index <= group.compacted || first.index > group.last + 1 {
@@ -520,7 +538,7 @@ impl LogEngine {
         }
         if let Some(to) = write.compact_to.filter(|&to| to > group.compacted) {
             group.compact(to);
-            chunk.add_command(id, Command::Compact { index: to + 1 });
+            group.tell(id, chunk);
         }
         if let Some(hard) = &write.hard {
             group.hard = hard.clone();

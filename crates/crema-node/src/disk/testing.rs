@@ -163,6 +163,12 @@ pub(super) fn small_log(dir: &Path, options: LogOptions, writes: u64) -> BTreeMa
     history
 }
 
+/// A directory for a test, in memory where the system offers that: the tests sync thousands of times, and what a sync is
+/// good for they do not test.
+pub(super) fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 pub(super) fn copy_dir(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {

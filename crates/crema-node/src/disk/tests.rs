@@ -1,9 +1,10 @@
 //! The log and the files beside it against damage: cuts, flipped bits, failing disks; and what is read back against a
 //! model of what was written.
+#![expect(clippy::print_stdout, reason = "figures for whoever runs them with --nocapture")]
 
 use super::checkpoint::{self, CheckpointReader, CheckpointWriter};
 use super::log_engine::{Batch, LogEngine, LogError, LogOptions, LogWrite, RecoveredGroup};
-use super::testing::{Model, Rng, copy_dir, small_log};
+use super::testing::{Model, Rng, copy_dir, scratch, small_log};
 use super::{DataDir, DirError, LogWriter, Mode, SubmitError};
 use crossbeam::channel::unbounded;
 use raft::eraftpb::{Entry, HardState};
@@ -32,7 +33,7 @@ fn open(dir: &Path) -> Result<(LogEngine, Vec<RecoveredGroup>), LogError> {
 }
 
 fn new_log() -> (tempfile::TempDir, LogEngine) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     LogEngine::create(dir.path()).unwrap();
     let (engine, groups) = open(dir.path()).unwrap();
     assert!(groups.is_empty());
@@ -51,7 +52,7 @@ fn last_file(dir: &Path) -> PathBuf {
 fn what_was_written_is_read_back_over_restarts_with_purges_between() {
     let seed = 7;
     let mut rng = Rng::new(seed);
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     LogEngine::create(dir.path()).unwrap();
     let mut model = Model::default();
     let (mut purged_files, mut rewritten) = (false, false);
@@ -66,9 +67,11 @@ fn what_was_written_is_read_back_over_restarts_with_purges_between() {
             }
         }
         drop(engine);
-        let names: Vec<_> = fs::read_dir(dir.path().join("raft")).unwrap().map(|e| e.unwrap().file_name()).collect();
-        purged_files |= !names.iter().any(|n| n == "0000000000000001.raftlog");
-        rewritten |= names.iter().any(|n| n.to_str().unwrap().ends_with("2.rewrite"));
+        let files: Vec<_> = fs::read_dir(dir.path().join("raft")).unwrap().map(Result::unwrap).collect();
+        purged_files |= !files.iter().any(|f| f.file_name() == "0000000000000001.raftlog");
+        let rewrite = files.iter().filter(|f| f.path().extension().is_some_and(|e| e == "rewrite"));
+        // More than its header.
+        rewritten |= rewrite.map(|f| f.metadata().unwrap().len()).any(|len| len > 200);
     }
     assert!(purged_files && rewritten, "the test must exercise deletion and both queues: {purged_files} {rewritten}");
 }
@@ -159,7 +162,7 @@ fn a_log_has_one_owner() {
 
 #[test]
 fn a_log_that_is_not_there_was_lost() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     assert!(matches!(open(dir.path()), Err(LogError::Missing { .. })));
     let (dir, engine) = new_log();
     drop(engine);
@@ -181,8 +184,8 @@ fn judge(dir: &Path, history: &BTreeMap<u64, Vec<RecoveredGroup>>, synced: u64, 
         }
         Err(e) => {
             assert!(e.is_lost(), "{what}: {e}");
-            // A sample: openings are slow.
-            if what.len() % 8 == 0 || what.ends_with('7') {
+            // Of the cuts a sample: openings are slow.
+            if !what.starts_with("cut") || what.ends_with('7') {
                 assert!(open(dir).is_err(), "{what}: refused once, then taken");
             }
             false
@@ -192,13 +195,13 @@ fn judge(dir: &Path, history: &BTreeMap<u64, Vec<RecoveredGroup>>, synced: u64, 
 
 #[test]
 fn a_cut_at_any_byte_of_the_tail_loses_nothing_that_was_synced() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let history = small_log(dir.path(), OPTIONS, 40);
     let end = *history.keys().last().unwrap();
     let file = last_file(dir.path());
     let whole = fs::read(&file).unwrap();
     let exact = fs::read(dir.path().join("synced")).unwrap();
-    let copy = tempfile::tempdir().unwrap();
+    let copy = scratch();
     let from = whole.len().saturating_sub(4096);
     let (mut opened, mut refused) = (0, 0);
     for len in from..=whole.len() {
@@ -231,7 +234,7 @@ fn a_cut_at_any_byte_of_the_tail_loses_nothing_that_was_synced() {
 fn single_flipped_bits_of_the_log_are_noticed_or_harmless() {
     let seed = 20_241;
     let mut rng = Rng::new(seed);
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let history = small_log(dir.path(), OPTIONS, 150);
     let end = *history.keys().last().unwrap();
     let files: Vec<PathBuf> = fs::read_dir(dir.path().join("raft"))
@@ -241,7 +244,7 @@ fn single_flipped_bits_of_the_log_are_noticed_or_harmless() {
         .chain([dir.path().join("synced")])
         .collect();
     assert!(files.iter().any(|f| f.extension().is_some_and(|e| e == "rewrite") && fs::read(f).unwrap().len() > 100));
-    let copy = tempfile::tempdir().unwrap();
+    let copy = scratch();
     let (mut harmless, mut noticed) = (0, 0);
     for trial in 0..700 {
         let file = &files[rng.below(files.len() as u64) as usize];
@@ -287,7 +290,7 @@ fn batch_starts(bytes: &[u8]) -> Vec<usize> {
 #[test]
 fn the_end_of_a_batch_is_where_its_record_says() {
     // `log_engine` cuts by this when only unsynced writes are damaged.
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     small_log(dir.path(), OPTIONS, 5);
     let bytes = fs::read(last_file(dir.path())).unwrap();
     let records: Vec<_> = (0..bytes.len()).filter(|&i| bytes[i..].starts_with(b"crmrec01")).collect();
@@ -303,7 +306,7 @@ fn a_loss_of_power_that_tears_the_middle_of_what_was_not_synced_cuts_it_off() {
     // One synced write of many batches; then power is lost while another one of many is being synced: its last batch
     // reached the disk, a page of an earlier one did not.
     let options = LogOptions { target_file_bytes: 1 << 20, purge_threshold_bytes: 4 << 20 };
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     LogEngine::create(dir.path()).unwrap();
     let (mut engine, _) = LogEngine::open(dir.path(), options).unwrap();
     let write = |group, from: u64| LogWrite {
@@ -321,7 +324,7 @@ fn a_loss_of_power_that_tears_the_middle_of_what_was_not_synced_cuts_it_off() {
     let starts = batch_starts(&whole);
     assert!(sequence >= synced + 3 && starts.len() as u64 == sequence, "{synced} {sequence} {starts:?}");
     for (torn, exact) in [(starts[synced as usize] + 500, false), (starts[synced as usize] + 500, true)] {
-        let copy = tempfile::tempdir().unwrap();
+        let copy = scratch();
         copy_dir(dir.path(), copy.path());
         let mut bytes = whole.clone();
         bytes[torn..torn + 1000].fill(0);
@@ -349,7 +352,7 @@ fn a_crash_at_any_write_or_sync_leaves_what_was_reported_and_at_most_the_write_i
     // A blown fuse is a crash: nothing reaches the disk after it, and the failing write is torn in half.
     let seed = 31;
     let mut rng = Rng::new(seed);
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     LogEngine::create(dir.path()).unwrap();
     let mut possible = vec![Model::default()];
     let (mut in_purge, mut in_write) = (0, 0);
@@ -390,7 +393,7 @@ fn a_killed_process_leaves_a_log_that_opens() {
         for number in 0..rng.below(12) {
             engine.write(&[batch(number, vec![model.random_write(&mut rng)])]).unwrap();
         }
-        let copy = tempfile::tempdir().unwrap();
+        let copy = scratch();
         copy_dir(dir.path(), copy.path());
         drop(engine);
         let (reopened, groups) = open(copy.path()).unwrap();
@@ -531,7 +534,7 @@ fn disk_use_stays_within_its_bound() {
 
 #[test]
 fn a_directory_has_one_process_one_node_and_one_cluster() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("data");
     let (mut data, first) = DataDir::open(&path, 4, "blue", Mode::Durable).unwrap();
     assert_eq!((first.node_id, first.boot, first.uuid), (4, 1, None));
@@ -555,7 +558,7 @@ fn a_directory_has_one_process_one_node_and_one_cluster() {
 
 #[test]
 fn lives_of_the_log() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let memory = |n| DataDir::open(dir.path(), n, "c", Mode::IdentityOnly);
     let durable = |n| DataDir::open(dir.path(), n, "c", Mode::Durable);
     let (data, a) = memory(1).unwrap();
@@ -591,7 +594,7 @@ fn lives_of_the_log() {
 
 #[test]
 fn a_log_without_identity_and_a_log_that_vanished_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let (data, _) = DataDir::open(dir.path(), 1, "c", Mode::Durable).unwrap();
     let log = data.log_dir().unwrap();
     drop(data);
@@ -606,7 +609,7 @@ fn a_log_without_identity_and_a_log_that_vanished_are_refused() {
 
 #[test]
 fn every_flipped_bit_and_every_cut_of_an_identity_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let (data, _) = DataDir::open(dir.path(), 1, "c", Mode::Durable).unwrap();
     drop(data);
     let file = dir.path().join("identity");
@@ -647,7 +650,7 @@ fn write_all(dir: &Path, group: u64, index: u64, chunks: &[Vec<u8>]) -> u64 {
 
 #[test]
 fn checkpoints_are_read_back_and_the_newest_whole_one_is_kept() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("checkpoints");
     assert_eq!(checkpoint::open_dir(&path).unwrap(), []);
     let big: Vec<u8> = (0..checkpoint::MAX_CHUNK_BYTES).map(|i| (i / 100) as u8).collect();
@@ -681,7 +684,7 @@ fn checkpoints_are_read_back_and_the_newest_whole_one_is_kept() {
 fn flipped_bits_cuts_and_additions_of_a_checkpoint_are_noticed() {
     let seed = 99;
     let mut rng = Rng::new(seed);
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let chunks: Vec<Vec<u8>> = (0..4).map(|n| (0..700).map(|_| rng.below(4) as u8 + n).collect()).collect();
     write_all(dir.path(), 3, 5, &chunks);
     let file = dir.path().join("3-5.ckpt");

@@ -10,7 +10,7 @@ use crate::resp::topology;
 use bytes::BytesMut;
 use crema_core::glob::glob_match;
 use crema_core::limits::{DATABASES, MAX_VALUE_BYTES};
-use crema_core::{MonoTime, slot_of};
+use crema_core::{EvictionPolicy, MonoTime, slot_of};
 use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 
@@ -333,18 +333,28 @@ fn client_list(ctx: &Context<'_>, state: &ClientState, args: Args<'_>, out: &mut
     encode::verbatim(out, state.proto, &text);
 }
 
+/// What happens when memory is full, in Redis's words where it has them.
+fn eviction_name(front: &crate::resp::FrontConfig) -> &'static str {
+    match front.memory.eviction {
+        Some(EvictionPolicy::S3Fifo) => "s3-fifo",
+        Some(EvictionPolicy::Sieve) => "sieve",
+        Some(EvictionPolicy::Lru) => "allkeys-lru",
+        _ => "noeviction",
+    }
+}
+
 /// Settings as clients know them, with what they come to here.
 fn settings(ctx: &Context<'_>) -> Vec<(&'static str, String)> {
     let front = ctx.front;
     vec![
-        ("appendonly", "no".into()),
+        ("appendonly", if front.durable { "yes" } else { "no" }.into()),
         ("bind", ctx.local.ip().to_string()),
         ("cluster-enabled", "yes".into()),
         ("databases", DATABASES.to_string()),
         ("hz", "10".into()),
         ("maxclients", front.max_clients.to_string()),
-        ("maxmemory", "0".to_owned()),
-        ("maxmemory-policy", "noeviction".into()),
+        ("maxmemory", front.memory.max_memory.to_string()),
+        ("maxmemory-policy", eviction_name(front).into()),
         ("notify-keyspace-events", String::new()),
         ("port", ctx.local.port().to_string()),
         ("proto-max-bulk-len", MAX_VALUE_BYTES.to_string()),
@@ -414,7 +424,12 @@ fn info(ctx: &Context<'_>, args: Args<'_>) -> String {
     );
     section(
         "Memory",
-        format!("used_memory:{}\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n", get(&front.used_memory),),
+        format!(
+            "used_memory:{}\r\nmaxmemory:{}\r\nmaxmemory_policy:{}\r\n",
+            get(&front.used_memory),
+            front.memory.max_memory,
+            eviction_name(front),
+        ),
     );
     section(
         "Persistence",

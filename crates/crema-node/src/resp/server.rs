@@ -11,7 +11,7 @@ use crate::config::Secret;
 use crate::peers::LogLimit;
 use crate::resp::connection::{self, Link};
 use crema_core::{MonoTime, NodeId};
-use crema_shard::ConnId;
+use crema_shard::{ConnId, MemoryOptions};
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -88,6 +88,10 @@ pub struct FrontConfig {
     pub started: MonoTime,
     /// Counters.
     pub stats: FrontStats,
+    /// Limits of this node's memory.
+    pub memory: MemoryOptions,
+    /// Whether it keeps its log on disk.
+    pub durable: bool,
     /// Bytes of data on this node, for INFO; whoever knows it stores it here. 0 if unknown.
     pub used_memory: AtomicU64,
     clients: Mutex<BTreeMap<u64, Arc<ClientInfo>>>,
@@ -106,6 +110,8 @@ impl FrontConfig {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             started: clock::mono(),
             stats: FrontStats::default(),
+            memory: MemoryOptions::default(),
+            durable: false,
             used_memory: AtomicU64::new(0),
             clients: Mutex::default(),
         }

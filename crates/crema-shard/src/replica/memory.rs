@@ -1,0 +1,153 @@
+//! Keeping a shard within its memory, where this replica leads: what has expired goes, what is used least makes room.
+//!
+//! Everything that is removed is removed by an entry, so that all replicas stay alike; only the choice is the leader's own,
+//! from the accesses that it has served.
+
+use super::{Machine, Queued, Replica};
+use crema_core::limits::MAX_VICTIMS;
+use crema_core::{EvictionPolicy, LimitPolicy, MemoryLimits, Now, encode_remove, encode_set_limits};
+
+/// Expired keys that one tick looks for at first. Doubled while there are more, up to [`MOST_EXPIRED`].
+const FEW_EXPIRED: usize = 256;
+/// Expired keys that one tick removes at most: with ticks of 50 ms, 160,000 a second of each shard.
+const MOST_EXPIRED: usize = 2 * MAX_VICTIMS;
+/// Parts of the limit: room is made when less than half of one is left, until a whole one is.
+const ROOM_PARTS: u64 = 64;
+/// Ticks after which limits that were proposed and are not in force yet are proposed again.
+const ASK_LIMITS_AGAIN: u32 = 20;
+
+/// What a node is told about memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryOptions {
+    /// Most bytes of memory that the node may use; 0 for no limit.
+    pub max_memory: u64,
+    /// How this node, where it leads, chooses what goes when a shard is full; with none, writes are refused then.
+    pub eviction: Option<EvictionPolicy>,
+}
+
+/// What a leader does about memory.
+#[derive(Debug)]
+pub(super) struct Memory {
+    eviction: Option<EvictionPolicy>,
+    /// What the shard may use, by placement; 0 for no limit.
+    budget: u64,
+    /// How many expired keys the next tick looks for.
+    effort: usize,
+    /// Index of an entry that makes room and is not applied yet.
+    making_room: Option<u64>,
+    limits_wait: u32,
+}
+
+impl Memory {
+    pub(super) fn new(eviction: Option<EvictionPolicy>) -> Self {
+        Memory { eviction, budget: 0, effort: FEW_EXPIRED, making_room: None, limits_wait: 0 }
+    }
+
+    fn limits(&self) -> MemoryLimits {
+        let policy = if self.eviction.is_some() { LimitPolicy::Evict } else { LimitPolicy::Refuse };
+        MemoryLimits { max_bytes: self.budget, policy }
+    }
+}
+
+impl Replica {
+    /// What the shard may use by placement, 0 for no limit. Where this replica leads, it has the log say so.
+    pub fn set_budget(&mut self, bytes: u64) {
+        self.memory.budget = bytes;
+        // A sleeping leader would never get to it.
+        if self.asleep && self.leads() && self.limits_differ() {
+            self.wake();
+        }
+    }
+
+    pub(super) fn limits_differ(&self) -> bool {
+        // Two defaults are alike: without a limit the policy means nothing.
+        let wanted = self.memory.limits();
+        matches!(&self.machine, Machine::Data(m)
+            if m.limits() != wanted && (m.limits().max_bytes != 0 || wanted.max_bytes != 0))
+    }
+
+    /// Whether something has expired that this leader should remove.
+    pub fn has_expired(&self, now: Now) -> bool {
+        let Machine::Data(m) = &self.machine else { return false };
+        self.leads() && m.next_expiry_hint().is_some_and(|at| at <= self.stamp(now))
+    }
+
+    /// Once a tick, where it leads.
+    pub(super) fn keep_memory(&mut self, now: Now) {
+        if self.limits_differ() {
+            self.quiet_ticks = 0;
+            if self.memory.limits_wait == 0 {
+                let entry = encode_set_limits(self.stamp(now), self.memory.limits());
+                self.command(entry);
+            }
+            self.memory.limits_wait = (self.memory.limits_wait + 1) % ASK_LIMITS_AGAIN;
+        } else {
+            self.memory.limits_wait = 0;
+        }
+        self.remove_expired(now);
+        self.make_room(0, now);
+    }
+
+    fn remove_expired(&mut self, now: Now) {
+        if !self.has_expired(now) || self.raw.raft.lead_transferee.is_some() {
+            self.memory.effort = FEW_EXPIRED;
+            return;
+        }
+        self.quiet_ticks = 0;
+        let estimate = self.stamp(now);
+        let effort = self.memory.effort;
+        let Machine::Data(machine) = &mut self.machine else { return };
+        let mut found = 0;
+        while found < effort {
+            let victims = machine.expired(estimate, (effort - found).min(MAX_VICTIMS));
+            if victims.is_empty() {
+                break;
+            }
+            found += victims.len();
+            // Bounded above, so it encodes.
+            if let Ok(entry) = encode_remove(estimate, &victims, true) {
+                self.queue.push(Queued::Command(entry));
+            }
+        }
+        self.memory.effort =
+            if found >= effort { (effort * 2).min(MOST_EXPIRED) } else { (effort / 2).max(FEW_EXPIRED) };
+    }
+
+    /// Queues an entry that evicts, if with `coming` bytes of writes the shard would come near its limit. One at a time:
+    /// what it frees is seen when it is applied.
+    pub(super) fn make_room(&mut self, coming: u64, now: Now) {
+        let applied = self.applied().0;
+        self.memory.making_room.take_if(|index| *index <= applied);
+        let (Some(policy), stamp) = (self.memory.eviction, self.stamp(now)) else { return };
+        let Machine::Data(machine) = &mut self.machine else { return };
+        let limits = machine.limits();
+        if limits.max_bytes == 0 || limits.policy != LimitPolicy::Evict || self.memory.making_room.is_some() {
+            return;
+        }
+        let part = limits.max_bytes / ROOM_PARTS;
+        let coming = coming.min(limits.max_bytes / 2);
+        let used = machine.used() + coming;
+        if used + part / 2 <= limits.max_bytes {
+            return;
+        }
+        let victims = machine.victims(policy, used + part - limits.max_bytes, MAX_VICTIMS);
+        if victims.is_empty() {
+            return;
+        }
+        if let Ok(entry) = encode_remove(stamp, &victims, false) {
+            self.quiet_ticks = 0;
+            // Before the writes that need the room.
+            self.queue.insert(0, Queued::Command(entry));
+            self.memory.making_room = Some(self.raw.raft.raft_log.last_index() + 1);
+        }
+    }
+
+    /// This replica leads no more: what it knew of accesses is of no use.
+    pub(super) fn forget_accesses(&mut self) {
+        self.memory.making_room = None;
+        self.memory.limits_wait = 0;
+        if let Machine::Data(m) = &mut self.machine {
+            m.forget_victims();
+        }
+    }
+}
