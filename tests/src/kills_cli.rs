@@ -90,6 +90,11 @@ pub fn run(args: &Arguments, out: &mut impl Write) -> io::Result<bool> {
         let _turn = in_turn()?;
         failure = drill.settle().err();
     }
+    for node in drill.cluster.running() {
+        if let Ok((bytes, states)) = drill.cluster.on_disk(node) {
+            writeln!(out, "node {node} has {} MiB of log on disk, {states} states", bytes >> 20)?;
+        }
+    }
     if let Some(failure) = &failure {
         writeln!(out, "FAILED (seed {seed}): {failure}")?;
     }

@@ -47,6 +47,8 @@ pub struct Cluster {
     count: u64,
     shards: u32,
     keeps: Keeps,
+    /// Further flags of every node.
+    flags: Vec<String>,
 }
 
 impl Cluster {
@@ -61,11 +63,13 @@ impl Cluster {
     /// If `count` is not 1 to [`MAX_NODES`].
     pub fn start(count: u64, shards: u32) -> Result<Cluster> {
         assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
-        Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, Keeps::Memory)
+        Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, Keeps::Memory, &[])
     }
 
-    fn start_at(place: Place, count: u64, shards: u32, keeps: Keeps) -> Result<Cluster> {
-        let mut cluster = Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, place, count, shards, keeps };
+    fn start_at(place: Place, count: u64, shards: u32, keeps: Keeps, flags: &[&str]) -> Result<Cluster> {
+        let flags = flags.iter().map(|flag| flag.to_string()).collect();
+        let mut cluster =
+            Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, place, count, shards, keeps, flags };
         for node in 1..=count {
             cluster.spawn(node)?;
         }
@@ -83,7 +87,7 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// As [`Cluster::ready`], with nodes that keep their data as `keeps` says.
+    /// As [`Cluster::ready`], with nodes that keep their data as `keeps` says, and are started with these `flags` besides.
     ///
     /// # Errors
     ///
@@ -92,9 +96,9 @@ impl Cluster {
     /// # Panics
     ///
     /// As [`Cluster::start`].
-    pub fn ready_keeping(keeps: Keeps, count: u64, shards: u32) -> Result<Cluster> {
+    pub fn ready_keeping(keeps: Keeps, count: u64, shards: u32, flags: &[&str]) -> Result<Cluster> {
         assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
-        let mut cluster = Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, keeps)?;
+        let mut cluster = Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, keeps, flags)?;
         cluster.wait_ready(Duration::from_secs(60))?;
         Ok(cluster)
     }
@@ -105,7 +109,7 @@ impl Cluster {
     ///
     /// As [`Cluster::ready`].
     pub fn ready_in(net: Arc<Network>, count: u64, shards: u32) -> Result<Cluster> {
-        let mut cluster = Cluster::start_at(Place::Network(net), count, shards, Keeps::Memory)?;
+        let mut cluster = Cluster::start_at(Place::Network(net), count, shards, Keeps::Memory, &[])?;
         cluster.wait_ready(Duration::from_secs(60))?;
         Ok(cluster)
     }
@@ -143,6 +147,7 @@ impl Cluster {
         if self.keeps == Keeps::Disk {
             flag("data-dir", self.data_dir(node).display().to_string());
         }
+        args.extend(self.flags.iter().cloned());
         args
     }
 
@@ -150,6 +155,21 @@ impl Cluster {
     /// as the node itself was started.
     pub fn command_line(&self, node: u64, own: &Block) -> Vec<String> {
         self.args(node, &|purpose| own.addr(node, purpose))
+    }
+
+    /// How large the log of `node` on disk is, in bytes, and how many replicas' states lie beside it.
+    ///
+    /// # Errors
+    ///
+    /// If it keeps none.
+    pub fn on_disk(&self, node: u64) -> Result<(u64, usize)> {
+        let list = |path: PathBuf| std::fs::read_dir(&path).context(format!("reading {}", path.display()));
+        let dir = self.data_dir(node);
+        let logs = list(dir.join("log").join("raft"))?;
+        // A file may be removed while we look: then it has no length.
+        let bytes = logs.flatten().filter_map(|entry| entry.metadata().ok()).map(|m| m.len()).sum();
+        let states = list(dir.join("checkpoints"))?.flatten();
+        Ok((bytes, states.filter(|entry| entry.path().extension().is_some_and(|e| e == "ckpt")).count()))
     }
 
     /// The directory in which `node` keeps its data, if the cluster keeps any.

@@ -4,9 +4,10 @@
 //!   a round: clients at every gateway (Recorder), on keys of this round
 //!     -> kill, some time down, restart -> every shard takes writes through every gateway -> every client is answered again
 //!     -> clients end, every key is read through every gateway -> the history is judged
-//!     -> Ledger: every key of every earlier round still holds what it held
+//!     -> Ledger: every key of every earlier round still holds what it held; Ballast: so do large values
 //! ```
 
+use super::ballast::Ballast;
 use super::cluster::{Cluster, Keeps};
 use super::ledger::{self, Ledger};
 use super::load::tag_per_shard;
@@ -23,6 +24,12 @@ use std::time::{Duration, Instant};
 pub const READY: Duration = Duration::from_secs(60);
 /// Hash tags, each of another shard, that the clients of a round work on.
 const TAGS: u64 = 3;
+/// Logs small enough for large values to fill them within a round: on disk, then data is written as a whole and the log
+/// is cut; in memory, then those that lag are sent snapshots.
+const SMALL_LOGS: &[&str] = &["--max-log-bytes=2mb"];
+const SMALL_LOGS_ON_DISK: &[&str] = &["--max-log-bytes=2mb", "--checkpoint-log-bytes=16mb"];
+/// Large values of a round that has them: more than a log on disk may grow.
+const BALLAST_BYTES: u64 = if cfg!(debug_assertions) { 8 << 20 } else { 20 << 20 };
 
 /// How one round went.
 #[derive(Clone, Debug)]
@@ -37,15 +44,17 @@ pub struct Round {
     pub judged_in: Duration,
     /// Keys of this and earlier rounds that were found as they must be.
     pub keys: usize,
+    /// Bytes of large values that were written.
+    pub ballast: u64,
     /// The whole round.
     pub took: Duration,
 }
 
 impl fmt::Display for Round {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Round { what, total, writable_after, judged_in, keys, took } = self;
+        let Round { what, total, writable_after, judged_in, keys, ballast, took } = self;
         write!(f, "{what}: {total}; writable {writable_after:.1?} later; judged in {judged_in:.1?}, ")?;
-        write!(f, "{keys} keys as before; {took:.1?}")
+        write!(f, "{keys} keys as before, {} MiB of ballast; {took:.1?}", ballast >> 20)
     }
 }
 
@@ -55,6 +64,7 @@ pub struct Drill {
     pub cluster: Cluster,
     keeps: Keeps,
     ledger: Ledger,
+    ballast: Ballast,
     rng: Rng,
     /// Commands so far.
     pub operations: u64,
@@ -71,9 +81,11 @@ impl Drill {
     ///
     /// As [`Cluster::ready`].
     pub fn new(keeps: Keeps, seed: u64) -> Result<Drill> {
-        let cluster = Cluster::ready_keeping(keeps, NODES, SHARDS)?;
+        let flags = if keeps == Keeps::Disk { SMALL_LOGS_ON_DISK } else { SMALL_LOGS };
+        let cluster = Cluster::ready_keeping(keeps, NODES, SHARDS, flags)?;
         let (ledger, rng) = (Ledger::default(), Rng::new(seed));
-        Ok(Drill { cluster, keeps, ledger, rng, operations: 0, lost: 0, stale: 0 })
+        let ballast = Ballast::new(&tag_per_shard(SHARDS));
+        Ok(Drill { cluster, keeps, ledger, ballast, rng, operations: 0, lost: 0, stale: 0 })
     }
 
     /// One round in which one node is killed: every other time the one that leads most.
@@ -155,6 +167,12 @@ impl Drill {
         let start = Instant::now();
         let tags = self.tags();
         let nodes = self.cluster.running();
+        let gateways = self.gateways();
+        // Without them for a while, logs are short and a node that was down catches up by them.
+        let bytes = if self.rng.permille(500) { BALLAST_BYTES } else { 0 };
+        let addrs = gateways.iter().map(|(_, addr)| *addr).collect();
+        let before = self.ballast.bytes();
+        let loading = self.ballast.clone().load(addrs, bytes)?;
         let recorder = Recorder::start(name, clients(&self.cluster), tags)?;
         recorder.wait_answers(&nodes, PROGRESS, SOON).context("before it")?;
         let what = hit(&mut self.cluster, &recorder)?;
@@ -163,7 +181,7 @@ impl Drill {
         let progress = recorder.wait_answers(&self.cluster.running(), PROGRESS, SOON).context("after it");
 
         // The history tells more than that something took too long: it is judged in any case.
-        let gateways = self.gateways();
+        self.ballast = loading.finish()?;
         let recorded = recorder.finish(&gateways, SOON)?;
         let total = recorded.total();
         self.operations += total.answered + total.refused + total.unknown;
@@ -184,7 +202,8 @@ impl Drill {
         progress?;
         scenarios::healthy(&mut self.cluster)?;
         let (keys, took) = (self.ledger.keys(), start.elapsed());
-        Ok(Round { what, total, writable_after: writable?, judged_in, keys, took })
+        let ballast = self.ballast.bytes() - before;
+        Ok(Round { what, total, writable_after: writable?, judged_in, keys, ballast, took })
     }
 
     /// After the last round: all nodes are ready, hold the same, and every key of every round is as it was.
@@ -203,11 +222,13 @@ impl Drill {
         let losses = self.ledger.check(&gateways, SOON)?;
         self.lost += losses.lost;
         self.stale += losses.stale;
-        if losses.told.is_empty() {
-            return Ok(());
+        if !losses.told.is_empty() {
+            let (lost, stale, told) = (losses.lost, losses.stale, losses.told.join("\n"));
+            return Err(Failure::new(format!("of earlier rounds, {lost} keys are lost, {stale} stale: {told}")));
         }
-        let (lost, stale) = (losses.lost, losses.stale);
-        Err(Failure::new(format!("of earlier rounds, {lost} keys are lost, {stale} stale: {}", losses.told.join("\n"))))
+        let wrong = self.ballast.check(&gateways, SOON)?;
+        self.lost += wrong.len() as u64;
+        if wrong.is_empty() { Ok(()) } else { Err(Failure::new(format!("large values: {}", wrong.join("\n")))) }
     }
 
     fn gateways(&self) -> Vec<(u64, SocketAddr)> {

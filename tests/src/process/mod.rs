@@ -16,6 +16,7 @@
 //!
 //! Nothing here waits without a deadline, and nothing ends a process that it did not start.
 
+pub mod ballast;
 pub mod binary;
 pub mod child;
 pub mod cluster;

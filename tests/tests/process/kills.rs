@@ -91,7 +91,7 @@ fn a_flipped_bit_in_a_log_is_never_served() {
 #[test]
 fn a_data_directory_of_somebody_else_is_refused_and_left_alone() {
     let _turn = turn().unwrap();
-    let mut cluster = Cluster::ready_keeping(Keeps::Disk, 3, SHARDS).unwrap();
+    let mut cluster = Cluster::ready_keeping(Keeps::Disk, 3, SHARDS, &[]).unwrap();
     expect(&mut client(&cluster, 1), "SET mine 1", Value::ok());
     let own = ports::reserve().unwrap();
     let dir = cluster.data_dir(1);
