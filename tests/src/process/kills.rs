@@ -40,6 +40,8 @@ pub struct Round {
     pub total: Outcomes,
     /// From the restart, or what else the round ended with, until every shard took a write through every gateway.
     pub writable_after: Duration,
+    /// The longest of these writes.
+    pub slowest: String,
     /// Time that judging the history took.
     pub judged_in: Duration,
     /// Keys of this and earlier rounds that were found as they must be.
@@ -52,8 +54,8 @@ pub struct Round {
 
 impl fmt::Display for Round {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Round { what, total, writable_after, judged_in, keys, ballast, took } = self;
-        write!(f, "{what}: {total}; writable {writable_after:.1?} later; judged in {judged_in:.1?}, ")?;
+        let Round { what, total, writable_after, slowest, judged_in, keys, ballast, took } = self;
+        write!(f, "{what}: {total}; writable {writable_after:.1?} later ({slowest}); judged in {judged_in:.1?}, ")?;
         write!(f, "{keys} keys as before, {} MiB of ballast; {took:.1?}", ballast >> 20)
     }
 }
@@ -177,7 +179,7 @@ impl Drill {
         recorder.wait_answers(&nodes, PROGRESS, SOON).context("before it")?;
         let what = hit(&mut self.cluster, &recorder)?;
         let restarted = Instant::now();
-        let writable = scenarios::wait_writable(&self.cluster, name).map(|()| restarted.elapsed());
+        let writable = scenarios::wait_writable(&self.cluster, name).map(|slowest| (restarted.elapsed(), slowest));
         let progress = recorder.wait_answers(&self.cluster.running(), PROGRESS, SOON).context("after it");
 
         // The history tells more than that something took too long: it is judged in any case.
@@ -203,7 +205,8 @@ impl Drill {
         scenarios::healthy(&mut self.cluster)?;
         let (keys, took) = (self.ledger.keys(), start.elapsed());
         let ballast = self.ballast.bytes() - before;
-        Ok(Round { what, total, writable_after: writable?, judged_in, keys, ballast, took })
+        let (writable_after, slowest) = writable?;
+        Ok(Round { what, total, writable_after, slowest, judged_in, keys, ballast, took })
     }
 
     /// After the last round: all nodes are ready, hold the same, and every key of every round is as it was.

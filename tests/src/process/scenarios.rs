@@ -218,7 +218,7 @@ impl Run<'_> {
         let healed = Instant::now();
 
         let gateways: Vec<_> = cluster.running().into_iter().map(|n| (n, cluster.addr(n, Use::Redis))).collect();
-        let writable = wait_writable(cluster, name).map(|()| healed.elapsed());
+        let writable = wait_writable(cluster, name).map(|_| healed.elapsed());
         let progress = recorder.wait_answers(&cluster.running(), PROGRESS, SOON).context("after the fault");
         // The history tells more than that something took too long: it is written and judged in any case.
         let recorded = recorder.finish(&gateways, SOON)?;
@@ -271,11 +271,14 @@ fn clients(cluster: &Cluster, nodes: &[u64], victim: u64, requests: Requests) ->
     specs
 }
 
-/// Waits until every shard took a write through every running gateway.
-pub(super) fn wait_writable(cluster: &Cluster, name: &str) -> Result<()> {
+/// Waits until every shard took a write through every running gateway. The writes come one after the other; says which one took
+/// longest.
+pub(super) fn wait_writable(cluster: &Cluster, name: &str) -> Result<String> {
     let deadline = Instant::now() + WRITABLE;
+    let mut slowest = (Duration::ZERO, 0, 0);
     for node in cluster.running() {
         for (shard, tag) in tag_per_shard(SHARDS).iter().enumerate() {
+            let start = Instant::now();
             let left = deadline.saturating_duration_since(Instant::now());
             eventually(&format!("a write to shard {shard} through node {node} after the fault"), left, || {
                 let mut client = Client::connect(cluster.addr(node, Use::Redis), PATIENT).context("connecting")?;
@@ -284,9 +287,11 @@ pub(super) fn wait_writable(cluster: &Cluster, name: &str) -> Result<()> {
                     other => Err(Failure::new(format!("{other:?}"))),
                 }
             })?;
+            slowest = slowest.max((start.elapsed(), node, shard));
         }
     }
-    Ok(())
+    let (took, node, shard) = slowest;
+    Ok(format!("{took:.1?} for shard {shard} through node {node}"))
 }
 
 /// No running node has ended or panicked.
