@@ -172,6 +172,13 @@ impl Cluster {
         Ok((bytes, states.filter(|entry| entry.path().extension().is_some_and(|e| e == "ckpt")).count()))
     }
 
+    /// How often `node` gave up what it had on disk and began a new life, by what it kept of the old ones.
+    pub fn lives_lost(&self, node: u64) -> u64 {
+        let entries = std::fs::read_dir(self.data_dir(node)).into_iter().flatten().flatten();
+        let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix("lost-")?.parse().ok());
+        numbers.max().unwrap_or(0)
+    }
+
     /// The directory in which `node` keeps its data, if the cluster keeps any.
     pub fn data_dir(&self, node: u64) -> PathBuf {
         self.scratch.path().join(format!("data-{node}"))

@@ -102,7 +102,7 @@ impl Drill {
         let (before, down) = (self.moment(500), self.down());
         // What is on disk stands by itself: then the next kill may come while this node is still catching up.
         let wait = self.keeps == Keeps::Memory || self.rng.permille(500);
-        self.round(name, |cluster, _| {
+        self.kept_round(name, |cluster, _| {
             std::thread::sleep(before);
             cluster.kill(victim)?;
             std::thread::sleep(down);
@@ -124,7 +124,7 @@ impl Drill {
         let (before, down) = (self.moment(500), self.down());
         let late = self.rng.range(1, NODES);
         let late = self.rng.permille(500).then_some(late);
-        self.round(name, |cluster, _| {
+        self.kept_round(name, |cluster, _| {
             std::thread::sleep(before);
             cluster.kill_all()?;
             std::thread::sleep(down);
@@ -146,6 +146,21 @@ impl Drill {
     /// At once, or after a time in which the others do or do not elect new leaders.
     fn down(&mut self) -> Duration {
         if self.rng.permille(300) { Duration::ZERO } else { self.moment(1_200) }
+    }
+
+    /// As [`Drill::round`], after which every node must have found on disk what it kept there: that the others could fill it
+    /// again is for disks that fail, and all of them at once would lose everything.
+    fn kept_round(&mut self, name: &str, hit: impl FnOnce(&mut Cluster, &Recorder) -> Result<String>) -> Result<Round> {
+        let lives =
+            |cluster: &Cluster| cluster.running().into_iter().map(|n| cluster.lives_lost(n)).collect::<Vec<_>>();
+        let before = lives(&self.cluster);
+        let round = self.round(name, hit)?;
+        let after = lives(&self.cluster);
+        if before == after {
+            return Ok(round);
+        }
+        self.cluster.scratch().keep();
+        Err(Failure::new(format!("{round}: lives lost before {before:?}, after {after:?}")))
     }
 
     /// One round of load in which `hit` is done; it says in words what it did. No two rounds may have the same `name`.
