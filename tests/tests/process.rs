@@ -400,23 +400,7 @@ fn dev_says_ready_and_ends_well() {
     let _turn = turn().unwrap();
     let scratch = Scratch::new().unwrap();
     let block = ports::reserve().unwrap();
-    let mut args = vec!["dev".to_string(), "--shards=4".into()];
-    let bases = [
-        ("redis-port", Use::Redis),
-        ("redis-cluster-port", Use::RedisCluster),
-        ("gossip-port", Use::Gossip),
-        ("raft-port", Use::Raft),
-        ("http-port", Use::Http),
-    ];
-    args.extend(bases.map(|(flag, purpose)| format!("--{flag}={}", block.port(1, purpose))));
-    let mut dev = Process::spawn("dev", &scratch, &args).unwrap();
-    let ready = eventually("the line that begins with ready", Duration::from_secs(60), || {
-        if let Some(status) = dev.ended()? {
-            return Ok(Err(Failure::new(format!("dev ended: {status}"))));
-        }
-        dev.stdout().lines().any(|l| l.starts_with("ready")).then_some(Ok(())).ok_or_else(|| Failure::new(dev.stdout()))
-    });
-    ready.unwrap().unwrap();
+    let mut dev = ready_dev(&scratch, &block, &[]);
     // Ready means that it serves at once, at every node.
     for node in 1..=3 {
         let mut here = Client::connect(block.addr(node, Use::Redis), REPLY).unwrap();
@@ -427,4 +411,53 @@ fn dev_says_ready_and_ends_well() {
     dev.signal(Signal::TERM).unwrap();
     let status = dev.wait(Duration::from_secs(30)).unwrap();
     expect_exit(status, 0, &dev.stderr());
+}
+
+#[test]
+fn dev_on_disk_goes_on_where_it_was_killed() {
+    let _turn = turn().unwrap();
+    let scratch = Scratch::new().unwrap();
+    let block = ports::reserve().unwrap();
+    let data = format!("--data-dir={}", scratch.path().join("data").display());
+    for start in 0..3 {
+        let mut dev = ready_dev(&scratch, &block, &[&data]);
+        for node in 1..=3 {
+            let mut here = Client::connect(block.addr(node, Use::Redis), REPLY).unwrap();
+            for key in 0..start * 20 {
+                expect(&mut here, &format!("GET key:{key}"), Value::bulk(key.to_string()));
+            }
+        }
+        let mut here = Client::connect(block.addr(start % 3 + 1, Use::Redis), REPLY).unwrap();
+        for key in start * 20..(start + 1) * 20 {
+            expect(&mut here, &format!("SET key:{key} {key}"), Value::ok());
+        }
+        dev.kill().unwrap();
+    }
+}
+
+/// `crema dev` with all its ports in `block`, once it says that it is ready.
+#[track_caller]
+fn ready_dev(scratch: &Scratch, block: &ports::Block, flags: &[&str]) -> Process {
+    let mut args = vec!["dev".to_string(), "--shards=4".into()];
+    let bases = [
+        ("redis-port", Use::Redis),
+        ("redis-cluster-port", Use::RedisCluster),
+        ("gossip-port", Use::Gossip),
+        ("raft-port", Use::Raft),
+        ("http-port", Use::Http),
+    ];
+    args.extend(bases.map(|(flag, purpose)| format!("--{flag}={}", block.port(1, purpose))));
+    args.extend(flags.iter().map(|flag| flag.to_string()));
+    // A later one of that name appends to what the earlier ones wrote.
+    let told = |text: &str| text.lines().filter(|l| l.starts_with("ready")).count();
+    let before = told(&std::fs::read_to_string(scratch.path().join("dev.out")).unwrap_or_default());
+    let mut dev = Process::spawn("dev", scratch, &args).unwrap();
+    let ready = eventually("the line that begins with ready", Duration::from_secs(60), || {
+        if let Some(status) = dev.ended()? {
+            return Ok(Err(Failure::new(format!("dev ended: {status}"))));
+        }
+        if told(&dev.stdout()) > before { Ok(Ok(())) } else { Err(Failure::new(dev.stdout())) }
+    });
+    ready.unwrap().unwrap();
+    dev
 }
