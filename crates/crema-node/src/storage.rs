@@ -182,7 +182,15 @@ fn read(dir: &DataDir) -> Result<(LogEngine, Vec<Recovered>), Unread> {
     let opened = LogEngine::open(&log, LogOptions::default());
     let (engine, groups) =
         opened.map_err(|e| if e.is_lost() { Unread::Lost(e.to_string()) } else { Unread::Failed(e.to_string()) })?;
-    checkpoint::open_dir(&states).map_err(|e| Unread::Failed(e.to_string()))?;
+    // Exactly the files that records name: a newer one may have been finished when its record was not durable yet, or may
+    // have come from a leader and never been installed.
+    let mut named = Vec::new();
+    for group in groups.iter().filter(|g| !g.meta.is_empty()) {
+        let record =
+            GroupRecord::decode(&group.meta).map_err(|e| Unread::Lost(format!("replica {}: {e}", group.group)))?;
+        named.extend(record.point().map(|p| CheckpointId { group: group.group, index: p.index }));
+    }
+    checkpoint::open_dir(&states, &named).map_err(|e| Unread::Failed(e.to_string()))?;
     // Those without a record have never had a state, and answered for nothing.
     let work: Mutex<Vec<_>> = Mutex::new(groups.into_iter().filter(|g| !g.meta.is_empty()).collect());
     let total = work.lock().unwrap_or_else(PoisonError::into_inner).len();

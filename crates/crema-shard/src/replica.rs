@@ -581,7 +581,8 @@ impl Replica {
         let leads_us = |m: &Message| {
             matches!(m.msg_type, MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot)
         };
-        if self.empty && !matches!(&envelope.body, Body::Raft(m) if leads_us(m)) {
+        let deaf = self.empty && !planted(Mutant::EmptyVotes);
+        if deaf && !matches!(&envelope.body, Body::Raft(m) if leads_us(m)) {
             // It has no state, so it has no vote: raft-rs would grant one to anybody.
             return;
         }
@@ -783,7 +784,7 @@ impl Replica {
         }
         self.reads.expire(now.mono, self.timing.promise());
         self.expire_incoming(now.mono);
-        self.keep_checkpoint();
+        self.keep_checkpoint(out);
         if self.leads() {
             self.keep_lease(now);
             self.update_floor(present);
@@ -1280,6 +1281,7 @@ impl Replica {
                     if let Some(at) = applied.digest_mismatch {
                         out.notes.push(Note::DigestMismatch { shard: self.shard, index: at.0 });
                     }
+                    out.garbage.append(&mut m.take_garbage());
                     applied.outcomes
                 }
                 Err(corrupt) => return self.fail(corrupt.to_string(), out),

@@ -12,6 +12,7 @@ use crate::log_store::FOUNDING_INDEX;
 use crate::transfer::Point;
 use bytes::Bytes;
 use crema_core::ShardInit;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::snapshot::SnapshotStep;
 use raft::eraftpb::{Entry, HardState};
 
@@ -128,7 +129,10 @@ impl Replica {
             clear: installed.is_some(),
             record,
             entries: entries.to_vec(),
-            hard: hard.clone().or_else(|| installed.map(|_| self.raw.raft.hard_state())),
+            hard: hard
+                .clone()
+                .map(|h| if planted(Mutant::ForgottenVote) { HardState { vote: 0, ..h } } else { h })
+                .or_else(|| installed.map(|_| self.raw.raft.hard_state())),
             compact_to: None,
             state: installed,
         });
@@ -164,7 +168,7 @@ impl Replica {
     }
 
     /// Once a tick: begins a file when the log behind the last one has grown as large as it, or as the limit.
-    pub(super) fn keep_checkpoint(&mut self) {
+    pub(super) fn keep_checkpoint(&mut self, out: &mut Out) {
         let (applied, shard) = (self.applied(), self.shard);
         let Some(disk) = self.disk.as_mut().filter(|d| d.checkpoint.is_none()) else { return };
         let due = disk.log_bytes > disk.limit.max(disk.state_bytes) || (disk.asked && disk.log_bytes > 0);
@@ -185,6 +189,17 @@ impl Replica {
         let file = disk.next_file();
         let point = Point { index: applied.0, term, members: self.members.clone() };
         disk.asked = false;
+        if planted(Mutant::CutBeforeState) {
+            let record = GroupRecord { shard, id: self.id, start: Start::At(point.clone()) }.encode();
+            let (index, record) = (Some(point.index), Some(record));
+            out.writes.push(LogWrite {
+                replica: self.id,
+                record,
+                compact_to: index,
+                state: index,
+                ..LogWrite::default()
+            });
+        }
         disk.checkpoint =
             Some(Checkpoint { file, point, made: 0, written: 0, whole: false, bytes: 0, meta_rest, head });
     }

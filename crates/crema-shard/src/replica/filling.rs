@@ -442,7 +442,8 @@ impl Replica {
         // raft-rs answers an old one with what is committed here.
         let old = m.index <= self.raw.raft.raft_log.committed;
         let stored = self.filling.incoming.is_some_and(|i| i.acknowledged().1);
-        if !old && !(stored && self.filling.prepared.as_ref().is_some_and(fits)) {
+        let ready = stored && self.filling.prepared.as_ref().is_some_and(fits);
+        if !old && !ready {
             if let Some(sender) = self.member(m.from) {
                 self.acknowledge(sender, NO_TRANSFER, 0, Verdict::Refused, out);
             }
