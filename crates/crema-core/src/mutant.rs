@@ -41,8 +41,6 @@ pub enum Mutant {
     FoundAlone,
     /// A follower does not take note of changes of members.
     IgnoredConfChange,
-    /// A replica without a state votes.
-    EmptyVotes,
     /// A restarted replica has forgotten for whom it voted.
     ForgottenVote,
     /// The log on disk is cut before the state that stands for it is durable.
@@ -53,7 +51,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 21] = [
+    pub const ALL: [Mutant; 20] = [
         Mutant::AckBeforeApply,
         Mutant::ReusedReadContext,
         Mutant::PersistAfterSend,
@@ -71,7 +69,6 @@ impl Mutant {
         Mutant::HalfVisible,
         Mutant::FoundAlone,
         Mutant::IgnoredConfChange,
-        Mutant::EmptyVotes,
         Mutant::ForgottenVote,
         Mutant::CutBeforeState,
         Mutant::OwnExpiry,

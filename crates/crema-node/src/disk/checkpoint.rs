@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Largest chunk in bytes, before compression.
-pub const MAX_CHUNK_BYTES: usize = 4 << 20;
+pub const MAX_CHUNK_BYTES: usize = crema_core::limits::MAX_REQUEST_BYTES + 64 * 1024;
 const MAGIC: &[u8; 7] = b"crmckpt";
 const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 32;

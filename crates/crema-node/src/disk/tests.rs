@@ -653,7 +653,7 @@ fn checkpoints_are_read_back_and_those_that_are_named_are_kept() {
     let dir = scratch();
     let path = dir.path().join("checkpoints");
     checkpoint::open_dir(&path, &[]).unwrap();
-    let big: Vec<u8> = (0..checkpoint::MAX_CHUNK_BYTES).map(|i| (i / 100) as u8).collect();
+    let big: Vec<u8> = (0..4 << 20).map(|i| (i / 100) as u8).collect();
     let chunks = vec![b"first".to_vec(), vec![], big];
     let bytes = write_all(&path, 7, 10, &chunks);
     assert!(bytes < 1 << 20, "compressed");

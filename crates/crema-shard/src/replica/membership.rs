@@ -38,7 +38,7 @@ impl Replica {
         self.members.next_step(wanted, *epoch, |id| self.caught_up(id))
     }
 
-    fn caught_up(&self, id: ReplicaId) -> bool {
+    pub(super) fn caught_up(&self, id: ReplicaId) -> bool {
         let last = self.raw.raft.raft_log.last_index();
         self.raw.raft.prs().get(id.0).is_some_and(|p| {
             p.state != ProgressState::Snapshot && p.recent_active && p.matched > 0 && p.matched + CAUGHT_UP >= last

@@ -29,8 +29,8 @@ pub struct MemoryOptions {
 #[derive(Debug)]
 pub(super) struct Memory {
     eviction: Option<EvictionPolicy>,
-    /// What the shard may use, by placement; 0 for no limit.
-    budget: u64,
+    /// What the shard may use, by placement: 0 for no limit, none as long as placement is not known.
+    budget: Option<u64>,
     /// How many expired keys the next tick looks for.
     effort: usize,
     /// Index of an entry that makes room and is not applied yet.
@@ -42,19 +42,19 @@ pub(super) struct Memory {
 
 impl Memory {
     pub(super) fn new(eviction: Option<EvictionPolicy>) -> Self {
-        Memory { eviction, budget: 0, effort: FEW_EXPIRED, making_room: None, removing: None, limits_wait: 0 }
+        Memory { eviction, budget: None, effort: FEW_EXPIRED, making_room: None, removing: None, limits_wait: 0 }
     }
 
     fn limits(&self) -> MemoryLimits {
         let policy = if self.eviction.is_some() { LimitPolicy::Evict } else { LimitPolicy::Refuse };
-        MemoryLimits { max_bytes: self.budget, policy }
+        MemoryLimits { max_bytes: self.budget.unwrap_or(0), policy }
     }
 }
 
 impl Replica {
     /// What the shard may use by placement, 0 for no limit. Where this replica leads, it has the log say so.
     pub fn set_budget(&mut self, bytes: u64) {
-        self.memory.budget = bytes;
+        self.memory.budget = Some(bytes);
         // A sleeping leader would never get to it.
         if self.asleep && self.leads() && self.limits_differ() {
             self.wake();
@@ -63,6 +63,9 @@ impl Replica {
 
     pub(super) fn limits_differ(&self) -> bool {
         // Two defaults are alike: without a limit the policy means nothing.
+        if self.memory.budget.is_none() {
+            return false;
+        }
         let wanted = self.memory.limits();
         matches!(&self.machine, Machine::Data(m)
             if m.limits() != wanted && (m.limits().max_bytes != 0 || wanted.max_bytes != 0))
