@@ -8,6 +8,7 @@ mod cell_model;
 pub mod check_cli;
 pub mod faults_cli;
 pub mod history;
+pub mod kills_cli;
 pub mod process;
 #[cfg(test)]
 mod schedules;

@@ -5,6 +5,8 @@
 
 #[path = "process/faults.rs"]
 mod faults;
+#[path = "process/kills.rs"]
+mod kills;
 
 use crema_tests::process::cluster::{self, Cluster};
 use crema_tests::process::load::{Load, WriterReport, check_acknowledged};
@@ -158,7 +160,7 @@ fn commands_work_through_every_gateway() {
 }
 
 #[test]
-fn a_killed_node_loses_nothing_and_comes_back_as_a_gateway() {
+fn a_killed_node_loses_nothing_and_comes_back_as_a_voter() {
     let _turn = turn().unwrap();
     let mut cluster = Cluster::ready(3, SHARDS).unwrap();
     let victim = cluster.node_with_most_leaders().unwrap();
@@ -172,27 +174,18 @@ fn a_killed_node_loses_nothing_and_comes_back_as_a_gateway() {
     let led = cluster.leaders(survivor).unwrap();
     assert!(!led.contains_key(&victim), "the killed node leads nothing any more: {led:?}");
 
-    // The same node again, under load: its memory is gone, so it may serve but never vote.
+    // The same node again, under load: its memory is gone, so its replicas are made anew and filled by the others.
     let load = Load::start("restart", &survivors(&cluster, victim), SHARDS, PERIOD, MOST_BATCHES).unwrap();
     cluster.restart(victim).unwrap();
-    let http_addr = cluster.addr(victim, Use::Http);
-    let reason = eventually("the restarted node says what it lacks", Duration::from_secs(30), || {
-        let (status, body) = http::get(http_addr, "/readyz")?;
-        if status == 503 && body.contains("of 3 replicas") {
-            Ok(body)
-        } else {
-            Err(Failure::new(format!("{status} {body}")))
-        }
-    })
-    .unwrap();
-    let parsed: serde_json::Value = serde_json::from_str(&reason).expect("the reason is JSON");
-    assert!(parsed["reason"].is_string(), "{reason}");
+    cluster.wait_ready(Duration::from_secs(60)).unwrap();
+    expect_voters_everywhere(&cluster, victim);
     load.wait_batches(20, Duration::from_secs(20)).unwrap();
     reports.extend(load.finish().unwrap());
 
     let (status, stdout, stderr) = cluster.client_command("status", victim, &[]).unwrap();
     expect_exit(status, 0, &stderr);
-    assert!(stdout.contains(&format!("{SHARDS} shards at 2 of 3 replicas")), "{stdout}");
+    assert!(stdout.contains(&format!("{SHARDS} shards at 3 of 3 replicas")), "{stdout}");
+    assert!(!stdout.contains("2 of 3"), "{stdout}");
 
     // All that was acknowledged is served through the new gateway too, and it takes writes.
     expect_nothing_lost(&cluster, &reports);
@@ -201,8 +194,29 @@ fn a_killed_node_loses_nothing_and_comes_back_as_a_gateway() {
         expect(&mut gateway, &format!("SET after:{i} {i}"), Value::ok());
         expect(&mut gateway, &format!("GET after:{i}"), Value::bulk(i.to_string()));
     }
-    let led = cluster.leaders(victim).unwrap();
-    assert!(!led.contains_key(&victim), "a node without replicas leads nothing: {led:?}");
+    cluster.wait_equal_digests(Duration::from_secs(20)).unwrap();
+
+    // It is a member like any other: it leads again, and what the others alone acknowledge meanwhile is its own as well.
+    eventually("the restarted node leads again", Duration::from_secs(30), || {
+        let led = cluster.leaders(victim)?;
+        if led.contains_key(&victim) { Ok(()) } else { Err(Failure::new(format!("{led:?}"))) }
+    })
+    .unwrap();
+    expect_nothing_lost(&cluster, &reports);
+}
+
+/// As `node` sees it, every shard has three voters, and it is one of them.
+#[track_caller]
+fn expect_voters_everywhere(cluster: &Cluster, node: u64) {
+    let list = http::get_json(cluster.addr(node, Use::Http), "/v1/shards").unwrap();
+    let list = list.as_array().expect("an array");
+    assert_eq!(list.len(), SHARDS as usize);
+    for shard in list {
+        let replicas = shard["replicas"].as_array().expect("replicas");
+        let voters = replicas.iter().filter(|r| r["role"] == "voter");
+        let voters: Vec<u64> = voters.filter_map(|r| r["node"].as_u64()).collect();
+        assert!(replicas.len() == 3 && voters.len() == 3 && voters.contains(&node), "{shard}");
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use super::{Context, Failure, Result, eventually, http};
 use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +28,15 @@ impl Place {
     }
 }
 
+/// Where the nodes keep their logs and data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeps {
+    /// Nowhere but in memory.
+    Memory,
+    /// Each in a directory of its own, within the cluster's [`Scratch`].
+    Disk,
+}
+
 /// Nodes 1 to n, each a process of its own, ended when this is dropped.
 #[derive(Debug)]
 pub struct Cluster {
@@ -36,6 +46,9 @@ pub struct Cluster {
     place: Place,
     count: u64,
     shards: u32,
+    keeps: Keeps,
+    /// Further flags of every node.
+    flags: Vec<String>,
 }
 
 impl Cluster {
@@ -50,11 +63,13 @@ impl Cluster {
     /// If `count` is not 1 to [`MAX_NODES`].
     pub fn start(count: u64, shards: u32) -> Result<Cluster> {
         assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
-        Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards)
+        Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, Keeps::Memory, &[])
     }
 
-    fn start_at(place: Place, count: u64, shards: u32) -> Result<Cluster> {
-        let mut cluster = Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, place, count, shards };
+    fn start_at(place: Place, count: u64, shards: u32, keeps: Keeps, flags: &[&str]) -> Result<Cluster> {
+        let flags = flags.iter().map(|flag| flag.to_string()).collect();
+        let mut cluster =
+            Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, place, count, shards, keeps, flags };
         for node in 1..=count {
             cluster.spawn(node)?;
         }
@@ -72,13 +87,29 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// As [`Cluster::ready`], with nodes that keep their data as `keeps` says, and are started with these `flags` besides.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cluster::ready`].
+    ///
+    /// # Panics
+    ///
+    /// As [`Cluster::start`].
+    pub fn ready_keeping(keeps: Keeps, count: u64, shards: u32, flags: &[&str]) -> Result<Cluster> {
+        assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
+        let mut cluster = Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, keeps, flags)?;
+        cluster.wait_ready(Duration::from_secs(60))?;
+        Ok(cluster)
+    }
+
     /// As [`Cluster::ready`], with each node in its namespace of `net`. To be called, and used, within the hub of `net`.
     ///
     /// # Errors
     ///
     /// As [`Cluster::ready`].
     pub fn ready_in(net: Arc<Network>, count: u64, shards: u32) -> Result<Cluster> {
-        let mut cluster = Cluster::start_at(Place::Network(net), count, shards)?;
+        let mut cluster = Cluster::start_at(Place::Network(net), count, shards, Keeps::Memory, &[])?;
         cluster.wait_ready(Duration::from_secs(60))?;
         Ok(cluster)
     }
@@ -113,7 +144,37 @@ impl Cluster {
         flag("redis-addr", own(Use::Redis).to_string());
         flag("redis-cluster-addr", own(Use::RedisCluster).to_string());
         flag("http-addr", own(Use::Http).to_string());
+        if self.keeps == Keeps::Disk {
+            flag("data-dir", self.data_dir(node).display().to_string());
+        }
+        args.extend(self.flags.iter().cloned());
         args
+    }
+
+    /// The command line of node `node` with listeners of its own in `own`, for starts that are to be refused: all else is
+    /// as the node itself was started.
+    pub fn command_line(&self, node: u64, own: &Block) -> Vec<String> {
+        self.args(node, &|purpose| own.addr(node, purpose))
+    }
+
+    /// How large the log of `node` on disk is, in bytes, and how many replicas' states lie beside it.
+    ///
+    /// # Errors
+    ///
+    /// If it keeps none.
+    pub fn on_disk(&self, node: u64) -> Result<(u64, usize)> {
+        let list = |path: PathBuf| std::fs::read_dir(&path).context(format!("reading {}", path.display()));
+        let dir = self.data_dir(node);
+        let logs = list(dir.join("log").join("raft"))?;
+        // A file may be removed while we look: then it has no length.
+        let bytes = logs.flatten().filter_map(|entry| entry.metadata().ok()).map(|m| m.len()).sum();
+        let states = list(dir.join("checkpoints"))?.flatten();
+        Ok((bytes, states.filter(|entry| entry.path().extension().is_some_and(|e| e == "ckpt")).count()))
+    }
+
+    /// The directory in which `node` keeps its data, if the cluster keeps any.
+    pub fn data_dir(&self, node: u64) -> PathBuf {
+        self.scratch.path().join(format!("data-{node}"))
     }
 
     /// A further process that claims to be node `node`, with listeners of its own in `own`.
@@ -122,7 +183,7 @@ impl Cluster {
     ///
     /// If it does not start.
     pub fn impostor(&self, node: u64, own: &Block) -> Result<Process> {
-        Process::spawn(&format!("impostor-{node}"), &self.scratch, &self.args(node, &|purpose| own.addr(node, purpose)))
+        Process::spawn(&format!("impostor-{node}"), &self.scratch, &self.command_line(node, own))
     }
 
     /// The directory of its logs, for further files of the test: kept when it fails.
@@ -217,6 +278,18 @@ impl Cluster {
         self.nodes.remove(&node).context_none("the node does not run")?.kill()
     }
 
+    /// `kill -9` of every running node, as nearly at one moment as signals can be sent.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    pub fn kill_all(&mut self) -> Result<()> {
+        let mut ended = std::mem::take(&mut self.nodes);
+        // First all signals, then the waiting: else the last ones would live on while the first ones end.
+        ended.values_mut().try_for_each(|process| process.signal(Signal::KILL))?;
+        ended.values_mut().try_for_each(Process::kill)
+    }
+
     /// SIGTERM to a node; returns how it ended.
     ///
     /// # Errors
@@ -238,6 +311,53 @@ impl Cluster {
             return Err(Failure::new(format!("node {node} still runs")));
         }
         self.spawn(node)
+    }
+
+    /// Starts all nodes that do not run, with the same command lines.
+    ///
+    /// # Errors
+    ///
+    /// If one does not start.
+    pub fn restart_all(&mut self) -> Result<()> {
+        (1..=self.count)
+            .filter(|node| !self.nodes.contains_key(node))
+            .collect::<Vec<_>>()
+            .into_iter()
+            .try_for_each(|node| self.spawn(node))
+    }
+
+    /// Waits until all nodes run replicas of every shard that hold the same: equal digests at equal applied indexes. To be
+    /// called while nobody writes.
+    ///
+    /// # Errors
+    ///
+    /// If they still differ after `within`; says where.
+    pub fn wait_equal_digests(&self, within: Duration) -> Result<()> {
+        eventually("equal digests on all nodes", within, || {
+            let mut seen = BTreeMap::<u64, (u64, serde_json::Value)>::new();
+            for node in 1..=self.count {
+                let list = http::get_json(self.addr(node, Use::Http), "/v1/shards")?;
+                let list = list.as_array().context_none("/v1/shards is no array")?;
+                if list.len() != self.shards as usize {
+                    return Err(Failure::new(format!("node {node} lists {} of {} shards", list.len(), self.shards)));
+                }
+                for shard in list {
+                    let id = shard["shard"].as_u64().context_none(&format!("no shard: {shard}"))?;
+                    let holds = serde_json::json!([shard["applied"], shard["digest"], shard["keys"]]);
+                    if !shard["digest"].is_string() {
+                        return Err(Failure::new(format!("node {node} has no replica of shard {id}: {shard}")));
+                    }
+                    let (first, expected) = seen.entry(id).or_insert_with(|| (node, holds.clone()));
+                    if *expected != holds {
+                        let what = "[applied, digest, keys]";
+                        return Err(Failure::new(format!(
+                            "shard {id}, {what}: {expected} on node {first}, {holds} on node {node}"
+                        )));
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Runs a client command of `crema` against `node`'s admin API: exit status, standard output and error.

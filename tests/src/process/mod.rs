@@ -11,14 +11,18 @@
 //!   readiness, leaders    commands, writers that remember what was acknowledged
 //!
 //!   scenarios: a Cluster, on loopback or in a netns::Network -> Recorder -> fault -> history -> verdict
+//!   kills:     a Cluster, in memory or on disk -> rounds of Recorder -> kill -9, restart -> history -> verdict, Ledger
 //! ```
 //!
 //! Nothing here waits without a deadline, and nothing ends a process that it did not start.
 
+pub mod ballast;
 pub mod binary;
 pub mod child;
 pub mod cluster;
 pub mod http;
+pub mod kills;
+pub mod ledger;
 pub mod load;
 pub mod netns;
 pub mod ports;
@@ -28,7 +32,7 @@ pub mod scenarios;
 pub mod turn;
 
 pub use child::{Process, Scratch};
-pub use cluster::Cluster;
+pub use cluster::{Cluster, Keeps};
 pub use load::{Load, WriterReport};
 pub use turn::turn;
 

@@ -414,11 +414,20 @@ impl Recorded {
     ///
     /// Names each key whose history is not accepted.
     pub fn judge(&self) -> Result<()> {
+        let wrong = self.wrong()?;
+        if wrong.is_empty() { Ok(()) } else { Err(Failure::new(wrong.join("\n"))) }
+    }
+
+    /// As [`Recorded::judge`], with each complaint by itself.
+    ///
+    /// # Errors
+    ///
+    /// If an operation contradicts the form of histories.
+    pub fn wrong(&self) -> Result<Vec<String>> {
         let records = history::records(&self.operations).map_err(Failure::new)?;
         let verdict = judge(&records, |_, _| false);
         let nonsense = self.nonsense.iter().map(|what| format!("no reply to that: {what}"));
-        let wrong: Vec<String> = nonsense.chain(verdict.into_failures()).collect();
-        if wrong.is_empty() { Ok(()) } else { Err(Failure::new(wrong.join("\n"))) }
+        Ok(nonsense.chain(verdict.into_failures()).collect())
     }
 
     /// Writes the history as JSON lines.

@@ -30,19 +30,19 @@ pub const NODES: u64 = 3;
 pub const SHARDS: u32 = 16;
 /// Within this after the end of a fault every shard must take writes through every gateway. An unoptimised build on a
 /// busy machine is given twice the time.
-const WRITABLE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 10 });
+pub(super) const WRITABLE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 10 });
 /// Limit of waits for what takes a moment.
-const SOON: Duration = Duration::from_secs(30);
+pub(super) const SOON: Duration = Duration::from_secs(30);
 /// Longer than a request's deadline of 5 s: such a client sees what the gateway says at the end of it.
-const PATIENT: Duration = Duration::from_secs(15);
+pub(super) const PATIENT: Duration = Duration::from_secs(15);
 /// Of writers that go on with other commands during a fault.
-const IMPATIENT: Duration = Duration::from_millis(1_000);
+pub(super) const IMPATIENT: Duration = Duration::from_millis(1_000);
 /// Of readers: an answer that comes at the end of a fault is to a question asked at most this long before.
-const CURIOUS: Duration = Duration::from_millis(200);
+pub(super) const CURIOUS: Duration = Duration::from_millis(200);
 /// Readers at the victim.
 const CROWD: usize = 24;
 /// Answers that every client must get before a fault and after it.
-const PROGRESS: u64 = 20;
+pub(super) const PROGRESS: u64 = 20;
 
 /// How to run.
 #[derive(Clone, Debug, Default)]
@@ -161,7 +161,7 @@ fn pause(cluster: &mut Cluster, victim: u64, time: Duration) -> Result<()> {
     cluster.process(victim).signal(Signal::CONT)
 }
 
-fn keep_failed(cluster: &Cluster, result: Result<()>) -> Result<()> {
+pub(super) fn keep_failed(cluster: &Cluster, result: Result<()>) -> Result<()> {
     if result.is_err() {
         cluster.scratch().keep();
     }
@@ -218,7 +218,7 @@ impl Run<'_> {
         let healed = Instant::now();
 
         let gateways: Vec<_> = cluster.running().into_iter().map(|n| (n, cluster.addr(n, Use::Redis))).collect();
-        let writable = wait_writable(cluster, name).map(|()| healed.elapsed());
+        let writable = wait_writable(cluster, name).map(|_| healed.elapsed());
         let progress = recorder.wait_answers(&cluster.running(), PROGRESS, SOON).context("after the fault");
         // The history tells more than that something took too long: it is written and judged in any case.
         let recorded = recorder.finish(&gateways, SOON)?;
@@ -271,11 +271,14 @@ fn clients(cluster: &Cluster, nodes: &[u64], victim: u64, requests: Requests) ->
     specs
 }
 
-/// Waits until every shard took a write through every running gateway.
-fn wait_writable(cluster: &Cluster, name: &str) -> Result<()> {
+/// Waits until every shard took a write through every running gateway. The writes come one after the other; says which one took
+/// longest.
+pub(super) fn wait_writable(cluster: &Cluster, name: &str) -> Result<String> {
     let deadline = Instant::now() + WRITABLE;
+    let mut slowest = (Duration::ZERO, 0, 0);
     for node in cluster.running() {
         for (shard, tag) in tag_per_shard(SHARDS).iter().enumerate() {
+            let start = Instant::now();
             let left = deadline.saturating_duration_since(Instant::now());
             eventually(&format!("a write to shard {shard} through node {node} after the fault"), left, || {
                 let mut client = Client::connect(cluster.addr(node, Use::Redis), PATIENT).context("connecting")?;
@@ -284,13 +287,15 @@ fn wait_writable(cluster: &Cluster, name: &str) -> Result<()> {
                     other => Err(Failure::new(format!("{other:?}"))),
                 }
             })?;
+            slowest = slowest.max((start.elapsed(), node, shard));
         }
     }
-    Ok(())
+    let (took, node, shard) = slowest;
+    Ok(format!("{took:.1?} for shard {shard} through node {node}"))
 }
 
 /// No running node has ended or panicked.
-fn healthy(cluster: &mut Cluster) -> Result<()> {
+pub(super) fn healthy(cluster: &mut Cluster) -> Result<()> {
     for node in cluster.running() {
         let process = cluster.process(node);
         if let Some(status) = process.ended()? {
