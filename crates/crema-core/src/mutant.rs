@@ -39,11 +39,19 @@ pub enum Mutant {
     HalfVisible,
     /// The lowest member founds a cluster without asking anybody.
     FoundAlone,
+    /// A follower does not take note of changes of members.
+    IgnoredConfChange,
+    /// A restarted replica has forgotten for whom it voted.
+    ForgottenVote,
+    /// The log on disk is cut before the state that stands for it is durable.
+    CutBeforeState,
+    /// Removals are decided by each replica's own clock, outside of the log.
+    OwnExpiry,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 16] = [
+    pub const ALL: [Mutant; 20] = [
         Mutant::AckBeforeApply,
         Mutant::ReusedReadContext,
         Mutant::PersistAfterSend,
@@ -60,6 +68,10 @@ impl Mutant {
         Mutant::ReorderedRetry,
         Mutant::HalfVisible,
         Mutant::FoundAlone,
+        Mutant::IgnoredConfChange,
+        Mutant::ForgottenVote,
+        Mutant::CutBeforeState,
+        Mutant::OwnExpiry,
     ];
 }
 

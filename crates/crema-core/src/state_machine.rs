@@ -91,6 +91,8 @@ pub struct StateMachine {
     range: SlotRange,
     epoch: Epoch,
     table: TableWriter,
+    /// Tables that nobody needs any more but those who read in them.
+    garbage: Vec<Arc<Table>>,
     published: Arc<Published>,
     sessions: Sessions,
     log_time: LogTime,
@@ -158,6 +160,7 @@ impl StateMachine {
             checked: LogIndex(0),
             limits: MemoryLimits::default(),
             removed: Removed::default(),
+            garbage: Vec::new(),
             snapshot: None,
         }
     }
@@ -541,9 +544,13 @@ impl StateMachine {
                 _ => (Reply::Int(0), Edit::Keep),
             })),
             Op::Flush { db } => {
+                let before = self.table.table().clone();
                 match db {
                     Some(db) => self.table.clear_db(db),
                     None => self.table.clear(),
+                }
+                if !Arc::ptr_eq(&before, self.table.table()) {
+                    self.garbage.push(before);
                 }
                 Ok(Reply::Ok)
             }
@@ -653,13 +660,27 @@ impl StateMachine {
             checked: head.checked,
             limits: head.limits,
             removed: Removed::default(),
+            garbage: Vec::new(),
             snapshot: None,
         }
+    }
+
+    /// Tables that FLUSHALL has replaced, for the caller to drop where it delays nobody: a million keys take a while.
+    pub fn take_garbage(&mut self) -> Vec<Arc<Table>> {
+        std::mem::take(&mut self.garbage)
     }
 
     /// The keys and values, for readers. FLUSHALL replaces the table by another one, so ask again for each read.
     pub fn table(&self) -> &Arc<Table> {
         self.table.table()
+    }
+
+    /// For the mutant that removes what has expired without asking the log.
+    #[cfg(feature = "mutants")]
+    pub fn expire_alone(&mut self, now: LogTime) {
+        for victim in self.expired(now, 64) {
+            self.table.remove(victim, |e| e.expire_at != 0 && e.expire_at <= now.0);
+        }
     }
 
     /// For the mutant that judges expiry by a clock of its own.

@@ -15,16 +15,17 @@
 //! (fsync errors are not repeatable), and another life can be filled by the others.
 
 use crate::clock;
-use crate::disk::checkpoint::{self, CheckpointReader, CheckpointWriter};
+use crate::disk::checkpoint::{self, CheckpointError, CheckpointReader, CheckpointWriter};
 use crate::disk::{
     Batch, CheckpointId, DataDir, DirError, Identity, LogEngine, LogOptions, LogWriter, Mode, SubmitError,
 };
 use crate::driver::Input;
 use bytes::Bytes;
-use crema_core::{ClusterUuid, Incarnation, NodeId, ReplicaId};
+use crema_core::{ClusterUuid, CodecError, Incarnation, NodeId, ReplicaId};
 use crema_shard::durable::{GroupRecord, Recovered};
 use crema_shard::{PersistBatch, StateWrite};
 use crossbeam::channel::{Receiver, Sender, unbounded};
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -182,12 +183,19 @@ fn read(dir: &DataDir) -> Result<(LogEngine, Vec<Recovered>), Unread> {
     let opened = LogEngine::open(&log, LogOptions::default());
     let (engine, groups) =
         opened.map_err(|e| if e.is_lost() { Unread::Lost(e.to_string()) } else { Unread::Failed(e.to_string()) })?;
-    checkpoint::open_dir(&states).map_err(|e| Unread::Failed(e.to_string()))?;
+    // Exactly the files that records name: a newer one may have been finished when its record was not durable yet, or may
+    // have come from a leader and never been installed.
+    let mut named = Vec::new();
+    for group in groups.iter().filter(|g| !g.meta.is_empty()) {
+        let record = GroupRecord::decode(&group.meta).map_err(|e| unread(group.group, &e))?;
+        named.extend(record.point().map(|p| CheckpointId { group: group.group, index: p.index }));
+    }
+    checkpoint::open_dir(&states, &named).map_err(|e| Unread::Failed(e.to_string()))?;
     // Those without a record have never had a state, and answered for nothing.
     let work: Mutex<Vec<_>> = Mutex::new(groups.into_iter().filter(|g| !g.meta.is_empty()).collect());
     let total = work.lock().unwrap_or_else(PoisonError::into_inner).len();
     let done = AtomicUsize::new(0);
-    let results: Mutex<Vec<Result<Recovered, String>>> = Mutex::new(Vec::new());
+    let results: Mutex<Vec<Result<Recovered, Unread>>> = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).min(8);
     let last_told = AtomicU64::new(clock::mono().0);
     std::thread::scope(|scope| {
@@ -207,20 +215,39 @@ fn read(dir: &DataDir) -> Result<(LogEngine, Vec<Recovered>), Unread> {
         }
     });
     let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let recovered: Result<Vec<_>, String> = results.into_iter().collect();
-    Ok((engine, recovered.map_err(Unread::Lost)?))
+    let recovered: Result<Vec<_>, Unread> = results.into_iter().collect();
+    Ok((engine, recovered?))
 }
 
-fn recover(states: &Path, group: crate::disk::RecoveredGroup) -> Result<Recovered, String> {
+/// A record that does not decode: damaged, unless it is of a version that another program knows.
+fn unread(replica: u64, error: &CodecError) -> Unread {
+    let why = format!("replica {replica}: {error}");
+    match error {
+        CodecError::UnknownVersion(_) => Unread::Failed(why),
+        _ => Unread::Lost(why),
+    }
+}
+
+fn recover(states: &Path, group: crate::disk::RecoveredGroup) -> Result<Recovered, Unread> {
     let id = group.group;
-    let failed = |why: String| format!("replica {id}: {why}");
-    let record = GroupRecord::decode(&group.meta).map_err(|e| failed(e.to_string()))?;
-    let reader = match record.point() {
-        Some(point) => Some(CheckpointReader::open(states, id, point.index).map_err(|e| failed(e.to_string()))?),
-        None => None,
+    let record = GroupRecord::decode(&group.meta).map_err(|e| unread(id, &e))?;
+    // What the system refuses now, and what another version of the program would read, is not lost.
+    let passing = Cell::new(false);
+    let note = |e: CheckpointError| {
+        let gone = matches!(&e, CheckpointError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
+        let damaged = matches!(e, CheckpointError::Corrupt { .. });
+        passing.set(!gone && !damaged);
+        e.to_string()
     };
-    let pieces = reader.into_iter().flatten().map(|piece| piece.map(Bytes::from).map_err(|e| e.to_string()));
-    Recovered::new(record, group.hard, group.entries, pieces).map_err(failed)
+    let recovered = record.point().map(|point| CheckpointReader::open(states, id, point.index)).transpose();
+    let recovered = recovered.map_err(note).and_then(|reader| {
+        let pieces = reader.into_iter().flatten().map(|piece| piece.map(Bytes::from).map_err(note));
+        Recovered::new(record, group.hard, group.entries, pieces)
+    });
+    recovered.map_err(|why| {
+        let why = format!("replica {id}: {why}");
+        if passing.get() { Unread::Failed(why) } else { Unread::Lost(why) }
+    })
 }
 
 #[derive(Debug, Default)]
@@ -379,7 +406,7 @@ impl States {
         }
     }
 
-    fn write(&mut self, w: StateWrite) -> Result<(), checkpoint::CheckpointError> {
+    fn write(&mut self, w: StateWrite) -> Result<(), CheckpointError> {
         if w.seq == 0 {
             // One that was not whole leaves nothing.
             self.files.remove(&w.replica);

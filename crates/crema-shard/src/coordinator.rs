@@ -18,7 +18,7 @@ use crate::message::{
 use crate::meta::{MetaMachine, MetaState};
 use crate::proposals::Ticket;
 use crate::reads::Read;
-use crate::replica::{Machine, MemoryOptions, Out, ReadCounts, ReadMode, Replica, ReplicaInit};
+use crate::replica::{Machine, MayBegin, MemoryOptions, Out, ReadCounts, ReadMode, Replica, ReplicaInit};
 use crate::timing::Timing;
 use crate::transfer::{Chunk, ChunkAck};
 use bytes::Bytes;
@@ -41,6 +41,9 @@ const MIN_LOG_BYTES: usize = 1024 * 1024;
 const MIN_CHECKPOINT_BYTES: u64 = 4 * 1024 * 1024;
 /// Most replicas of one node that send their states to others at a time.
 const FILLING_AT_ONCE: usize = 2;
+/// Most replicas of one node that write their states to files at a time: this bounds what waits for the disk, and what is
+/// kept aside of records that are overwritten meanwhile.
+const CHECKPOINTS_AT_ONCE: usize = 2;
 
 /// What all replicas of a node have in common.
 #[derive(Clone, Copy, Debug)]
@@ -381,9 +384,9 @@ impl Coordinator {
     }
 
     /// Takes the acknowledgement of such a piece.
-    pub fn chunk_acked(&mut self, ack: ChunkAck, now: Now) {
+    pub fn chunk_acked(&mut self, from: NodeId, ack: ChunkAck, now: Now) {
         if self.replica(ack.shard).is_some_and(|r| r.id() == ack.to) {
-            self.with(ack.shard, |r, _| r.chunk_acked(ack, now));
+            self.with(ack.shard, |r, _| r.chunk_acked(from, ack, now));
             self.dirty.insert(ack.shard);
         }
     }
@@ -427,7 +430,10 @@ impl Coordinator {
     /// Streams to `node` stand, to this life of it; or they broke, and what was sent may be lost.
     pub fn set_connected(&mut self, node: NodeId, incarnation: Option<Incarnation>) {
         match incarnation {
-            Some(i) => _ = self.connected.insert(node, i),
+            Some(i) => {
+                self.connected.insert(node, i);
+                self.filling_interrupted(node);
+            }
             None => {
                 self.connected.remove(&node);
                 self.unreachable(node);
@@ -484,11 +490,14 @@ impl Coordinator {
         let present = std::mem::take(&mut self.present);
         let awake: Vec<ShardId> = self.replicas().filter(|r| !r.asleep()).map(Replica::shard).collect();
         let mut filling = self.replicas().filter(|r| r.transfer_status().to.is_some()).count();
+        let mut checkpoints = self.replicas().filter(|r| r.checkpoints()).count();
         for shard in awake {
             let work = self.with(shard, |r, out| {
-                let before = r.transfer_status().to.is_some();
-                r.tick(now, |v| present.get(&v.node) == Some(&v.incarnation), filling < FILLING_AT_ONCE, out);
-                filling += usize::from(!before && r.transfer_status().to.is_some());
+                let before = (r.transfer_status().to.is_some(), r.checkpoints());
+                let may = MayBegin { fill: filling < FILLING_AT_ONCE, checkpoint: checkpoints < CHECKPOINTS_AT_ONCE };
+                r.tick(now, |v| present.get(&v.node) == Some(&v.incarnation), may, out);
+                filling += usize::from(!before.0 && r.transfer_status().to.is_some());
+                checkpoints += usize::from(!before.1 && r.checkpoints());
                 r.has_work()
             });
             if work == Some(true) {

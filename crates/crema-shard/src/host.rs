@@ -427,7 +427,7 @@ impl Host {
             }
             (Channel::Snapshot, KIND_CHUNK_ACK) => {
                 let ack = decode_chunk_ack(&body)?;
-                self.coordinator.chunk_acked(ack, now);
+                self.coordinator.chunk_acked(peer, ack, now);
             }
             (Channel::Requests, KIND_REQUESTS) => {
                 let (process, body) = split_process(&body)?;
@@ -916,8 +916,11 @@ impl Host {
             let settled = p.live_since.is_some_and(|t| self.draining || now.mono.since(t) >= SETTLED);
             settled && p.incarnation == incarnation
         };
-        let replicas = state.replicas(shard);
-        let node = preferred_leader(replicas, usable).filter(|n| *n != self.config.node)?;
+        // One that is being filled cannot lead yet.
+        let members = self.coordinator.replica(shard)?.members();
+        let replicas: Vec<ReplicaPlacement> =
+            state.replicas(shard).iter().filter(|r| members.is_voter(r.id)).copied().collect();
+        let node = preferred_leader(&replicas, usable).filter(|n| *n != self.config.node)?;
         replicas.iter().find(|r| r.node == node).map(|r| r.id)
     }
 

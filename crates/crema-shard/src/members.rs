@@ -198,7 +198,7 @@ impl Members {
             return step(ConfChangeKind::Promote(learner.id));
         }
         let new = wanted.iter().filter(|w| self.get(w.id).is_none()).min_by_key(|w| w.id);
-        if let Some(new) = new.filter(|_| self.learners.is_empty()) {
+        if let Some(new) = new {
             return step(ConfChangeKind::AddLearner(Member::from(new)));
         }
         None

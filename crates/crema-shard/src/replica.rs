@@ -82,6 +82,15 @@ pub enum ReadMode {
     ReadIndex,
 }
 
+/// What a replica may begin: a node does only so much of it at a time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MayBegin {
+    /// To send its state to a member.
+    pub fill: bool,
+    /// To write its state to a file.
+    pub checkpoint: bool,
+}
+
 /// What the log drives.
 #[derive(Debug)]
 pub enum Machine {
@@ -131,6 +140,8 @@ struct Unpersisted {
     number: u64,
     /// Whether it has something to write itself, or only waits behind one that has.
     writes: bool,
+    /// Term and vote, if they are part of it.
+    vote: Option<(u64, u64)>,
     messages: Vec<Message>,
 }
 
@@ -193,6 +204,8 @@ pub struct Replica {
     unpersisted: Vec<Unpersisted>,
     /// The last index that was durable when it was looked at last.
     durable: u64,
+    /// Term and vote that were handed out to be made durable last.
+    handed_vote: (u64, u64),
     leadership: Leadership,
     asleep: bool,
     quiet_ticks: usize,
@@ -328,7 +341,7 @@ impl Replica {
             strangers: Vec::new(),
             intent: (Vec::new(), Epoch(0)),
             empty: false,
-            filling: Filling::new(init.chunk_bytes),
+            filling: Filling::new(init.chunk_bytes, init.context_prefix),
             rank: 0,
             timing: t,
             raw,
@@ -353,6 +366,7 @@ impl Replica {
             context_prefix: init.context_prefix,
             unpersisted: Vec::new(),
             durable: 0,
+            handed_vote: (0, 0),
             leadership: Leadership { term: Term(0), leader: None, leads: false },
             asleep: false,
             quiet_ticks: 0,
@@ -761,9 +775,8 @@ impl Replica {
 
     // ---- time --------------------------------------------------------------------------------------------------
 
-    /// One tick. `present` says whether the member's life still counts: a lost one does not hold the log back. `may_fill`:
-    /// whether it may begin to send its state to a member.
-    pub fn tick(&mut self, now: Now, present: impl Fn(&Member) -> bool, may_fill: bool, out: &mut Out) {
+    /// One tick. `present` says whether the member's life still counts: a lost one does not hold the log back.
+    pub fn tick(&mut self, now: Now, present: impl Fn(&Member) -> bool, may: MayBegin, out: &mut Out) {
         if self.asleep || self.failed {
             return;
         }
@@ -776,20 +789,22 @@ impl Replica {
         }
         let raft = &self.raw.raft;
         let campaigns = !self.leads() && raft.election_elapsed + 1 >= raft.randomized_election_timeout();
-        // What was promised in time is kept in time, however ticks fell.
-        if !campaigns || !self.promised(now) {
+        // What was promised in time is kept in time, however ticks fell. And whoever installs a state does not campaign before
+        // it is durable: raft-rs would look for entries that the state has taken the place of.
+        let bound = self.promised(now) || self.filling.installing() || self.raw.snap().is_some_and(|s| !s.is_empty());
+        if !campaigns || !bound {
             self.raw.tick();
             self.fix_election_timeout();
         }
         self.reads.expire(now.mono, self.timing.promise());
         self.expire_incoming(now.mono);
-        self.keep_checkpoint();
+        self.keep_checkpoint(may.checkpoint, out);
         if self.leads() {
             self.keep_lease(now);
             self.update_floor(present);
             self.change_members(now);
             self.keep_memory(now);
-            self.keep_filling(may_fill, now);
+            self.keep_filling(may.fill, now);
             self.propose_digest_check(now);
             self.maybe_invite_to_sleep(out);
         }
@@ -1190,6 +1205,8 @@ impl Replica {
         let committed = ready.take_committed_entries();
         let read_states = ready.take_read_states();
         let hard = ready.hs().cloned();
+        let changed = hard.as_ref().map(|h| (h.term, h.vote)).filter(|v| *v != self.handed_vote);
+        let hard_vote = changed.inspect(|v| self.handed_vote = *v);
         let mut installed = None;
         if !ready.snapshot().is_empty() {
             let metadata = ready.snapshot().get_metadata();
@@ -1197,7 +1214,7 @@ impl Replica {
             self.install(metadata.index, metadata.term, number, out);
         }
         if must_sync && !self.failed {
-            self.write_log(installed, &entries, &hard, out);
+            self.write_log(installed, &entries, out);
         }
         let log = self.raw.mut_store();
         log.append(entries);
@@ -1214,7 +1231,18 @@ impl Replica {
             }
         }
         if must_sync || !self.unpersisted.is_empty() {
-            self.unpersisted.push(Unpersisted { number, writes: must_sync, messages: dependent });
+            // The answer to a heartbeat vouches for term and vote alone: behind a slow disk it would cost a healthy leader
+            // its quorum.
+            if hard_vote.is_none() && self.unpersisted.iter().all(|u| u.vote.is_none()) {
+                let (at_once, later) =
+                    dependent.into_iter().partition(|m| m.msg_type == MessageType::MsgHeartbeatResponse);
+                dependent = later;
+                let at_once: Vec<Message> = at_once;
+                for m in at_once {
+                    self.send(m, now, out);
+                }
+            }
+            self.unpersisted.push(Unpersisted { number, writes: must_sync, vote: hard_vote, messages: dependent });
             if must_sync {
                 persist(number);
             }
@@ -1280,6 +1308,7 @@ impl Replica {
                     if let Some(at) = applied.digest_mismatch {
                         out.notes.push(Note::DigestMismatch { shard: self.shard, index: at.0 });
                     }
+                    out.garbage.append(&mut m.take_garbage());
                     applied.outcomes
                 }
                 Err(corrupt) => return self.fail(corrupt.to_string(), out),

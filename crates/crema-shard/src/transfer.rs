@@ -24,10 +24,11 @@ use std::time::Duration;
 /// Chunks that are on their way without an acknowledgement. With chunks of 256 KiB a megabyte: enough for a gigabyte a
 /// second at a round trip of a millisecond, and little enough for many transfers.
 const WINDOW: usize = 4;
-/// Without an acknowledgement for this long the window is sent again.
-const RESEND: Duration = Duration::from_secs(1);
+/// Without an acknowledgement for this long the window is sent again. A connection that breaks says so at once; this is for
+/// a peer that loses frames silently. Long, since on a slow way they may only be waiting.
+const RESEND: Duration = Duration::from_secs(5);
 /// Without one for this long the transfer is given up.
-const GIVE_UP: Duration = Duration::from_secs(15);
+const GIVE_UP: Duration = Duration::from_secs(30);
 /// Without an answer to MsgSnapshot for this long it is sent again.
 const ANNOUNCE_AGAIN: Duration = Duration::from_secs(1);
 /// Times that it is sent before the transfer is given up.
@@ -327,14 +328,14 @@ mod tests {
         push(&mut t, false);
         t.take_unsent(at(0));
         t.acknowledged(1, false, at(1));
-        assert_eq!(t.tick(at(999)), Due::Nothing);
+        assert_eq!(t.tick(at(4_999)), Due::Nothing);
         assert!(!t.has_unsent());
-        assert_eq!(t.tick(at(1_000)), Due::Nothing);
-        assert_eq!(seqs(&t.take_unsent(at(1_000))), [1, 2]);
+        assert_eq!(t.tick(at(5_000)), Due::Nothing);
+        assert_eq!(seqs(&t.take_unsent(at(5_000))), [1, 2]);
         t.interrupted();
-        assert_eq!(seqs(&t.take_unsent(at(1_001))), [1, 2]);
-        assert_eq!(t.tick(at(15_000)), Due::Nothing);
-        assert_eq!(t.tick(at(15_001)), Due::GiveUp);
+        assert_eq!(seqs(&t.take_unsent(at(5_001))), [1, 2]);
+        assert_eq!(t.tick(at(30_000)), Due::Nothing);
+        assert_eq!(t.tick(at(30_001)), Due::GiveUp);
     }
 
     #[test]
@@ -354,6 +355,6 @@ mod tests {
         let mut silent = transfer();
         push(&mut silent, true);
         assert!(silent.acknowledged(2, true, at(1)));
-        assert_eq!(silent.tick(at(15_001)), Due::GiveUp, "raft-rs never asked for it");
+        assert_eq!(silent.tick(at(30_001)), Due::GiveUp, "raft-rs never asked for it");
     }
 }

@@ -13,7 +13,7 @@ use crema_shard::members::{Member as Placed, Members};
 use crema_shard::message::{self, Envelope};
 use crema_shard::proposals::Ticket;
 use crema_shard::reads::Read;
-use crema_shard::replica::{Machine, Out, Replica, ReplicaInit};
+use crema_shard::replica::{Machine, MayBegin, Out, Replica, ReplicaInit};
 use std::collections::BTreeMap;
 
 /// Mark of the request that opens the session; no read and no write has it.
@@ -135,7 +135,7 @@ impl Member for Ours {
     }
 
     fn tick(&mut self, now: Now) {
-        self.replica.tick(now, |_| true, false, &mut self.out);
+        self.replica.tick(now, |_| true, MayBegin::default(), &mut self.out);
     }
 
     fn receive(&mut self, e: Envelope, now: Now) {

@@ -28,7 +28,7 @@ const fn hunt(mutant: Mutant, name: &'static str, within: u64) -> Hunt {
 }
 
 /// All mutants. The bounds are several times what was seen, so that a change of the workload does not break them.
-pub const HUNTS: [Hunt; 16] = [
+pub const HUNTS: [Hunt; 20] = [
     hunt(Mutant::AckBeforeApply, "ack-before-apply", 20),
     Hunt {
         reads: Some(ReadMode::ReadIndex),
@@ -54,6 +54,10 @@ pub const HUNTS: [Hunt; 16] = [
     hunt(Mutant::ReorderedRetry, "reordered-retry", 300),
     hunt(Mutant::HalfVisible, "half-visible", 40),
     hunt(Mutant::FoundAlone, "found-alone", 100),
+    hunt(Mutant::IgnoredConfChange, "ignored-conf-change", 40),
+    hunt(Mutant::ForgottenVote, "forgotten-vote", 1_000),
+    hunt(Mutant::CutBeforeState, "cut-before-state", 300),
+    hunt(Mutant::OwnExpiry, "own-expiry", 40),
 ];
 
 /// The name of a mutant on the command line.

@@ -13,7 +13,6 @@
 
 use super::{create_dir, sync_dir};
 use lz4_flex::block;
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -21,7 +20,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Largest chunk in bytes, before compression.
-pub const MAX_CHUNK_BYTES: usize = 4 << 20;
+pub const MAX_CHUNK_BYTES: usize = crema_core::limits::MAX_REQUEST_BYTES + 64 * 1024;
 const MAGIC: &[u8; 7] = b"crmckpt";
 const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 32;
@@ -102,27 +101,19 @@ impl CheckpointId {
     }
 }
 
-/// Creates the directory if need be, removes what interrupted writes left and all but the newest checkpoint of each group,
-/// and lists those.
+/// Creates the directory if need be, and removes what interrupted writes left and every checkpoint that is not `named`:
+/// which ones count is written elsewhere, and need not be the newest.
 ///
 /// # Errors
 /// What the file system says.
-pub fn open_dir(dir: &Path) -> Result<Vec<CheckpointId>, CheckpointError> {
+pub fn open_dir(dir: &Path, named: &[CheckpointId]) -> Result<(), CheckpointError> {
     create_dir(dir).map_err(io_error(dir))?;
-    let mut newest: BTreeMap<u64, u64> = BTreeMap::new();
     for name in names(dir)? {
         if name.ends_with(".ckpt.tmp") {
             remove(&dir.join(&name))?;
-        } else if let Some(id) = CheckpointId::parse(&name) {
-            let index = newest.entry(id.group).or_insert(id.index);
-            *index = id.index.max(*index);
         }
     }
-    let newest: Vec<_> = newest.into_iter().map(|(group, index)| CheckpointId { group, index }).collect();
-    for id in &newest {
-        keep_from(dir, *id)?;
-    }
-    Ok(newest)
+    remove_if(dir, |id| !named.contains(&id))
 }
 
 /// Removes the checkpoints of a group that are older than this one.

@@ -12,6 +12,7 @@ use crate::log_store::FOUNDING_INDEX;
 use crate::transfer::Point;
 use bytes::Bytes;
 use crema_core::ShardInit;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::snapshot::SnapshotStep;
 use raft::eraftpb::{Entry, HardState};
 
@@ -107,13 +108,7 @@ impl Replica {
 
     /// Writes what one Ready has to make durable. `installed`: the index of a state that it installs, whose file is
     /// durable already.
-    pub(super) fn write_log(
-        &mut self,
-        installed: Option<u64>,
-        entries: &[Entry],
-        hard: &Option<HardState>,
-        out: &mut Out,
-    ) {
+    pub(super) fn write_log(&mut self, installed: Option<u64>, entries: &[Entry], out: &mut Out) {
         let (term, members) = (self.applied_term.0, &self.members);
         let Some(disk) = &mut self.disk else { return };
         let record = installed.map(|index| {
@@ -128,7 +123,11 @@ impl Replica {
             clear: installed.is_some(),
             record,
             entries: entries.to_vec(),
-            hard: hard.clone().or_else(|| installed.map(|_| self.raw.raft.hard_state())),
+            // The whole of it, commit index included: that tells what was committed before a restart.
+            hard: Some(match planted(Mutant::ForgottenVote) {
+                false => self.raw.raft.hard_state(),
+                true => HardState { vote: 0, ..self.raw.raft.hard_state() },
+            }),
             compact_to: None,
             state: installed,
         });
@@ -139,8 +138,8 @@ impl Replica {
     pub(super) fn write_members(&mut self, index: u64, out: &mut Out) {
         let Some(disk) = &mut self.disk else { return };
         disk.members_at = Some(index);
-        let hard = HardState { commit: index, ..self.raw.raft.hard_state() };
-        out.writes.push(LogWrite { replica: self.id, hard: Some(hard), ..LogWrite::default() });
+        let hard = Some(self.raw.raft.hard_state());
+        out.writes.push(LogWrite { replica: self.id, hard, ..LogWrite::default() });
         out.members_written.push((self.shard, index));
     }
 
@@ -160,16 +159,23 @@ impl Replica {
     pub fn ask_checkpoint(&mut self) {
         if let Some(disk) = &mut self.disk {
             disk.asked = true;
+            // One that sleeps would never get to it.
+            self.wake();
         }
     }
 
+    /// Whether it is writing its state to a file.
+    pub fn checkpoints(&self) -> bool {
+        self.disk.as_ref().is_some_and(|d| d.checkpoint.is_some())
+    }
+
     /// Once a tick: begins a file when the log behind the last one has grown as large as it, or as the limit.
-    pub(super) fn keep_checkpoint(&mut self) {
+    pub(super) fn keep_checkpoint(&mut self, may_begin: bool, out: &mut Out) {
         let (applied, shard) = (self.applied(), self.shard);
         let Some(disk) = self.disk.as_mut().filter(|d| d.checkpoint.is_none()) else { return };
         let due = disk.log_bytes > disk.limit.max(disk.state_bytes) || (disk.asked && disk.log_bytes > 0);
         let busy = self.filling.sends() || self.filling.installing() || self.filling.incoming();
-        if !due || self.empty || busy {
+        if !due || self.empty || busy || !may_begin {
             return;
         }
         let Ok(term) = self.raw.raft.raft_log.term(applied.0) else { return };
@@ -185,6 +191,17 @@ impl Replica {
         let file = disk.next_file();
         let point = Point { index: applied.0, term, members: self.members.clone() };
         disk.asked = false;
+        if planted(Mutant::CutBeforeState) {
+            let record = GroupRecord { shard, id: self.id, start: Start::At(point.clone()) }.encode();
+            let (index, record) = (Some(point.index), Some(record));
+            out.writes.push(LogWrite {
+                replica: self.id,
+                record,
+                compact_to: index,
+                state: index,
+                ..LogWrite::default()
+            });
+        }
         disk.checkpoint =
             Some(Checkpoint { file, point, made: 0, written: 0, whole: false, bytes: 0, meta_rest, head });
     }

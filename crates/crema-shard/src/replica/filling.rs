@@ -9,7 +9,7 @@ use crate::meta::{MAX_STATE_BYTES, MetaMachine, MetaState};
 use crate::transfer::{Chunk, ChunkAck, Due, Incoming, Outgoing, Point, Verdict};
 use bytes::Bytes;
 use crema_core::snapshot::{Restore, SnapshotStep};
-use crema_core::{LogIndex, MonoTime, Now, ReplicaId, StateMachine};
+use crema_core::{LogIndex, MonoTime, NodeId, Now, ReplicaId, StateMachine};
 use raft::eraftpb::Message;
 use raft::{ProgressState, SnapshotStatus};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// A state of which no piece has come for this long, and that was not announced, is forgotten: twice as long as its sender
 /// tries.
-const FORGET: Duration = Duration::from_secs(30);
+const FORGET: Duration = Duration::from_secs(60);
 
 /// In a refusal: of whatever was announced.
 const NO_TRANSFER: u64 = 0;
@@ -61,10 +61,11 @@ pub(super) struct Filling {
 }
 
 impl Filling {
-    pub(super) fn new(chunk_bytes: usize) -> Self {
+    /// `process` tells the transfers of a leader apart from those of the process before.
+    pub(super) fn new(chunk_bytes: usize, process: u64) -> Self {
         Filling {
             chunk_bytes: chunk_bytes.max(1),
-            transfers: 0,
+            transfers: process | 1,
             outgoing: None,
             meta_rest: Bytes::new(),
             walks: false,
@@ -165,10 +166,16 @@ impl Replica {
         };
         let (to, index) = (outgoing.to.id.0, outgoing.point.index);
         let progress = self.raw.raft.prs().get(to);
-        // It has the point, by this state or by the log.
-        let done = progress.is_none_or(|p| p.matched >= index && p.state != ProgressState::Snapshot);
-        match outgoing.tick(now.mono) {
-            _ if done => self.stop_filling(),
+        // It has the point, by this state or by the log. The log behind that is kept until it has caught up, or else it
+        // would need another state at once.
+        let arrived = progress.is_none_or(|p| p.matched >= index && p.state != ProgressState::Snapshot);
+        let due = outgoing.tick(now.mono);
+        let gone = progress.is_none() || self.raw.store().truncated() > index;
+        match due {
+            // Its log was cut, so it is of no use, or of no more.
+            _ if gone => self.stop_filling(),
+            _ if arrived && (self.caught_up(ReplicaId(to)) || due == Due::GiveUp) => self.stop_filling(),
+            _ if arrived => {}
             Due::Nothing => {}
             Due::AnnounceAgain => self.raw.report_snapshot(to, SnapshotStatus::Failure),
             Due::GiveUp => self.stop_filling(),
@@ -188,7 +195,7 @@ impl Replica {
         };
         let Some((head, rest)) = begun else { return };
         self.filling.walks = matches!(self.machine, Machine::Data(_));
-        self.filling.transfers += 1;
+        self.filling.transfers = self.filling.transfers.wrapping_add(2);
         let point = Point { index, term, members: self.members.clone() };
         let mut outgoing = Outgoing::new(self.shard, self.id, to, self.filling.transfers, point, now);
         if !head.is_empty() {
@@ -248,9 +255,9 @@ impl Replica {
     }
 
     /// A receiver says what it has.
-    pub fn chunk_acked(&mut self, ack: ChunkAck, now: Now) {
+    pub fn chunk_acked(&mut self, from: NodeId, ack: ChunkAck, now: Now) {
         let Some(outgoing) = self.filling.outgoing.as_mut() else { return };
-        if ack.from != outgoing.to.id || self.failed {
+        if ack.from != outgoing.to.id || from != outgoing.to.node || self.failed {
             return;
         }
         if ack.transfer == NO_TRANSFER && outgoing.complete() {
@@ -276,7 +283,7 @@ impl Replica {
     }
 
     /// Chunks that were sent to this node's streams may be lost.
-    pub fn filling_interrupted(&mut self, node: crema_core::NodeId) {
+    pub fn filling_interrupted(&mut self, node: NodeId) {
         if let Some(outgoing) = self.filling.outgoing.as_mut().filter(|o| o.to.node == node) {
             outgoing.interrupted();
         }
@@ -295,6 +302,10 @@ impl Replica {
         }
         let known = f.incoming.as_ref().is_some_and(|i| i.from == chunk.from && i.transfer == chunk.transfer);
         if !known {
+            if self.raw.snap().is_some_and(|s| !s.is_empty()) {
+                // raft-rs has taken the state that is here: nothing may take its place before it is installed.
+                return;
+            }
             if chunk.seq != 0 {
                 // The beginning is not here: a new process, or a new leader's transfer has taken its place.
                 return self.acknowledge(sender, chunk.transfer, 0, Verdict::Refused, out);
@@ -360,7 +371,8 @@ impl Replica {
     /// Forgets a state of which no piece has come for a while: its sender is gone, or has given it up.
     pub(super) fn expire_incoming(&mut self, now: MonoTime) {
         let f = &mut self.filling;
-        if f.incoming.is_some_and(|i| now.since(i.last_piece) >= FORGET) {
+        let taken = self.raw.snap().is_some_and(|s| !s.is_empty());
+        if !taken && f.incoming.is_some_and(|i| now.since(i.last_piece) >= FORGET) {
             f.incoming = None;
             f.restoring = None;
             f.prepared = None;
@@ -442,7 +454,8 @@ impl Replica {
         // raft-rs answers an old one with what is committed here.
         let old = m.index <= self.raw.raft.raft_log.committed;
         let stored = self.filling.incoming.is_some_and(|i| i.acknowledged().1);
-        if !old && !(stored && self.filling.prepared.as_ref().is_some_and(fits)) {
+        let ready = stored && self.filling.prepared.as_ref().is_some_and(fits);
+        if !old && !ready {
             if let Some(sender) = self.member(m.from) {
                 self.acknowledge(sender, NO_TRANSFER, 0, Verdict::Refused, out);
             }

@@ -3,6 +3,7 @@
 use super::{Out, Replica};
 use crate::members::{ConfStep, Member};
 use crate::meta::ReplicaPlacement;
+use crema_core::mutant::{Mutant, planted};
 use crema_core::{Epoch, Now, ReplicaId};
 use raft::ProgressState;
 
@@ -37,7 +38,7 @@ impl Replica {
         self.members.next_step(wanted, *epoch, |id| self.caught_up(id))
     }
 
-    fn caught_up(&self, id: ReplicaId) -> bool {
+    pub(super) fn caught_up(&self, id: ReplicaId) -> bool {
         let last = self.raw.raft.raft_log.last_index();
         self.raw.raft.prs().get(id.0).is_some_and(|p| {
             p.state != ProgressState::Snapshot && p.recent_active && p.matched > 0 && p.matched + CAUGHT_UP >= last
@@ -61,7 +62,8 @@ impl Replica {
 
     /// Takes a committed step, or refuses it as every other replica does.
     pub(super) fn apply_step(&mut self, step: &ConfStep, index: u64, out: &mut Out) {
-        if self.members.objection(step).is_some() || self.raw.apply_conf_change(&step.to_raft()).is_err() {
+        let ignored = planted(Mutant::IgnoredConfChange) && !self.leads();
+        if ignored || self.members.objection(step).is_some() || self.raw.apply_conf_change(&step.to_raft()).is_err() {
             return;
         }
         self.members.apply(step);
@@ -83,7 +85,6 @@ impl Replica {
     /// whoever leads or asks for a vote may be a member by entries that have not come here yet; but an id below one that
     /// the log has named belongs to somebody who was removed: ids ascend in the order of their coming.
     pub(super) fn hears(&mut self, sender: Member) -> bool {
-        use crema_core::mutant::{Mutant, planted};
         if let Some(known) = self.member(sender.id.0) {
             return known.node == sender.node
                 && (known.incarnation == sender.incarnation || planted(Mutant::VoteAfterWipe));

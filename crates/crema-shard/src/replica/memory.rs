@@ -5,12 +5,12 @@
 
 use super::{Machine, Queued, Replica};
 use crema_core::limits::MAX_VICTIMS;
-use crema_core::{EvictionPolicy, LimitPolicy, MemoryLimits, Now, encode_remove, encode_set_limits};
+use crema_core::mutant::{Mutant, planted};
+use crema_core::{EvictionPolicy, LimitPolicy, LogTime, MemoryLimits, Now, encode_remove, encode_set_limits};
 
-/// Expired keys that one tick looks for at first. Doubled while there are more, up to [`MOST_EXPIRED`].
+/// Expired keys that one tick looks for at first. Doubled while there are more, up to [`MAX_VICTIMS`]: with ticks of 50 ms,
+/// 80,000 a second of each shard.
 const FEW_EXPIRED: usize = 256;
-/// Expired keys that one tick removes at most: with ticks of 50 ms, 160,000 a second of each shard.
-const MOST_EXPIRED: usize = 2 * MAX_VICTIMS;
 /// Parts of the limit: room is made when less than half of one is left, until a whole one is.
 const ROOM_PARTS: u64 = 64;
 /// Ticks after which limits that were proposed and are not in force yet are proposed again.
@@ -29,30 +29,32 @@ pub struct MemoryOptions {
 #[derive(Debug)]
 pub(super) struct Memory {
     eviction: Option<EvictionPolicy>,
-    /// What the shard may use, by placement; 0 for no limit.
-    budget: u64,
+    /// What the shard may use, by placement: 0 for no limit, none as long as placement is not known.
+    budget: Option<u64>,
     /// How many expired keys the next tick looks for.
     effort: usize,
     /// Index of an entry that makes room and is not applied yet.
     making_room: Option<u64>,
+    /// The same of one that removes what has expired: until then the same keys would be found again.
+    removing: Option<u64>,
     limits_wait: u32,
 }
 
 impl Memory {
     pub(super) fn new(eviction: Option<EvictionPolicy>) -> Self {
-        Memory { eviction, budget: 0, effort: FEW_EXPIRED, making_room: None, limits_wait: 0 }
+        Memory { eviction, budget: None, effort: FEW_EXPIRED, making_room: None, removing: None, limits_wait: 0 }
     }
 
     fn limits(&self) -> MemoryLimits {
         let policy = if self.eviction.is_some() { LimitPolicy::Evict } else { LimitPolicy::Refuse };
-        MemoryLimits { max_bytes: self.budget, policy }
+        MemoryLimits { max_bytes: self.budget.unwrap_or(0), policy }
     }
 }
 
 impl Replica {
     /// What the shard may use by placement, 0 for no limit. Where this replica leads, it has the log say so.
     pub fn set_budget(&mut self, bytes: u64) {
-        self.memory.budget = bytes;
+        self.memory.budget = Some(bytes);
         // A sleeping leader would never get to it.
         if self.asleep && self.leads() && self.limits_differ() {
             self.wake();
@@ -61,6 +63,9 @@ impl Replica {
 
     pub(super) fn limits_differ(&self) -> bool {
         // Two defaults are alike: without a limit the policy means nothing.
+        if self.memory.budget.is_none() {
+            return false;
+        }
         let wanted = self.memory.limits();
         matches!(&self.machine, Machine::Data(m)
             if m.limits() != wanted && (m.limits().max_bytes != 0 || wanted.max_bytes != 0))
@@ -94,24 +99,37 @@ impl Replica {
             return;
         }
         self.quiet_ticks = 0;
+        let applied = self.applied().0;
+        self.memory.removing.take_if(|index| *index <= applied);
+        if self.memory.removing.is_some() {
+            return;
+        }
         let estimate = self.stamp(now);
+        if planted(Mutant::OwnExpiry) {
+            return self.expire_by_own_clock(estimate);
+        }
         let effort = self.memory.effort;
         let Machine::Data(machine) = &mut self.machine else { return };
-        let mut found = 0;
-        while found < effort {
-            let victims = machine.expired(estimate, (effort - found).min(MAX_VICTIMS));
-            if victims.is_empty() {
-                break;
-            }
-            found += victims.len();
-            // Bounded above, so it encodes.
-            if let Ok(entry) = encode_remove(estimate, &victims, true) {
-                self.queue.push(Queued::Command(entry));
-            }
+        let victims = machine.expired(estimate, effort);
+        let more = victims.len() >= effort;
+        // Bounded above, so it encodes.
+        if let (false, Ok(entry)) = (victims.is_empty(), encode_remove(estimate, &victims, true)) {
+            self.queue.push(Queued::Command(entry));
+            self.memory.removing = Some(self.raw.raft.raft_log.last_index() + 1);
         }
-        self.memory.effort =
-            if found >= effort { (effort * 2).min(MOST_EXPIRED) } else { (effort / 2).max(FEW_EXPIRED) };
+        self.memory.effort = if more { (effort * 2).min(MAX_VICTIMS) } else { (effort / 2).max(FEW_EXPIRED) };
     }
+
+    /// What [`Mutant::OwnExpiry`] does.
+    #[cfg(feature = "mutants")]
+    fn expire_by_own_clock(&mut self, estimate: LogTime) {
+        if let Machine::Data(m) = &mut self.machine {
+            m.expire_alone(estimate);
+        }
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    fn expire_by_own_clock(&mut self, _: LogTime) {}
 
     /// Queues an entry that evicts, if with `coming` bytes of writes the shard would come near its limit. One at a time:
     /// what it frees is seen when it is applied.
@@ -145,6 +163,7 @@ impl Replica {
     /// This replica leads no more: what it knew of accesses is of no use.
     pub(super) fn forget_accesses(&mut self) {
         self.memory.making_room = None;
+        self.memory.removing = None;
         self.memory.limits_wait = 0;
         if let Machine::Data(m) = &mut self.machine {
             m.forget_victims();

@@ -106,7 +106,7 @@ fn lost_pieces_and_lost_acknowledgements_are_sent_again() {
         s.run(2_500);
         assert!(!s.world.whole(lost));
         s.world.blocks.clear();
-        s.wait(5_000, "whole", |w| w.whole(lost));
+        s.wait(10_000, "whole", |w| w.whole(lost));
         s.wait(3_000, "equal states", equal);
     }
 }

@@ -1,10 +1,12 @@
 //! Stories with a known end: no chance in what happens, only in the delays within a millisecond. One file a theme.
 
 mod clocks;
+mod disk;
 mod expiry;
 mod filling;
 mod leadership;
 mod leases;
+mod memory;
 mod requests;
 mod sleep;
 
@@ -35,7 +37,7 @@ impl Story {
 
     /// The same in another shape; `before` happens before the nodes have done anything.
     fn with(options: Options, before: impl FnOnce(&mut World)) -> Story {
-        let world = World::new(Options { seed: 1, shards: 1, ..options });
+        let world = World::new(Options { seed: options.seed.max(1), shards: 1, ..options });
         let mut s = Story { world, answers: BTreeMap::new() };
         before(&mut s.world);
         let ready = |w: &World| {

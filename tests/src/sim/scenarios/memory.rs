@@ -1,0 +1,117 @@
+//! Memory: what has expired goes by itself, what is used least makes room, and what does not fit is refused; on all
+//! replicas alike.
+
+use super::{SHARD, Story, replica, set};
+use crate::sim::model::Command;
+use crate::sim::world::{Options, World};
+use crema_core::{EvictionPolicy, NodeId, OpError, Reply};
+use crema_shard::MemoryOptions;
+use crema_shard::replica::Machine;
+
+fn of<R>(world: &World, node: NodeId, f: impl Fn(&crema_core::StateMachine) -> R) -> Option<R> {
+    match replica(world, node)?.machine() {
+        Machine::Data(m) => Some(f(m)),
+        Machine::Meta(_) => None,
+    }
+}
+
+/// All replicas have applied the same, and are equal.
+fn equal(w: &World) -> bool {
+    let states: Vec<_> = w.ids().iter().filter_map(|n| replica(w, *n)).map(|r| (r.applied(), r.digest())).collect();
+    states.len() == 3 && states.windows(2).all(|p| p[0] == p[1])
+}
+
+fn keys(w: &World) -> Vec<u64> {
+    w.ids().into_iter().filter_map(|n| of(w, n, |m| m.keys())).collect()
+}
+
+#[test]
+fn expired_keys_go_though_nobody_asks_for_them() {
+    let mut s = Story::begin();
+    let leader = s.leader();
+    for i in 0..300u64 {
+        let px = 500 + i;
+        s.expect(leader, &format!("fleeting{i}"), Command::SetPx { value: b"v".to_vec(), px }, Reply::Ok);
+    }
+    s.expect(leader, "lasting", set("v"), Reply::Ok);
+    s.wait(10_000, "only the lasting one is left, everywhere", |w| keys(w) == [1, 1, 1]);
+    assert!(equal(&s.world));
+    // In a group that has fallen asleep they go as well.
+    s.expect(leader, "later", Command::SetPx { value: b"v".to_vec(), px: 8_000 }, Reply::Ok);
+    s.wait(7_500, "sleep", |w| w.ids().iter().all(|n| replica(w, *n).is_some_and(|r| r.asleep())));
+    assert_eq!(keys(&s.world), [2, 2, 2]);
+    s.wait(12_000, "the last one goes too", |w| keys(w) == [1, 1, 1]);
+    s.wait(10_000, "sleep again", |w| w.ids().iter().all(|n| replica(w, *n).is_some_and(|r| r.asleep())));
+    assert!(equal(&s.world));
+}
+
+fn limited(eviction: Option<EvictionPolicy>) -> Story {
+    // Three quarters for the keys of one shard: some two hundred of them.
+    let memory = MemoryOptions { max_memory: 64 * 1024, eviction };
+    let mut s = Story::with(Options { memory, ..Options::default() }, |_| {});
+    let limited = |w: &World| w.ids().into_iter().all(|n| of(w, n, |m| m.limits().max_bytes > 0) == Some(true));
+    s.wait(5_000, "the limits are in force", limited);
+    s
+}
+
+#[test]
+fn a_full_shard_makes_room_and_its_replicas_stay_alike() {
+    for policy in [EvictionPolicy::S3Fifo, EvictionPolicy::Sieve, EvictionPolicy::Lru] {
+        let mut s = limited(Some(policy));
+        let value = "x".repeat(150);
+        let most = 48 * 1024 + 48 * 1024 / 64;
+        for i in 0..600 {
+            let gateway = s.world.ids()[i % 3];
+            s.expect(gateway, &format!("key{i}"), set(&value), Reply::Ok);
+            for n in s.world.ids() {
+                let used = of(&s.world, n, |m| m.used()).expect("a replica");
+                assert!(used <= most, "{policy:?}: {used} bytes on {n:?} after {i} keys");
+            }
+            if i == 200 {
+                // Another leader goes on with what it knows, which is nothing yet.
+                let to = s.others(s.leader())[0];
+                s.hand_over(to);
+            }
+            if i == 400 {
+                // And another replica with the state that it is given.
+                let lost = s.others(s.leader())[0];
+                s.world.kill(lost);
+                s.world.start(lost);
+                s.wait(10_000, "whole", |w| w.whole(lost));
+            }
+        }
+        s.wait(3_000, "equal states", equal);
+        assert!(keys(&s.world)[0] > 100, "it is used: {:?}", keys(&s.world));
+        assert!(s.world.leader(SHARD).and_then(|n| of(&s.world, n, |m| m.removed().evicted)) > Some(100));
+    }
+}
+
+#[test]
+fn without_eviction_what_does_not_fit_is_refused_and_changes_nothing() {
+    let mut s = limited(None);
+    let value = "x".repeat(150);
+    let full = Reply::Error(OpError::OutOfMemory);
+    let node = s.leader();
+    let mut stored = 0;
+    loop {
+        let conn = s.world.connect();
+        let asked = s.ask(node, conn, &format!("key{stored}"), &set(&value), super::PATIENCE);
+        match s.answer(asked, 6_000) {
+            Some(crema_shard::ClientResult::Reply(Reply::Ok)) => stored += 1,
+            Some(crema_shard::ClientResult::Reply(reply)) if reply == full => break,
+            other => panic!("{other:?}"),
+        }
+        assert!(stored < 1_000);
+    }
+    assert!(stored > 150, "{stored} keys of some 200 bytes");
+    let before: Vec<_> = s.world.ids().into_iter().map(|n| of(&s.world, n, |m| m.table().digest())).collect();
+    s.expect(node, "one more", set(&value), full.clone());
+    s.expect(node, "key0", Command::Append(value.clone().into_bytes()), full);
+    s.wait(3_000, "equal states", equal);
+    let after: Vec<_> = s.world.ids().into_iter().map(|n| of(&s.world, n, |m| m.table().digest())).collect();
+    assert_eq!(before, after);
+    // What frees memory is always allowed, and makes room.
+    s.expect(node, "key1", Command::Del, Reply::Int(1));
+    s.expect(node, "key2", Command::Del, Reply::Int(1));
+    s.expect(node, "one more", set(&value), Reply::Ok);
+}
