@@ -40,7 +40,11 @@ pub const HUNTS: [Hunt; 20] = [
     hunt(Mutant::VoteAfterWipe, "vote-after-wipe", 40),
     Hunt { faults: "estrange", always: true, ..hunt(Mutant::LeaseFromReply, "lease-from-reply", 300) },
     hunt(Mutant::TransferUnderLease, "transfer-under-lease", 200),
-    Hunt { faults: "delay,reorder,duplicate,transfer", ..hunt(Mutant::LateTimeoutNow, "late-timeout-now", 5_000) },
+    Hunt {
+        faults: "delay,reorder,duplicate,transfer",
+        always: true,
+        ..hunt(Mutant::LateTimeoutNow, "late-timeout-now", 8_000)
+    },
     hunt(Mutant::NoPromise, "no-promise", 300),
     Hunt {
         faults: "stall,transfer,delay,lag",
