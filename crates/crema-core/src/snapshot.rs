@@ -12,8 +12,8 @@
 //!
 //! | kind | body |
 //! |---|---|
-//! | 0 head | [`Head`], postcard |
-//! | 1 sessions | sessions, each `u32` length and bytes ([`Sessions::encode`]) |
+//! | 0 head | `Head`, postcard |
+//! | 1 sessions | sessions, each `u32` length and bytes (`Sessions::encode`) |
 //! | 2 records | records, each `u32` length and bytes (`RecordBytes`), in no order |
 //! | 3 trailer | chunks (`u32`, this one included), records (`u64`), digest of the state (`u64`) |
 //!

@@ -16,7 +16,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use crema_core::{NodeId, ShardId};
-use crema_shard::{HostStatus, RoutingView};
+use crema_shard::{HostStatus, RoutingView, Standing};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -241,7 +241,9 @@ fn replication(view: &RoutingView, wanted: u32) -> Vec<ReplicationLine> {
     let mut lines: BTreeMap<(u32, u32), u32> = BTreeMap::new();
     for shard in &view.shards {
         let live = |node: &NodeId| view.nodes.get(node).is_some_and(|n| n.live);
-        let standing = shard.replicas.iter().filter(|(node, _, held)| *held && live(node)).count() as u32;
+        let standing =
+            shard.replicas.iter().filter(|(node, _, standing)| *standing == Standing::Voter && live(node)).count()
+                as u32;
         // During a move, placement may name more replicas than are wanted in the end.
         *lines.entry((standing.min(wanted), wanted)).or_default() += 1;
     }
@@ -344,10 +346,15 @@ pub fn shards_body(status: &HostStatus, view: &RoutingView) -> Vec<ShardBody> {
             replicas: s
                 .replicas
                 .iter()
-                .map(|&(node, replica, held)| ReplicaBody {
+                .map(|&(node, replica, standing)| ReplicaBody {
                     node: node.0,
                     replica: replica.0,
-                    role: if held { "voter" } else { "outgoing" }.to_owned(),
+                    role: match standing {
+                        Standing::Voter => "voter",
+                        Standing::Learner => "learner",
+                        Standing::Lost => "outgoing",
+                    }
+                    .to_owned(),
                 })
                 .collect(),
         }
@@ -565,7 +572,9 @@ pub(crate) mod tests {
 
     /// Node 1 of three; node 3 is down, and shard 1's replica on node 2 belongs to an earlier life.
     pub(crate) fn fake() -> Fake {
-        let replica = |n: u64, held| (NodeId(n), ReplicaId::new(1, n as u32), held);
+        let replica = |n: u64, held| {
+            (NodeId(n), ReplicaId::new(1, n as u32), if held { Standing::Voter } else { Standing::Lost })
+        };
         let route = |start, end, leader, two| ShardRoute {
             range: SlotRange { start, end },
             leader,

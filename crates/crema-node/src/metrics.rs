@@ -149,6 +149,13 @@ pub fn peer_samples(stats: &PeerStats, into: &mut Vec<Sample>) {
     count("peer_bytes_in", "Bytes of frames received from peers", &stats.bytes_in);
     count("peer_frames_out", "Frames written to peers", &stats.frames_out);
     count("peer_bytes_out", "Bytes of frames written to peers", &stats.bytes_out);
+    count("peer_snapshot_bytes_out", "Bytes of states sent to peers, before compression", &stats.snapshot_bytes_out);
+    count(
+        "peer_snapshot_wire_bytes_out",
+        "Bytes of states sent to peers, as on the wire",
+        &stats.snapshot_wire_bytes_out,
+    );
+    count("peer_unpackable", "Packed frames of peers that did not unpack", &stats.unpackable);
     count("peer_drops", "Frames for peers that were dropped", &stats.drops);
     count("peer_dials_failed", "Failed attempts to connect to a peer", &stats.dials_failed);
     count("peer_links_up", "Links to peers that came to stand", &stats.links_up);

@@ -364,7 +364,8 @@ fn draw_incarnation() -> Result<u128, String> {
 async fn open_storage(config: &NodeConfig) -> Result<Option<Opened>, StartError> {
     let Some(path) = config.data_dir.clone() else { return Ok(None) };
     let (node, cluster) = (config.node_id, config.cluster.clone());
-    let open = move || Opened::open(&path, node, &cluster, draw_incarnation);
+    let log_bytes = config.checkpoint_log_bytes;
+    let open = move || Opened::open(&path, node, &cluster, log_bytes, draw_incarnation);
     match tokio::task::spawn_blocking(open).await {
         Ok(Ok(opened)) => Ok(Some(opened)),
         Ok(Err(e @ StorageError::Directory(_))) => Err(StartError::Invalid(e.to_string())),

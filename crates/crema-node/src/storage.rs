@@ -33,6 +33,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// Least bytes of log files before old ones are looked at.
+const LEAST_LOG_FILES: u64 = 64 << 20;
 /// Between two tries to queue a batch behind a slow disk.
 const QUEUE_WAIT: Duration = Duration::from_micros(200);
 
@@ -40,6 +42,7 @@ const QUEUE_WAIT: Duration = Duration::from_micros(200);
 #[derive(Debug)]
 pub struct Opened {
     dir: DataDir,
+    options: LogOptions,
     engine: LogEngine,
     /// The replicas that come back.
     pub recovered: Vec<Recovered>,
@@ -63,7 +66,8 @@ pub enum StorageError {
 
 impl Opened {
     /// Opens `path` for this node, creating it if need be, and reads all that is in it. Takes as long as that takes: call
-    /// it where blocking is allowed.
+    /// it where blocking is allowed. `log_bytes` is how far the log grows before states are written
+    /// (`checkpoint_log_bytes` of the configuration); old log files are looked at after half as much.
     ///
     /// What is lost or damaged is not an error: the node then begins a new life there, with an incarnation of `draw`, and
     /// the log says why.
@@ -71,20 +75,23 @@ impl Opened {
         path: &Path,
         node: NodeId,
         cluster: &str,
+        log_bytes: u64,
         draw: impl Fn() -> Result<u128, String>,
     ) -> Result<Opened, StorageError> {
+        let options =
+            LogOptions { purge_threshold_bytes: (log_bytes / 2).max(LEAST_LOG_FILES), ..LogOptions::default() };
         let began = clock::mono();
         let disk = |reason: String| StorageError::Disk { path: path.to_owned(), reason };
         let (mut dir, _) = DataDir::open(path, node.0, cluster, Mode::Durable)?;
         loop {
-            match read(&dir) {
+            match read(&dir, options) {
                 Ok((engine, recovered)) => {
                     if !recovered.is_empty() {
                         let entries: usize = recovered.iter().map(|r| r.entries.len()).sum();
                         let took = clock::mono().since(began);
                         tracing::info!(path = %path.display(), replicas = recovered.len(), entries, ?took, "read from disk");
                     }
-                    return Ok(Opened { dir, engine, recovered });
+                    return Ok(Opened { dir, options, engine, recovered });
                 }
                 Err(Unread::Lost(why)) => {
                     tracing::error!(
@@ -100,13 +107,13 @@ impl Opened {
 
     /// Gives up what was read: the host cannot take it up. The node begins a new life.
     pub fn lost(self, why: &str, draw: impl Fn() -> Result<u128, String>) -> Result<Opened, StorageError> {
-        let Opened { mut dir, engine, recovered } = self;
+        let Opened { mut dir, options, engine, recovered } = self;
         drop((engine, recovered));
         tracing::error!(%why, "what this node kept on disk is lost: it begins a new life and is filled by the others");
         let failed = |reason: String| StorageError::Disk { path: PathBuf::new(), reason };
         dir.new_life(draw().map_err(failed)?)?;
-        match read(&dir) {
-            Ok((engine, recovered)) => Ok(Opened { dir, engine, recovered }),
+        match read(&dir, options) {
+            Ok((engine, recovered)) => Ok(Opened { dir, options, engine, recovered }),
             Err(Unread::Lost(reason) | Unread::Failed(reason)) => Err(failed(reason)),
         }
     }
@@ -176,11 +183,11 @@ enum Unread {
 }
 
 /// Reads everything that a data directory holds.
-fn read(dir: &DataDir) -> Result<(LogEngine, Vec<Recovered>), Unread> {
+fn read(dir: &DataDir, options: LogOptions) -> Result<(LogEngine, Vec<Recovered>), Unread> {
     let (Some(log), Some(states)) = (dir.log_dir(), dir.checkpoint_dir()) else {
         return Err(Unread::Failed("it keeps no log".to_owned()));
     };
-    let opened = LogEngine::open(&log, LogOptions::default());
+    let opened = LogEngine::open(&log, options);
     let (engine, groups) =
         opened.map_err(|e| if e.is_lost() { Unread::Lost(e.to_string()) } else { Unread::Failed(e.to_string()) })?;
     // Exactly the files that records name: a newer one may have been finished when its record was not durable yet, or may

@@ -25,7 +25,7 @@ use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement
 use crate::placement::preferred_leader;
 use crate::proposals::Ticket;
 use crate::replica::{Machine, MemoryOptions, ReadMode, Replica};
-use crate::router::{NodeRoute, Router, RoutingView, ShardRoute};
+use crate::router::{NodeRoute, Router, RoutingView, ShardRoute, Standing};
 use crate::timing::Timing;
 use bytes::Bytes;
 use crema_core::mutant::{Mutant, planted};
@@ -111,8 +111,8 @@ pub struct ShardStatus {
     pub term: Term,
     /// Of this node's own replica: applied index, digest, keys, bytes, whether it sleeps.
     pub own: Option<OwnReplica>,
-    /// By placement: node, replica id, whether the node's present life holds it.
-    pub replicas: Vec<(NodeId, ReplicaId, bool)>,
+    /// By placement: node, replica id, how it stands.
+    pub replicas: Vec<(NodeId, ReplicaId, Standing)>,
 }
 
 /// State of a replica on this node.
@@ -1118,8 +1118,17 @@ impl Host {
         self.gateway.in_flight() + self.followers.in_flight()
     }
 
-    fn placed(&self, state: &MetaState, replicas: &[ReplicaPlacement]) -> Vec<(NodeId, ReplicaId, bool)> {
-        replicas.iter().map(|r| (r.node, r.id, state.replica_is_present(r))).collect()
+    fn placed(&self, state: &MetaState, shard: ShardId) -> Vec<(NodeId, ReplicaId, Standing)> {
+        let members = self.coordinator.replica(shard).filter(|r| !r.is_empty()).map(|r| r.members());
+        let own =
+            |r: &ReplicaPlacement| self.coordinator.replica(shard).is_some_and(|o| o.id() == r.id && o.is_empty());
+        let standing = |r: &ReplicaPlacement| match members {
+            _ if !state.replica_is_present(r) => Standing::Lost,
+            Some(members) if !members.is_voter(r.id) => Standing::Learner,
+            None if own(r) => Standing::Learner,
+            _ => Standing::Voter,
+        };
+        state.replicas(shard).iter().map(|r| (r.node, r.id, standing(r))).collect()
     }
 
     fn build_view(&self) -> RoutingView {
@@ -1143,7 +1152,7 @@ impl Host {
                     term: claim.term,
                     published: self.coordinator.replica(shard).and_then(|r| r.published()).cloned(),
                     own_term: self.coordinator.replica(shard).map_or(Term(0), |r| r.leadership().term),
-                    replicas: self.placed(state, &placement.replicas),
+                    replicas: self.placed(state, shard),
                 }
             })
             .collect();
@@ -1215,8 +1224,7 @@ impl Host {
             ..HostStatus::default()
         };
         let state = self.state.as_ref();
-        for (i, placement) in state.iter().flat_map(|s| s.shards.iter().enumerate().map(move |(i, p)| (i, (s, p)))) {
-            let (state, placement) = placement;
+        for (i, state) in state.iter().flat_map(|s| (0..s.shards.len()).map(move |i| (i, s))) {
             let shard = ShardId(i as u32);
             let claim = self.router.claim(shard);
             let own = self.coordinator.replica(shard).map(|r| {
@@ -1234,7 +1242,7 @@ impl Host {
                     log_entries: r.log_entries() as u64,
                 }
             });
-            let replicas = self.placed(state, &placement.replicas);
+            let replicas = self.placed(state, shard);
             status.shards.push(ShardStatus { shard, leader: claim.leader, term: claim.term, own, replicas });
         }
         let reads = self.coordinator.read_counts();

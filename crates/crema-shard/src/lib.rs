@@ -38,5 +38,5 @@ pub use effect::{
 pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
 pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};
 pub use replica::{MemoryOptions, ReadMode};
-pub use router::{NodeRoute, RoutingView, ShardRoute};
+pub use router::{NodeRoute, RoutingView, ShardRoute, Standing};
 pub use timing::Timing;

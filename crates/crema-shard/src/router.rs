@@ -85,8 +85,19 @@ pub struct ShardRoute {
     pub published: Option<Arc<Published>>,
     /// The term of this node's own replica, 0 without one.
     pub own_term: Term,
-    /// The nodes that hold replicas by placement, with the replica's id and whether the node's present life holds it.
-    pub replicas: Vec<(NodeId, ReplicaId, bool)>,
+    /// The nodes that hold replicas by placement, with the replica's id and how it stands.
+    pub replicas: Vec<(NodeId, ReplicaId, Standing)>,
+}
+
+/// How a replica of placement stands, as far as a node knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It counts.
+    Voter,
+    /// It is being filled. Only nodes with a replica of the group know.
+    Learner,
+    /// The life of the node that held it is over.
+    Lost,
 }
 
 /// A node as this node sees it.

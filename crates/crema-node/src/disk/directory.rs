@@ -5,7 +5,7 @@
 //! promised. A new life is begun in three steps (`identity` with `begun` false, everything of the old life moved aside,
 //! `identity` with `begun` true), so that a crash between them is finished at the next opening.
 //!
-//! `identity`: version 1 (u8) | postcard of [`Stored`] | xxh3 (u64 LE) of all before it.
+//! `identity`: version 1 (u8) | postcard of `Stored` | xxh3 (u64 LE) of all before it.
 
 use super::{LogEngine, create_dir, replace_file, sync_dir};
 use rustix::fs::{FlockOperation, flock};

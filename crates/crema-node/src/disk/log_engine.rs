@@ -6,7 +6,7 @@
 //! entries only when it is read, and takes all that for a clean start. Its strict recovery refuses the torn tail that
 //! every kill leaves (files are allocated ahead). So the tolerant mode is used, and each result is checked:
 //!
-//! - A *write* (one raft-engine batch, at most [`CHUNK_BYTES`] of small writes, a `LogWrite` never split) ends with a
+//! - A *write* (one raft-engine batch, at most `CHUNK_BYTES` of small writes, a `LogWrite` never split) ends with a
 //!   *record* in a region of its own: the write's sequence number, the sequence known to be synced when it was written,
 //!   and a fingerprint of the state of all groups after it.
 //! - The state of a group is kept in one small value, rewritten with each of its writes: hard state, what was compacted,

@@ -50,7 +50,7 @@ pub(crate) fn view_of(arcs: &[(u16, u16)]) -> RoutingView {
             term: Term(5),
             published: None,
             own_term: Term(5),
-            replicas: (1..=3).map(|n| (NodeId(n), ReplicaId::new(1, n as u32), true)).collect(),
+            replicas: (1..=3).map(|n| (NodeId(n), ReplicaId::new(1, n as u32), crema_shard::Standing::Voter)).collect(),
         }
     });
     RoutingView {

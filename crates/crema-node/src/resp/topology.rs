@@ -12,7 +12,7 @@
 use crate::resp::encode::{self, Proto};
 use bytes::BytesMut;
 use crema_core::{NodeId, SLOT_COUNT};
-use crema_shard::{RoutingView, ShardRoute};
+use crema_shard::{RoutingView, ShardRoute, Standing};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
@@ -88,7 +88,8 @@ fn named(view: &RoutingView, local: SocketAddr) -> Vec<(&ShardRoute, Vec<(NodeId
     let shards = view.shards.iter().filter_map(|route| {
         let owner = owner(view, route)?;
         let first = (owner, endpoint(view, owner, local)?);
-        let held = route.replicas.iter().filter(|(_, _, present)| *present).map(|(node, ..)| *node);
+        let held =
+            route.replicas.iter().filter(|(_, _, standing)| *standing == Standing::Voter).map(|(node, ..)| *node);
         let replicas = held.filter(|n| live(n) && !owners.contains_key(n));
         let replicas = replicas.filter_map(|n| Some((n, endpoint(view, n, local)?)));
         Some((route, [first].into_iter().chain(replicas).collect()))
@@ -153,7 +154,7 @@ pub fn nodes(view: &RoutingView, local: SocketAddr) -> String {
     let mut follows: BTreeMap<NodeId, NodeId> = BTreeMap::new();
     for shard in &view.shards {
         let Some(owner) = owner(view, shard) else { continue };
-        for (node, ..) in shard.replicas.iter().filter(|(node, _, present)| *present && !owned.contains_key(node)) {
+        for (node, ..) in shard.replicas.iter().filter(|(n, _, s)| *s == Standing::Voter && !owned.contains_key(n)) {
             follows.entry(*node).or_insert(owner);
         }
     }
