@@ -273,6 +273,7 @@ impl CacheConfig {
             memory: MemoryOptions { max_memory: self.max_memory, eviction: self.eviction },
             data_dir: self.data_dir,
             checkpoint_log_bytes: 512 << 20,
+            snapshot_rate: 128 << 20,
         };
         config.check().map_err(CacheError::Invalid)?;
         Ok(config)

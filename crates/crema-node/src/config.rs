@@ -161,6 +161,11 @@ pub struct Config {
     /// and the log behind it is cut; later by as much as the data has. 16mb to 1tb.
     #[config(env = "CREMA_CHECKPOINT_LOG_BYTES", default = "512mb", layer_attr(arg(long, value_name = "SIZE")))]
     pub checkpoint_log_bytes: ByteSize,
+
+    /// Most bytes a second that this node sends to fill replicas of other nodes, compressed as they are, all of them
+    /// together, 4mb to 1tb. Requests and heartbeats do not wait for them, but share the network.
+    #[config(env = "CREMA_SNAPSHOT_RATE", default = "128mb", layer_attr(arg(long, value_name = "SIZE")))]
+    pub snapshot_rate: ByteSize,
 }
 
 /// The configuration as one source gives it: every key optional. Also the flags of `crema start`.
@@ -227,6 +232,9 @@ impl Config {
                 self.checkpoint_log_bytes
             ));
         }
+        if !(4 << 20..=1 << 40).contains(&self.snapshot_rate.0) {
+            return bad(format!("snapshot_rate must be between 4mb and 1tb, not {}", self.snapshot_rate));
+        }
         if let Some(size) = self.max_memory.filter(|size| !(16 << 20..=1 << 50).contains(&size.0)) {
             return bad(format!("max_memory must be at least 16mb, not {size}"));
         }
@@ -265,6 +273,7 @@ impl Config {
                 },
                 data_dir: self.data_dir.clone(),
                 checkpoint_log_bytes: self.checkpoint_log_bytes.0,
+                snapshot_rate: self.snapshot_rate.0,
             },
             warnings,
         })
@@ -787,6 +796,9 @@ mod tests {
             (&["--node-id", "1", "--max-clients", "0"], "max_clients"),
             (&["--node-id", "1", "--stop-grace-ms", "600001"], "stop_grace_ms"),
             (&["--node-id", "1", "--max-log-bytes", "1kb"], "max_log_bytes"),
+            (&["--node-id", "1", "--checkpoint-log-bytes", "1mb"], "checkpoint_log_bytes"),
+            (&["--node-id", "1", "--snapshot-rate", "1mb"], "snapshot_rate"),
+            (&["--node-id", "1", "--max-memory", "1mb"], "max_memory"),
             (&["--node-id", "1", "--requirepass-file", "/nonexistent/p"], "requirepass_file"),
         ];
         for (flags, expected) in cases {

@@ -118,6 +118,8 @@ pub struct NodeConfig {
     pub data_dir: Option<PathBuf>,
     /// Bytes of log on disk, over all shards, behind which states are written to files.
     pub checkpoint_log_bytes: u64,
+    /// Most bytes of states a second sent to peers, all together.
+    pub snapshot_rate: u64,
 }
 
 impl NodeConfig {
@@ -462,9 +464,8 @@ impl Node {
             cluster: config.cluster.clone(),
             node: config.node_id,
             incarnation,
-            // The log is in memory: every start is a new life.
             boot,
-            options: PeerOptions::default(),
+            options: PeerOptions { snapshot_bytes_per_second: config.snapshot_rate, ..PeerOptions::default() },
         };
         let listener = raft.listener.into_std().map_err(|e| failed("raft_addr", &e))?;
         let peers =
@@ -1024,6 +1025,7 @@ mod tests {
             memory: MemoryOptions::default(),
             data_dir: None,
             checkpoint_log_bytes: 512 << 20,
+            snapshot_rate: 128 << 20,
         }
     }
 

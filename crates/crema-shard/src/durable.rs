@@ -192,8 +192,9 @@ impl Recovered {
             }
         };
         entries.retain(|e| e.index > index);
-        // Behind a state that came from a leader there may stand what it made void: of older terms, since whoever leads
-        // from the state's term on has it.
+        // Behind a state that came from a leader there may stand what it made void. What is of older terms goes here; what
+        // a leader of a later term had added, before the state's last entry was committed under a still later one, is an
+        // uncommitted tail like any other, and goes when a leader overwrites it.
         let mut term = record.begins_at().term;
         let stale = entries.iter().position(|e| std::mem::replace(&mut term, e.term) > e.term);
         entries.truncate(stale.unwrap_or(entries.len()));

@@ -129,7 +129,7 @@ pub struct LogWrite {
     /// The replica; its id is the name of its log.
     pub replica: ReplicaId,
     /// What was written of this replica before is void: the record and the state take its place. Entries of it that lie
-    /// behind the state may stay where they are; whoever reads them knows them by their older terms.
+    /// behind the state may stay where they are: nothing of them was committed ([`crate::durable::Recovered`]).
     pub clear: bool,
     /// What the log stands on from now on: an encoded [`crate::durable::GroupRecord`].
     pub record: Option<Bytes>,
