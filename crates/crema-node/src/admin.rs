@@ -204,7 +204,8 @@ pub struct ReplicaBody {
     pub node: u64,
     /// Its id.
     pub replica: u64,
-    /// `voter`; `outgoing` if the node's present life does not hold it, so that it is about to be replaced.
+    /// `voter`; `learner` while it is being filled, as far as the node that answers holds a replica of the shard and can
+    /// know; `outgoing` if the node's present life does not hold it, so that it is about to be replaced.
     pub role: String,
 }
 
@@ -570,20 +571,21 @@ pub(crate) mod tests {
         }
     }
 
-    /// Node 1 of three; node 3 is down, and shard 1's replica on node 2 belongs to an earlier life.
+    /// Node 1 of three; node 3 is down. Shard 1's replica on node 2 belongs to an earlier life, that on node 3 is empty.
     pub(crate) fn fake() -> Fake {
-        let replica = |n: u64, held| {
-            (NodeId(n), ReplicaId::new(1, n as u32), if held { Standing::Voter } else { Standing::Lost })
-        };
-        let route = |start, end, leader, two| ShardRoute {
+        let replica = |n: u64, standing| (NodeId(n), ReplicaId::new(1, n as u32), standing);
+        let route = |start, end, leader, [two, three]: [Standing; 2]| ShardRoute {
             range: SlotRange { start, end },
             leader,
             term: Term(3),
             published: None,
             own_term: Term(3),
-            replicas: vec![replica(1, true), replica(2, two), replica(3, true)],
+            replicas: vec![replica(1, Standing::Voter), replica(2, two), replica(3, three)],
         };
-        let shards = vec![route(0, 8192, Some(NodeId(1)), true), route(8192, 16384, None, false)];
+        let shards = vec![
+            route(0, 8192, Some(NodeId(1)), [Standing::Voter; 2]),
+            route(8192, 16384, None, [Standing::Lost, Standing::Learner]),
+        ];
         let own = OwnReplica {
             applied: LogIndex(812),
             digest: 0x9f,
@@ -687,6 +689,7 @@ pub(crate) mod tests {
             assert!(shards[1][key].is_null(), "{key}");
         }
         assert_eq!(shards[1]["replicas"][1]["role"], "outgoing");
+        assert_eq!(shards[1]["replicas"][2]["role"], "learner");
 
         let members = json(get(addr, "/v1/members").await.1);
         assert_eq!(members[0]["node_id"], 1);

@@ -425,7 +425,7 @@ mod tests {
         let text = show_shards(&admin::shards_body(&fake.status, &fake.view));
         let lines: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
         assert_eq!(lines[1][..4], ["0", "0-8191", "1", "3"], "{text}");
-        assert!(text.contains("1, 2 (outgoing), 3"), "{text}");
+        assert!(text.contains("1, 2 (outgoing), 3 (learner)"), "{text}");
         assert_eq!(lines[2].last(), Some(&"-"));
     }
 
