@@ -4,6 +4,7 @@ use super::{SHARD, Story, bulk, replica, set};
 use crate::sim::model::Command;
 use crate::sim::world::{Block, MS, Options, World};
 use crema_core::{NodeId, Reply};
+use crema_shard::Standing;
 use crema_shard::message::{KIND_CHUNK, KIND_CHUNK_ACK};
 
 /// Little log and small pieces, so that a laggard needs a state, in many of them.
@@ -62,6 +63,30 @@ fn all_three_are_killed_in_turn_and_nothing_is_lost() {
         (0..40).for_each(|i| s.expect(node, &format!("key{i}"), Command::Get, bulk(&format!("value {i}"))));
     }
     s.wait(3_000, "equal states", equal);
+}
+
+/// What `/v1/shards` and clients are told follows the members, on the node that is filled and on those that fill it.
+#[test]
+fn a_replica_that_is_filled_shows_as_learner_until_it_votes() {
+    let mut s = tight();
+    let leader = s.leader();
+    fill(&mut s, leader, 0..60);
+    let [lost, other] = s.others(leader);
+    let standing = |w: &World, at: NodeId| {
+        let route = w.host(at)?.view().shards.get(SHARD.0 as usize)?.clone();
+        route.replicas.iter().find(|(node, ..)| *node == lost).map(|(_, _, standing)| *standing)
+    };
+    assert!([leader, other, lost].iter().all(|at| standing(&s.world, *at) == Some(Standing::Voter)));
+    s.world.kill(lost);
+    s.world.start(lost);
+    s.wait(5_000, "a transfer", |w| replica(w, lost).is_some_and(|r| r.transfer_status().held_bytes > 200));
+    for at in [leader, lost] {
+        assert_eq!(standing(&s.world, at), Some(Standing::Learner), "as node {at} knows");
+    }
+    s.wait(10_000, "a voter, everywhere", |w| {
+        [leader, other, lost].iter().all(|at| standing(w, *at) == Some(Standing::Voter))
+    });
+    assert!(s.world.whole(lost));
 }
 
 #[test]
