@@ -315,8 +315,8 @@ impl Storage {
                 entries: w.entries,
                 hard: w.hard,
                 meta: w.record.map(|r| r.to_vec()),
-                // A state that comes from a leader takes the place of the log; what of it lay behind the state's index is
-                // of an older term, and cut off when it is read.
+                // A state that comes from a leader takes the place of the log; what of it lay behind the state's index was
+                // never committed ([`Recovered::new`] says what becomes of it).
                 compact_to: w.compact_to.max(w.state.filter(|_| w.clear)),
                 remove: false,
             });
