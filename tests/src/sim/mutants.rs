@@ -59,7 +59,7 @@ pub const HUNTS: [Hunt; 20] = [
     hunt(Mutant::HalfVisible, "half-visible", 40),
     hunt(Mutant::FoundAlone, "found-alone", 100),
     hunt(Mutant::IgnoredConfChange, "ignored-conf-change", 40),
-    hunt(Mutant::ForgottenVote, "forgotten-vote", 1_000),
+    hunt(Mutant::ForgottenVote, "forgotten-vote", 40),
     hunt(Mutant::CutBeforeState, "cut-before-state", 300),
     hunt(Mutant::OwnExpiry, "own-expiry", 40),
 ];

@@ -800,6 +800,9 @@ impl World {
         let incarnation = self.nodes[&id].incarnation;
         for send in effects.sends.drain(..) {
             self.invariants.sent((id, incarnation), send.to, &send.frame, host, &mut self.violations);
+            if let Some(disk) = &self.nodes[&id].disk {
+                disk.check_votes(&send.frame, &mut self.violations);
+            }
             let full = self.conditions.full > 0 && self.rng.permille(self.conditions.full);
             // After one dropped frame the rest of the round goes the same way, as in the driver.
             let stands = self.nodes[&id].out.get(&send.to).copied();

@@ -13,8 +13,9 @@ use crate::sim::rng::Rng;
 use bytes::Bytes;
 use crema_core::{ReplicaId, ShardId};
 use crema_shard::durable::{GroupRecord, Recovered};
+use crema_shard::message::{Body, KIND_RAFT, decode_envelopes};
 use crema_shard::{LogWrite, PersistBatch, StateWrite};
-use raft::eraftpb::{Entry, HardState};
+use raft::eraftpb::{Entry, HardState, MessageType};
 use std::collections::{BTreeMap, VecDeque};
 
 #[derive(Clone, Default)]
@@ -58,6 +59,28 @@ impl Disk {
         while self.waiting.front().is_some_and(|b| b.number <= number) {
             let batch = self.waiting.pop_front().expect("just seen");
             batch.writes.into_iter().for_each(|w| self.apply(w));
+        }
+    }
+
+    /// A vote is durable before anybody hears of it (Raft, figure 2: "updated on stable storage before responding").
+    pub(super) fn check_votes(&self, frame: &Bytes, bad: &mut Vec<String>) {
+        if frame.first() != Some(&KIND_RAFT) {
+            return;
+        }
+        // A frame that does not decode is an invariant's business.
+        for e in decode_envelopes(&frame.slice(1..)).unwrap_or_default() {
+            let Body::Raft(m) = e.body else { continue };
+            if m.msg_type != MessageType::MsgRequestVoteResponse || m.reject {
+                continue;
+            }
+            let kept = self.logs.get(&ReplicaId(m.from)).map(|log| (log.hard.term, log.hard.vote)).unwrap_or_default();
+            // In a later term it stands by what it said in an earlier one.
+            if kept.0 < m.term || kept.0 == m.term && kept.1 != m.to {
+                bad.push(format!(
+                    "{:?}: replica {} votes for {} in term {}, but its disk keeps term {} and a vote for {}",
+                    e.shard, m.from, m.to, m.term, kept.0, kept.1
+                ));
+            }
         }
     }
 
