@@ -37,6 +37,8 @@ use std::time::Duration;
 const LEAST_LOG_FILES: u64 = 64 << 20;
 /// Between two tries to queue a batch behind a slow disk.
 const QUEUE_WAIT: Duration = Duration::from_micros(200);
+/// A disk that takes nothing for so long has failed: meanwhile the driver serves nobody, not even those whose deadlines pass.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A data directory that was opened, and what it held.
 #[derive(Debug)]
@@ -302,7 +304,7 @@ enum Job {
 }
 
 impl Storage {
-    /// Queues a batch; waits while the disk is too far behind.
+    /// Queues a batch; waits while the disk is too far behind, up to [`PATIENCE`].
     pub(crate) fn persist(&mut self, batch: PersistBatch) {
         let mut writes = Vec::with_capacity(batch.writes.len());
         for w in batch.writes {
@@ -321,13 +323,27 @@ impl Storage {
                 remove: false,
             });
         }
-        let mut batch = Batch { number: batch.number, writes };
+        self.queue(Batch { number: batch.number, writes }, PATIENCE);
+    }
+
+    fn queue(&mut self, mut batch: Batch, patience: Duration) {
+        let began = clock::mono();
         while let Some(log) = &self.log {
             match log.submit(batch) {
                 Ok(()) => return,
                 Err(SubmitError::Full(back)) => batch = back,
                 // Its failure was reported, or will be in a moment.
                 Err(SubmitError::Closed(_)) => return,
+            }
+            if clock::mono().since(began) >= patience {
+                self.shared.fail(format!("the disk has taken nothing for {patience:?}"));
+                // Nothing may become durable behind what was left out. The threads are stuck: whoever joined them would be,
+                // too.
+                if let Some(log) = self.log.take() {
+                    std::mem::forget(log);
+                }
+                self.thread = None;
+                return;
             }
             std::thread::sleep(QUEUE_WAIT);
         }
@@ -431,5 +447,51 @@ impl States {
             writer.finish()?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam::channel::bounded;
+
+    #[test]
+    fn a_disk_that_takes_nothing_fails_the_node_and_nothing_later_becomes_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        LogEngine::create(dir.path()).unwrap();
+        let (engine, _) = LogEngine::open(dir.path(), LogOptions::default()).unwrap();
+        let shared = Arc::new(Shared::default());
+        let (go, gate) = bounded::<()>(0);
+        let (told, reports) = unbounded();
+        let tell = shared.clone();
+        // The writer is stuck with its first batch until the test lets it go.
+        let done = move |result: Result<u64, String>| {
+            let number = result.unwrap();
+            told.send(number).unwrap();
+            let _ = gate.recv();
+            tell.durable.store(number, Ordering::Release);
+        };
+        let log = LogWriter::start(engine, done, |_| ()).unwrap();
+        let log = Some(log);
+        let mut storage =
+            Storage { log, states: None, thread: None, shared: shared.clone(), seen: 0, superseding: VecDeque::new() };
+        let batch = |number| Batch { number, writes: Vec::new() };
+        let mut left_out = None;
+        for number in 1.. {
+            storage.queue(batch(number), Duration::ZERO);
+            if storage.log.is_none() {
+                left_out = Some(number);
+                break;
+            }
+        }
+        let left_out = left_out.expect("the queue has an end");
+        let why = storage.news().failure.expect("a failure");
+        assert!(why.contains("taken nothing"), "{why}");
+        storage.queue(batch(left_out + 1), Duration::ZERO);
+        // It returns although the writer is stuck.
+        drop(storage);
+        drop(go);
+        let last = reports.iter().inspect(|number| assert!(*number < left_out)).find(|number| *number == left_out - 1);
+        assert!(last.is_some(), "what was taken before is written");
     }
 }
