@@ -227,6 +227,11 @@ impl Coordinator {
     fn put(&mut self, shard: ShardId, replica: Replica) -> Result<(), String> {
         let slot = if shard.is_meta() { Some(&mut self.meta) } else { self.data.get_mut(shard.0 as usize) };
         *slot.ok_or("the table names a shard that it does not have")? = Some(Box::new(replica));
+        // What a replica before it has on its way says nothing of this one, whose Readies count from 1 again.
+        for p in &mut self.persisting {
+            p.readies.retain(|(s, _)| *s != shard);
+            p.members.retain(|(s, _)| *s != shard);
+        }
         self.dirty.insert(shard);
         Ok(())
     }
