@@ -7,6 +7,8 @@
 mod faults;
 #[path = "process/kills.rs"]
 mod kills;
+#[path = "process/recovery.rs"]
+mod recovery;
 
 use crema_tests::process::cluster::{self, Cluster};
 use crema_tests::process::load::{Load, WriterReport, check_acknowledged};

@@ -645,6 +645,23 @@ impl StateMachine {
         former.table.table().clone()
     }
 
+    /// This state as the beginning of another group of the same shard, at the index `applied`: keys, values, log time and
+    /// limits stay. Sessions go: one that misses writes would wait for them for ever, and gateways open new ones. Readers of
+    /// what was before have to be told by [`Published::retire`].
+    pub fn refounded(mut self, epoch: Epoch, applied: LogIndex) -> Self {
+        self.abandon_snapshot();
+        let published = Arc::new(Published::new(self.table.table().clone(), self.log_time));
+        StateMachine {
+            epoch,
+            applied,
+            published,
+            sessions: Sessions::default(),
+            digests: VecDeque::with_capacity(DIGESTS_KEPT),
+            checked: LogIndex(0),
+            ..self
+        }
+    }
+
     /// The state that a snapshot's parts make.
     pub(crate) fn restored(head: Head, table: TableWriter, sessions: Sessions) -> Self {
         let published = Arc::new(Published::new(table.table().clone(), head.log_time));

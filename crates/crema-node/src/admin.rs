@@ -1,22 +1,25 @@
-//! The HTTP side of a node: health, metrics and the admin API. It only looks; nothing here changes the cluster.
+//! The HTTP side of a node: health, metrics and the admin API. All but one path only look.
 //!
 //! ```text
 //!   GET /livez  /readyz ----------> AdminSource: is the process fit, is the node ready
 //!   GET /v1/status /v1/members ---> RoutingView + HostStatus + gossip's members --pure--> the bodies below --> JSON
 //!       /v1/shards /v1/voters
+//!   POST /v1/recover -------------> see `recover`: the one path that changes something
 //!   GET /metrics -----------------> the node's own registry as OpenMetrics text
 //! ```
 //!
-//! The bodies are public types, so that `crema status` reads what the server writes. The server takes only GET, no
+//! The bodies are public types, so that `crema status` reads what the server writes. The server takes only GET there, no
 //! bodies, short heads, and a bounded number of connections, each for a bounded time.
 
-use axum::extract::State;
+use crate::driver::Recover;
+use crate::recover;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use crema_core::{NodeId, ShardId};
-use crema_shard::{HostStatus, RoutingView, Standing};
+use crema_shard::{Down, HostStatus, RecoverResult, RoutingView, Standing};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -25,10 +28,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longest time for a request's head to arrive; four times this for a whole connection.
+/// Longest time for a request's head to arrive.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most connections served at once; further ones wait in the listener's queue.
 pub const MAX_CONNECTIONS: usize = 64;
+
+/// Longest body of a request.
+const MAX_BODY_BYTES: usize = 64 * 1024;
+/// Longest time of a connection: a recovery takes its time.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A future that the admin API awaits.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -72,6 +80,8 @@ pub trait AdminSource: Send + Sync + 'static {
     fn metrics(&self) -> BoxFuture<'_, String>;
     /// Facts of this node that never change.
     fn facts(&self) -> &Facts;
+    /// Founds groups anew that are lost; an error in the outer place says why the node cannot be asked.
+    fn recover(&self, what: Recover) -> BoxFuture<'_, Result<RecoverResult, String>>;
 }
 
 /// Facts of a node that never change during its life.
@@ -124,8 +134,27 @@ pub struct StatusBody {
     pub meta_leader: Option<u64>,
     /// Placement epoch.
     pub epoch: u64,
+    /// Generation of the cluster's table: 1, and one more for each recovery of the meta group.
+    pub generation: u32,
+    /// What an operator should know of the past: `founded anew: previous contents lost`, or that the table was recovered.
+    pub notice: Option<String>,
+    /// When that was, in milliseconds of Unix time.
+    pub recovered_at_ms: Option<u64>,
+    /// Groups that have had no leader for longer than an election takes, the meta group first.
+    pub down: Vec<DownBody>,
     /// This build's version.
     pub version: String,
+}
+
+/// A part of [`StatusBody`]: a group without a leader.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DownBody {
+    /// The shard; null for the meta group.
+    pub shard: Option<u32>,
+    /// Whether its majority is gone for good: only `crema recover` makes it writable again.
+    pub lost: bool,
+    /// Why it has no leader.
+    pub reason: String,
 }
 
 /// A part of [`StatusBody`]: so many shards have so many replicas standing.
@@ -193,6 +222,10 @@ pub struct ShardBody {
     pub first_slot: Option<u16>,
     /// Last slot.
     pub last_slot: Option<u16>,
+    /// Why it has no leader, if that has lasted longer than an election takes.
+    pub down: Option<String>,
+    /// Whether its majority is gone for good.
+    pub lost: bool,
     /// Replicas by placement.
     pub replicas: Vec<ReplicaBody>,
 }
@@ -271,8 +304,29 @@ pub fn status_body(source: &dyn AdminSource) -> StatusBody {
         replication: replication(&view, facts.replicas),
         meta_leader: view.meta_leader.map(|n| n.0),
         epoch: view.epoch.0,
+        generation: view.generation,
+        notice: notice(&view),
+        recovered_at_ms: view.recovery.map(|r| r.at.0),
+        down: down(&view),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
+}
+
+fn notice(view: &RoutingView) -> Option<String> {
+    let recovery = view.recovery?;
+    let what = if recovery.anew {
+        "founded anew: previous contents lost"
+    } else {
+        "recovered after the loss of a majority: some contents may be lost"
+    };
+    Some(format!("{what} (generation {})", view.generation))
+}
+
+fn down(view: &RoutingView) -> Vec<DownBody> {
+    let body = |shard, d: &Down| DownBody { shard, lost: d.lost, reason: d.reason.to_string() };
+    let meta = view.meta_down.iter().map(|d| body(None, d));
+    let shards = view.shards.iter().enumerate();
+    meta.chain(shards.filter_map(|(i, s)| Some(body(Some(i as u32), s.down.as_ref()?)))).collect()
 }
 
 /// The body of `/v1/members`: everyone gossip or placement knows, joined by node id, ascending.
@@ -344,6 +398,8 @@ pub fn shards_body(status: &HostStatus, view: &RoutingView) -> Vec<ShardBody> {
             asleep: s.own.map(|own| own.asleep),
             first_slot: range.map(|r| r.start),
             last_slot: range.map(|r| r.end - 1),
+            down: view.shard(s.shard).and_then(|route| route.down.as_ref()).map(|d| d.reason.to_string()),
+            lost: view.shard(s.shard).and_then(|route| route.down.as_ref()).is_some_and(|d| d.lost),
             replicas: s
                 .replicas
                 .iter()
@@ -431,7 +487,7 @@ async fn not_found() -> Response {
     (StatusCode::NOT_FOUND, Json(serde_json::json!({ "reason": "no such path" }))).into_response()
 }
 
-/// The routes. HEAD is answered where GET is; every other method is refused with 405.
+/// The routes. HEAD is answered where GET is; a method that a path does not have is refused with 405.
 pub fn router(source: Arc<dyn AdminSource>) -> Router {
     Router::new()
         .route("/livez", get(livez))
@@ -441,6 +497,7 @@ pub fn router(source: Arc<dyn AdminSource>) -> Router {
         .route("/v1/members", get(|State(source): Source| async move { Json(members_body(&*source)) }))
         .route("/v1/voters", get(|State(source): Source| async move { Json(voters_body(&source.view())) }))
         .route("/v1/shards", get(shards))
+        .route("/v1/recover", post(recover::handle).layer(DefaultBodyLimit::max(MAX_BODY_BYTES)))
         .fallback(not_found)
         .with_state(source)
 }
@@ -497,7 +554,7 @@ async fn accept(listener: tokio::net::TcpListener, router: Router) {
     }
 }
 
-/// Serves one connection: heads of at most 8 KiB, bodies ignored, a new request within [`REQUEST_TIMEOUT`].
+/// Serves one connection: heads of at most 8 KiB, short bodies, a new request within [`REQUEST_TIMEOUT`].
 async fn serve_one(stream: tokio::net::TcpStream, router: Router) {
     let service = hyper_util::service::TowerToHyperService::new(router);
     let connection = hyper::server::conn::http1::Builder::new()
@@ -509,7 +566,7 @@ async fn serve_one(stream: tokio::net::TcpStream, router: Router) {
         .keep_alive(false)
         .serve_connection(hyper_util::rt::TokioIo::new(stream), service);
     // The head, the answer's making and its writing together; a reader that stalls loses its connection.
-    if tokio::time::timeout(4 * REQUEST_TIMEOUT, connection).await.is_err() {
+    if tokio::time::timeout(CONNECTION_TIMEOUT, connection).await.is_err() {
         tracing::debug!("an admin connection took too long and was closed");
     }
 }
@@ -554,6 +611,12 @@ pub(crate) mod tests {
         fn facts(&self) -> &Facts {
             &self.facts
         }
+        fn recover(&self, what: Recover) -> BoxFuture<'_, Result<RecoverResult, String>> {
+            let nothing =
+                crema_shard::recovery::Recovered { missing: what.stopped.into_iter().collect(), ..Default::default() };
+            let answer = if what.accept_data_loss { Err("not here".to_owned()) } else { Ok(nothing) };
+            Box::pin(std::future::ready(Ok(answer)))
+        }
     }
 
     fn node(n: u64, live: bool) -> NodeRoute {
@@ -581,6 +644,7 @@ pub(crate) mod tests {
             published: None,
             own_term: Term(3),
             replicas: vec![replica(1, Standing::Voter), replica(2, two), replica(3, three)],
+            down: None,
         };
         let shards = vec![
             route(0, 8192, Some(NodeId(1)), [Standing::Voter; 2]),
@@ -634,7 +698,8 @@ pub(crate) mod tests {
                     (NodeId(3), node(3, false)),
                 ]),
                 meta_leader: Some(NodeId(2)),
-                not_ready: None,
+                generation: 1,
+                ..RoutingView::default()
             },
             status,
             members: Some(vec![heard(1, "alive"), heard(2, "alive"), heard(3, "dead"), heard(9, "alive")]),

@@ -272,6 +272,7 @@ impl CacheConfig {
             max_log_bytes: 256 << 20,
             memory: MemoryOptions { max_memory: self.max_memory, eviction: self.eviction },
             data_dir: self.data_dir,
+            state_dir: None,
             checkpoint_log_bytes: 512 << 20,
             snapshot_rate: 128 << 20,
         };
@@ -439,6 +440,9 @@ fn unexpected(reply: &Reply) -> CacheError {
 fn refusal(refusal: Refusal) -> CacheError {
     let reason = match refusal {
         Refusal::NoLeader(shard) => format!("shard {shard} has no leader that could be reached"),
+        Refusal::Lost(shard) => format!(
+            "shard {shard} has lost the majority of its replicas for good; `crema recover` says what can be done"
+        ),
         Refusal::Busy(shard) => format!("the leader of shard {shard} did not take it in time"),
         Refusal::NotReady => "the cluster is being founded or joined".to_owned(),
         Refusal::WrongShard => "the placement changed meanwhile".to_owned(),
@@ -801,6 +805,7 @@ mod tests {
             published: None,
             own_term: Term(1),
             replicas: vec![],
+            down: None,
         };
         RoutingView { shards: (0..shards).map(route).collect(), ..RoutingView::default() }
     }

@@ -3,6 +3,7 @@
 //! ```text
 //!   crema dev | start ------------------> dev.rs, node.rs           (run until told to stop)
 //!   crema status | members | shards ----> GET over a plain TCP stream -> admin.rs's bodies -> table or JSON
+//!   crema recover ----------------------> POST, likewise -> recover.rs
 //! ```
 //!
 //! Exit codes: 0 done, 1 it failed while running (also: the node cannot be reached), 2 a flag, file, address or other
@@ -10,6 +11,7 @@
 
 use crate::admin::{MemberBody, ShardBody, StatusBody};
 use crate::config::{Reads, StartArgs};
+use crate::recover::RecoverArgs;
 use clap::{Args, Parser, Subcommand};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use std::io::{Read, Write};
@@ -20,6 +22,8 @@ use std::time::{Duration, Instant};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest time for a whole request.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most groups without a leader that `crema status` names.
+const MAX_DOWN_SHOWN: usize = 10;
 /// Longest answer read; 16,384 shards with seven replicas stay far below.
 const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
 
@@ -45,6 +49,8 @@ pub enum Command {
     Members(AskArgs),
     /// Show every shard, its leader and replicas.
     Shards(AskArgs),
+    /// Say which groups have lost their majority for good, and make them writable again with what is left.
+    Recover(RecoverArgs),
 }
 
 /// Flags of `crema dev`. Node i adds i - 1 to each port.
@@ -178,10 +184,24 @@ fn fetch(addr: &str, path: &str) -> Result<String, CliError> {
     Err(CliError::Failed(format!("{addr} answered {code} to {path}: {reason}")))
 }
 
-/// One blocking GET. HTTP/1.0, so that the answer is never chunked and ends with the connection.
+/// One blocking GET, of at most about 13 seconds an address of the name.
 ///
-/// Errors: as [`ask`], and an answer of more than `most_bytes`. Takes at most about 13 seconds an address of the name.
+/// Errors: as [`http_request`].
 pub(crate) fn http_get(addr: &str, path: &str, most_bytes: usize) -> Result<(u16, String), CliError> {
+    http_request(addr, path, None, most_bytes, HTTP_TIMEOUT)
+}
+
+/// One blocking request: GET, or POST of a body in JSON. HTTP/1.0, so that the answer is never chunked and ends with the
+/// connection.
+///
+/// Errors: as [`ask`], and an answer of more than `most_bytes`, or after more than `timeout`.
+pub(crate) fn http_request(
+    addr: &str,
+    path: &str,
+    body: Option<&str>,
+    most_bytes: usize,
+    timeout: Duration,
+) -> Result<(u16, String), CliError> {
     let failed = |what: &str, e: &dyn std::fmt::Display| CliError::Failed(format!("{what} {addr}: {e}"));
     let well_formed = addr.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if !well_formed || addr.bytes().any(|b| b.is_ascii_control() || b == b' ') {
@@ -196,10 +216,18 @@ pub(crate) fn http_get(addr: &str, path: &str, most_bytes: usize) -> Result<(u16
         }
     }
     let mut stream = stream.map_err(|e| failed("cannot connect to", &e))?;
-    let deadline = Instant::now() + HTTP_TIMEOUT;
+    let deadline = Instant::now() + timeout;
     stream.set_write_timeout(Some(HTTP_TIMEOUT)).map_err(|e| failed("cannot use the connection to", &e))?;
-    let request =
-        format!("GET {path} HTTP/1.0\r\nHost: {addr}\r\nAccept: application/json\r\nConnection: close\r\n\r\n");
+    let head = format!("Host: {addr}\r\nAccept: application/json\r\nConnection: close\r\n");
+    let request = match body {
+        None => format!("GET {path} HTTP/1.0\r\n{head}\r\n"),
+        Some(body) => {
+            let length = body.len();
+            format!(
+                "POST {path} HTTP/1.0\r\n{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+            )
+        }
+    };
     stream.write_all(request.as_bytes()).map_err(|e| failed("cannot ask", &e))?;
 
     let mut answer = Vec::new();
@@ -245,7 +273,7 @@ fn parse_answer(answer: &[u8]) -> Option<(u16, String)> {
 }
 
 /// Text from the network for a terminal: control characters would let a node rewrite what the operator sees.
-fn plain(text: &str) -> String {
+pub(crate) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
@@ -304,7 +332,19 @@ fn show_status(s: &StatusBody) -> String {
         ("placement epoch", s.epoch.to_string()),
         ("version", plain(&s.version)),
     ];
-    rows.iter().map(|(name, value)| format!("{name:<17}{value}")).collect::<Vec<_>>().join("\n")
+    let notice = s.notice.iter().map(|text| ("notice", plain(text)));
+    let more = s.down.len().saturating_sub(MAX_DOWN_SHOWN);
+    let down = s.down.iter().take(MAX_DOWN_SHOWN).map(|d| (if d.lost { "LOST" } else { "down" }, plain(&d.reason)));
+    let more = (more > 0).then(|| ("", format!("and {more} groups more: see --json")));
+    let hint = s.down.iter().any(|d| d.lost).then(|| ("", "`crema recover` says what can be done".to_owned()));
+    rows.into_iter()
+        .chain(notice)
+        .chain(down)
+        .chain(more)
+        .chain(hint)
+        .map(|(name, value)| format!("{name:<17}{value}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 use crate::admin::ReplicationLine;
 
@@ -345,7 +385,7 @@ fn show_shards(shards: &[ShardBody]) -> String {
         let cells = [
             s.shard.to_string(),
             or_dash(slots),
-            or_dash(s.leader),
+            if s.lost { "LOST".to_owned() } else { or_dash(s.leader) },
             s.term.to_string(),
             replicas.join(", "),
             or_dash(s.applied),

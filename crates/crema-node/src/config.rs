@@ -157,6 +157,12 @@ pub struct Config {
     #[config(env = "CREMA_DATA_DIR", layer_attr(arg(long, value_name = "DIR")))]
     pub data_dir: Option<PathBuf>,
 
+    /// Without data_dir: directory in which this node remembers of which cluster it is, and nothing else. Should every node
+    /// lose its memory at once, they then found no second cluster by themselves, and clients are not told that keys do not
+    /// exist: `crema recover` goes on with the old identity.
+    #[config(env = "CREMA_STATE_DIR", layer_attr(arg(long, value_name = "DIR")))]
+    pub state_dir: Option<PathBuf>,
+
     /// With data_dir: when the log on disk, over all shards, has grown by this much, data is written to disk as a whole
     /// and the log behind it is cut; later by as much as the data has. 16mb to 1tb.
     #[config(env = "CREMA_CHECKPOINT_LOG_BYTES", default = "512mb", layer_attr(arg(long, value_name = "SIZE")))]
@@ -272,6 +278,7 @@ impl Config {
                     eviction: self.eviction.into(),
                 },
                 data_dir: self.data_dir.clone(),
+                state_dir: self.state_dir.clone(),
                 checkpoint_log_bytes: self.checkpoint_log_bytes.0,
                 snapshot_rate: self.snapshot_rate.0,
             },
@@ -717,7 +724,9 @@ mod tests {
                     text.push_str("node_id = 1\n")
                 }
                 Some(key) if key.trim_end().ends_with('=') => assert!(
-                    ["advertise_host", "requirepass_file", "max_memory", "data_dir"].iter().any(|k| key.starts_with(k)),
+                    ["advertise_host", "requirepass_file", "max_memory", "data_dir", "state_dir"]
+                        .iter()
+                        .any(|k| key.starts_with(k)),
                     "only these are optional: {key}"
                 ),
                 Some(key) => {

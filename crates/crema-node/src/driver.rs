@@ -28,7 +28,7 @@ use crema_core::store::Table;
 use crema_core::{ClusterUuid, CodecError, Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId};
 use crema_shard::{
     Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, Host, HostStatus, LeaderHint, LedShard, Note,
-    RoutingView, Token,
+    RecoverRequest, RecoverResult, RoutingView, Token,
 };
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use std::collections::{BTreeMap, HashMap};
@@ -84,10 +84,21 @@ pub enum Input {
     Drain,
     /// By the admin API: the node's own picture.
     Status(oneshot::Sender<HostStatus>),
+    /// By an operator: see [`DriverHandle::recover`].
+    Recover(Recover, oneshot::Sender<RecoverResult>),
     /// Groups that would lose their quorum without this node.
     NeededBy(oneshot::Sender<Vec<ShardId>>),
     /// End the thread after this round.
     Stop,
+}
+
+/// What an operator wants recovered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recover {
+    /// Whether to do it; else the answer only says what would be done.
+    pub accept_data_loss: bool,
+    /// Nodes that do not answer and never will in their present lives.
+    pub stopped: Vec<NodeId>,
 }
 
 /// The channel to the driver: its sender is what [`crate::peers::Peers::start`] and clients need, its receiver goes to
@@ -104,8 +115,12 @@ pub enum NodeEvent {
     Joined {
         /// The cluster's identity.
         uuid: ClusterUuid,
+        /// Generation of its table.
+        generation: u32,
         /// Whether this node took part in the founding.
         founded: bool,
+        /// Whether all previous contents are lost.
+        anew: bool,
     },
     /// A newer life of this node is registered: stop the process.
     Fenced {
@@ -266,6 +281,8 @@ impl Driver {
             dropped: Vec::new(),
             effects: Effects::default(),
             log: LogLimit::default(),
+            recoveries: HashMap::new(),
+            next_recovery: 0,
             stopping: false,
         };
         let guard = DeathGuard { events, feed: feed.clone(), done: false };
@@ -398,6 +415,13 @@ impl DriverHandle {
         told.await.map_err(|_| Stopped)
     }
 
+    /// Founds anew what has lost its majority, or says what that would be. Ends within half a minute; one at a time.
+    pub async fn recover(&self, what: Recover) -> Result<RecoverResult, Stopped> {
+        let (tell, told) = oneshot::channel();
+        self.send(Input::Recover(what, tell)).await?;
+        told.await.map_err(|_| Stopped)
+    }
+
     /// Begins a planned stop: leaderships are handed over, then [`NodeEvent::Drained`] comes.
     pub async fn drain(&self) -> Result<(), Stopped> {
         self.send(Input::Drain).await
@@ -435,6 +459,7 @@ trait Engine {
     fn leader_hint(&mut self, now: Now, hint: LeaderHint);
     fn node_gone(&mut self, now: Now, node: NodeId);
     fn drain(&mut self, now: Now);
+    fn recover(&mut self, now: Now, request: RecoverRequest);
     fn needed_by(&self) -> Vec<ShardId>;
     fn tick(&mut self, now: Now);
     fn next_tick(&self) -> MonoTime;
@@ -479,6 +504,9 @@ impl Engine for Host {
     }
     fn drain(&mut self, now: Now) {
         Host::drain(self, now);
+    }
+    fn recover(&mut self, now: Now, request: RecoverRequest) {
+        Host::recover(self, now, request);
     }
     fn needed_by(&self) -> Vec<ShardId> {
         Host::needed_by(self)
@@ -556,6 +584,9 @@ struct Loop<E> {
     dropped: Vec<(NodeId, Channel)>,
     effects: Effects,
     log: LogLimit,
+    /// Who waits for the end of a recovery.
+    recoveries: HashMap<u64, oneshot::Sender<RecoverResult>>,
+    next_recovery: u64,
     stopping: bool,
 }
 
@@ -651,6 +682,13 @@ impl<E: Engine> Loop<E> {
             Input::Status(tell) => {
                 // Whoever asked may be gone by now.
                 let _ = tell.send(self.engine.status());
+            }
+            Input::Recover(Recover { accept_data_loss, stopped }, tell) => {
+                self.next_recovery += 1;
+                let id = self.next_recovery;
+                // Each ends within the time that the host gives it, whoever still waits.
+                self.recoveries.insert(id, tell);
+                self.engine.recover(now, RecoverRequest { id, accept_data_loss, stopped });
             }
             Input::NeededBy(tell) => {
                 let _ = tell.send(self.engine.needed_by());
@@ -757,6 +795,11 @@ impl<E: Engine> Loop<E> {
         for completion in effects.completions.drain(..) {
             self.complete(completion);
         }
+        for (id, result) in effects.recoveries.drain(..) {
+            if let Some(tell) = self.recoveries.remove(&id) {
+                let _ = tell.send(result);
+            }
+        }
         self.led.publish(&mut effects.led);
         for note in effects.notes.drain(..) {
             self.note(note);
@@ -805,12 +848,15 @@ impl<E: Engine> Loop<E> {
 
     fn note(&mut self, note: Note) {
         match note {
-            Note::Joined { uuid, founded } => {
-                tracing::info!(%uuid, founded, "member of a cluster");
-                self.tell(NodeEvent::Joined { uuid, founded });
+            Note::Joined { uuid, generation, founded, anew } => {
+                tracing::info!(%uuid, generation, founded, "member of a cluster");
+                if anew {
+                    tracing::warn!(%uuid, generation, "founded anew: previous contents lost");
+                }
+                self.tell(NodeEvent::Joined { uuid, generation, founded, anew });
             }
             Note::Fenced { by } => {
-                tracing::error!(%by, "a newer life of this node is registered");
+                tracing::error!(%by, "this life of the node is over for the cluster");
                 self.tell(NodeEvent::Fenced { by: Some(by), told_by: None });
             }
             Note::IdInUse { by } => {
@@ -969,6 +1015,9 @@ mod tests {
         }
         fn drain(&mut self, _: Now) {
             self.call("drain", String::new());
+        }
+        fn recover(&mut self, _: Now, request: RecoverRequest) {
+            self.call("recover", format!("{request:?}"));
         }
         fn needed_by(&self) -> Vec<ShardId> {
             vec![ShardId(7)]
@@ -1226,6 +1275,8 @@ mod tests {
             dropped: Vec::new(),
             effects: Effects::default(),
             log: LogLimit::default(),
+            recoveries: HashMap::new(),
+            next_recovery: 0,
             stopping: false,
         };
         for body in ["a", "b", "c"] {
@@ -1449,6 +1500,7 @@ mod tests {
             checkpoint_log_bytes: None,
             memory: crema_shard::MemoryOptions::default(),
             uuid: None,
+            generation: 0,
         };
         let host = Host::new(host, clock::now());
         let (handle, outputs) = Driver::start(host, peers.clone(), channel, None, None).unwrap();
@@ -1466,7 +1518,7 @@ mod tests {
         let mut uuids = Vec::new();
         for node in &mut nodes {
             match timeout(PATIENCE, node.outputs.events.recv()).await.expect("founded in time") {
-                Some(NodeEvent::Joined { uuid, founded: true }) => uuids.push(uuid),
+                Some(NodeEvent::Joined { uuid, founded: true, .. }) => uuids.push(uuid),
                 other => panic!("{other:?}"),
             }
         }

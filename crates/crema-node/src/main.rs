@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use crema_node::cli::{Ask, Cli, CliError, Command, ask};
+use crema_node::recover::recover;
 use crema_node::{dev, run};
 use std::process::ExitCode;
 
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
         Command::Status(args) => ask(Ask::Status, &args),
         Command::Members(args) => ask(Ask::Members, &args),
         Command::Shards(args) => ask(Ask::Shards, &args),
+        Command::Recover(args) => recover(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -17,16 +17,20 @@
 use crate::admin::{self, AdminServer, AdminSource, BoxFuture, Facts, GossipMember, MemberBody};
 use crate::client::{Client, Stopped};
 use crate::config::Secret;
-use crate::disk::DataDir;
-use crate::driver::{Driver, DriverHandle, Input, NodeEvent};
+use crate::disk::{DataDir, Mode};
+use crate::driver::{Driver, DriverHandle, Input, NodeEvent, Recover};
 use crate::membership::{AddressBook, Membership, Surroundings, update_addresses};
 use crate::metrics::{self, Metrics};
 use crate::peers::{PeerOptions, Peers, PeersConfig, PeersHandle};
+use crate::recover::RECOVER_TIMEOUT;
 use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::storage::{Opened, StorageError};
-use crema_core::{Incarnation, NodeId};
+use crema_core::{ClusterUuid, Incarnation, NodeId};
 use crema_gossip::{GossipConfig, GossipError, Member};
-use crema_shard::{Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RoutingView, Timing};
+use crema_shard::meta::NO_LIFE;
+use crema_shard::{
+    Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
+};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -116,6 +120,8 @@ pub struct NodeConfig {
     pub memory: MemoryOptions,
     /// Where the log is kept on disk; in memory alone without.
     pub data_dir: Option<PathBuf>,
+    /// Where a node without a data directory remembers of which cluster it is: it then founds no second one.
+    pub state_dir: Option<PathBuf>,
     /// Bytes of log on disk, over all shards, behind which states are written to files.
     pub checkpoint_log_bytes: u64,
     /// Most bytes of states a second sent to peers, all together.
@@ -131,6 +137,9 @@ impl NodeConfig {
         crate::config::check_cluster_name(&self.cluster).map_err(|e| e.to_string())?;
         if !(1..=16_384).contains(&self.shards) {
             return Err(format!("shards must be between 1 and 16384, not {}", self.shards));
+        }
+        if self.data_dir.is_some() && self.state_dir.is_some() {
+            return Err("state_dir is for nodes without data_dir, which keeps more than that".to_owned());
         }
         if !(1..=7).contains(&self.replicas) {
             return Err(format!("replicas must be between 1 and 7, not {}", self.replicas));
@@ -281,6 +290,14 @@ impl AdminSource for Watch {
     fn facts(&self) -> &Facts {
         &self.facts
     }
+    fn recover(&self, what: Recover) -> BoxFuture<'_, Result<RecoverResult, String>> {
+        Box::pin(async {
+            match tokio::time::timeout(RECOVER_TIMEOUT, self.driver.recover(what)).await {
+                Ok(result) => result.map_err(|_| "the driver has stopped".to_owned()),
+                Err(_) => Err("the driver did not answer: look whether it was done".to_owned()),
+            }
+        })
+    }
 }
 
 fn gossip_member(member: Member) -> GossipMember {
@@ -376,6 +393,18 @@ async fn open_storage(config: &NodeConfig) -> Result<Option<Opened>, StartError>
     }
 }
 
+/// Opens the state directory, if there is one.
+async fn open_state(config: &NodeConfig) -> Result<Option<DataDir>, StartError> {
+    let Some(path) = config.state_dir.clone() else { return Ok(None) };
+    let (node, cluster) = (config.node_id.0, config.cluster.clone());
+    let open = move || DataDir::open(&path, node, &cluster, Mode::IdentityOnly);
+    match tokio::task::spawn_blocking(open).await {
+        Ok(Ok((dir, _))) => Ok(Some(dir)),
+        Ok(Err(e)) => Err(StartError::Invalid(e.to_string())),
+        Err(e) => Err(StartError::Failed(format!("the state directory was not read: {e}"))),
+    }
+}
+
 fn random<const N: usize>() -> Result<[u8; N], StartError> {
     let mut bytes = [0; N];
     match getrandom::fill(&mut bytes) {
@@ -407,6 +436,7 @@ impl Node {
             http: told(&http),
         };
         let mut storage = open_storage(&config).await?;
+        let state_dir = open_state(&config).await?;
         let entropy = || random().map(u64::from_le_bytes);
         let mut host_config = HostConfig {
             node: config.node_id,
@@ -414,6 +444,7 @@ impl Node {
             cluster: config.cluster.clone(),
             initial_members: config.initial_members.clone(),
             uuid: None,
+            generation: 0,
             shards: config.shards,
             replication: config.replicas,
             addrs: addrs.clone(),
@@ -428,11 +459,13 @@ impl Node {
         };
         let host = loop {
             let recovered = storage.as_mut().map(|s| std::mem::take(&mut s.recovered)).unwrap_or_default();
-            host_config.incarnation = match &storage {
-                Some(storage) => storage.incarnation(),
+            let identity = storage.as_ref().map(Opened::identity).or(state_dir.as_ref().map(DataDir::identity));
+            host_config.incarnation = match &identity {
+                Some(identity) => Incarnation(identity.incarnation),
                 None => Incarnation(u128::from_le_bytes(random()?)),
             };
-            host_config.uuid = storage.as_ref().and_then(Opened::uuid);
+            host_config.uuid = identity.as_ref().and_then(|i| i.uuid).map(ClusterUuid);
+            host_config.generation = identity.as_ref().map_or(0, |i| i.generation);
             let (host, lost) = Host::recovered(host_config.clone(), recovered, crate::clock::now());
             match (lost.first(), storage.take()) {
                 // One replica that cannot be trusted is enough: what else is on this disk?
@@ -480,7 +513,7 @@ impl Node {
                 let (storage, dir) = opened.start(inputs.0.clone()).map_err(|e| failed("the disk's threads", &e))?;
                 (Some(storage), Some(dir))
             }
-            None => (None, None),
+            None => (None, state_dir.map(|dir| Arc::new(Mutex::new(dir)))),
         };
         let driver = Driver::start(host, peers.clone(), inputs, storage, Some(on_view));
         let (driver, outputs) = driver.map_err(|e| failed("the driver's thread", &e))?;
@@ -781,12 +814,12 @@ async fn follow_events(
     let node = watch.facts.node;
     while let Some(event) = events.recv().await {
         match event {
-            NodeEvent::Joined { uuid, founded } => {
+            NodeEvent::Joined { uuid, generation, founded, anew: _ } => {
                 let how = if founded { "founded" } else { "joined" };
                 tracing::debug!("node {node} has {how} cluster {} {uuid}", watch.facts.cluster);
                 if let Some(dir) = data_dir.clone() {
                     let kept = tokio::task::spawn_blocking(move || {
-                        dir.lock().unwrap_or_else(std::sync::PoisonError::into_inner).set_uuid(uuid.0)
+                        dir.lock().unwrap_or_else(std::sync::PoisonError::into_inner).set_cluster(uuid.0, generation)
                     });
                     match kept.await {
                         Ok(Ok(())) => {}
@@ -796,12 +829,19 @@ async fn follow_events(
                 }
             }
             NodeEvent::Fenced { by, told_by } => {
-                let by = by.map_or(String::new(), |by| format!(", life {by}"));
                 let told_by = told_by.map_or(String::new(), |peer| format!(" (says node {peer})"));
-                watch.fail(
-                    format!("a newer process with node id {node}{by}, has taken over{told_by}: this one ends"),
-                    false,
-                );
+                let reason = match by {
+                    // By the word of an operator: a directory that is opened again would go on with the same life.
+                    Some(NO_LIFE) => format!(
+                        "a recovery has declared this life of node {node} over{told_by}: this process ends. Move its data \
+                         directory away, if it has one, and start it again"
+                    ),
+                    by => {
+                        let by = by.map_or(String::new(), |by| format!(", life {by}"));
+                        format!("a newer process with node id {node}{by}, has taken over{told_by}: this one ends")
+                    }
+                };
+                watch.fail(reason, false);
             }
             NodeEvent::Misfit(reason) => {
                 watch.fail(format!("this node's configuration does not fit the cluster: {reason}"), true);
@@ -1024,6 +1064,7 @@ mod tests {
             max_log_bytes: 1 << 20,
             memory: MemoryOptions::default(),
             data_dir: None,
+            state_dir: None,
             checkpoint_log_bytes: 512 << 20,
             snapshot_rate: 128 << 20,
         }

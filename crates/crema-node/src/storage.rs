@@ -21,7 +21,7 @@ use crate::disk::{
 };
 use crate::driver::Input;
 use bytes::Bytes;
-use crema_core::{ClusterUuid, CodecError, Incarnation, NodeId, ReplicaId};
+use crema_core::{CodecError, NodeId, ReplicaId};
 use crema_shard::durable::{GroupRecord, Recovered};
 use crema_shard::{PersistBatch, StateWrite};
 use crossbeam::channel::{Receiver, Sender, unbounded};
@@ -125,16 +125,6 @@ impl Opened {
         self.dir.identity()
     }
 
-    /// The life that goes on here.
-    pub fn incarnation(&self) -> Incarnation {
-        Incarnation(self.dir.identity().incarnation)
-    }
-
-    /// The cluster that this node has been a member of.
-    pub fn uuid(&self) -> Option<ClusterUuid> {
-        self.dir.identity().uuid.map(ClusterUuid)
-    }
-
     /// Starts the threads that write. `inputs` is the way back to the driver.
     ///
     /// # Errors
@@ -172,6 +162,7 @@ impl Opened {
             shared,
             seen: 0,
             superseding: VecDeque::new(),
+            removing: VecDeque::new(),
         };
         Ok((storage, Arc::new(Mutex::new(self.dir))))
     }
@@ -296,11 +287,14 @@ pub struct Storage {
     seen: u64,
     /// States that take the place of older ones once a batch is durable.
     superseding: VecDeque<(u64, CheckpointId)>,
+    /// Replicas whose states are needed by nobody once a batch is durable.
+    removing: VecDeque<(u64, u64)>,
 }
 
 enum Job {
     Write(StateWrite),
     Keep(CheckpointId),
+    Remove(u64),
 }
 
 impl Storage {
@@ -320,8 +314,11 @@ impl Storage {
                 // A state that comes from a leader takes the place of the log; what of it lay behind the state's index was
                 // never committed ([`Recovered::new`] says what becomes of it).
                 compact_to: w.compact_to.max(w.state.filter(|_| w.clear)),
-                remove: false,
+                remove: w.remove,
             });
+            if w.remove {
+                self.removing.push_back((batch.number, group));
+            }
         }
         self.queue(Batch { number: batch.number, writes }, PATIENCE);
     }
@@ -364,6 +361,12 @@ impl Storage {
         if durable > self.seen {
             self.seen = durable;
             news.durable = Some(durable);
+            while let Some((_, group)) = self.removing.front().copied().filter(|(n, _)| *n <= durable) {
+                self.removing.pop_front();
+                if let Some(states) = &self.states {
+                    let _ = states.send(Job::Remove(group));
+                }
+            }
             while let Some((_, id)) = self.superseding.front().copied().filter(|(n, _)| *n <= durable) {
                 self.superseding.pop_front();
                 if let Some(states) = &self.states {
@@ -411,6 +414,10 @@ impl States {
                     self.write(w).map(|()| Some((shard, replica, file, seq)))
                 }
                 Job::Keep(id) => checkpoint::keep_from(&self.dir, id).map(|()| None),
+                Job::Remove(group) => {
+                    self.files.remove(&ReplicaId(group));
+                    checkpoint::remove_group(&self.dir, group).map(|()| None)
+                }
             };
             match done {
                 Ok(None) => {}
@@ -473,8 +480,15 @@ mod tests {
         };
         let log = LogWriter::start(engine, done, |_| ()).unwrap();
         let log = Some(log);
-        let mut storage =
-            Storage { log, states: None, thread: None, shared: shared.clone(), seen: 0, superseding: VecDeque::new() };
+        let mut storage = Storage {
+            log,
+            states: None,
+            thread: None,
+            shared: shared.clone(),
+            seen: 0,
+            superseding: VecDeque::new(),
+            removing: VecDeque::new(),
+        };
         let batch = |number| Batch { number, writes: Vec::new() };
         let mut left_out = None;
         for number in 1.. {

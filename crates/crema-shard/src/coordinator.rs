@@ -10,12 +10,12 @@
 //! another id of this same life goes.
 
 use crate::durable::Recovered;
-use crate::effect::{Note, PersistBatch, StateWrite};
+use crate::effect::{LogWrite, Note, PersistBatch, StateWrite};
 use crate::members::{Member, Members};
 use crate::message::{
     Answer, Body, Envelope, KIND_RAFT, TARGET_FRAME_BYTES, encode_chunk, encode_chunk_ack, encode_envelope,
 };
-use crate::meta::{MetaMachine, MetaState};
+use crate::meta::{MetaMachine, MetaState, Refounded};
 use crate::proposals::Ticket;
 use crate::reads::Read;
 use crate::replica::{Machine, MayBegin, MemoryOptions, Out, ReadCounts, ReadMode, Replica, ReplicaInit};
@@ -172,8 +172,13 @@ impl Coordinator {
         let groups = groups.unwrap_or(0) as usize;
         self.data.resize_with(groups, || None);
         let mut lost = Vec::new();
+        let mut recovered = recovered;
+        recovered.sort_by_key(|r| r.record.id);
         for r in recovered {
             let (shard, id) = (r.record.shard, r.record.id);
+            // Of a group that was founded anew there may still be the replica of the group before.
+            let before = self.take(shard).map(|old| old.id());
+            self.forget(before);
             let log_time = match &r.machine {
                 Machine::Data(m) => m.log_time(),
                 Machine::Meta(_) => LogTime(0),
@@ -236,8 +241,9 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Follows placement: makes the replicas that it gives to this life of the node, empty, and tells all what their
-    /// groups' members should be. Returns whether replicas came or went.
+    /// Follows placement: makes the replicas that it gives to this life of the node, empty or as the beginning of a group
+    /// that is founded anew, ends those of groups that are none any more, and tells all what their groups' members should
+    /// be. Returns whether replicas came or went.
     pub fn adopt(&mut self, state: &Arc<MetaState>, now: Now) -> Result<bool, String> {
         self.present = state.nodes.iter().map(|(n, r)| (*n, r.incarnation)).collect();
         self.data.resize_with(state.shards.len(), || None);
@@ -245,17 +251,30 @@ impl Coordinator {
         let budgets = state.budgets();
         for shard in state.groups() {
             let placed = state.replicas(shard);
+            let begins = state.refounded(shard);
             let mine = placed.iter().find(|r| r.node == self.options.node && r.incarnation == self.options.incarnation);
-            if let Some(own) = mine
-                && self.replica(shard).is_none_or(|r| r.id() < own.id)
-            {
-                if let Some(old) = self.replica(shard).and_then(|r| r.published()) {
-                    old.retire();
+            let wanted = mine.filter(|own| self.replica(shard).is_none_or(|r| r.id() < own.id));
+            let void = begins.is_some_and(|b| self.replica(shard).is_some_and(|r| r.id() < b.founder));
+            if wanted.is_some() || void {
+                let old = self.take(shard);
+                let forget = old.as_ref().filter(|r| r.is_durable()).map(|r| r.id());
+                match (wanted, begins) {
+                    (Some(own), Some(begins)) if begins.founder == own.id => {
+                        self.begin_anew(state, shard, Member::from(own), begins, old, now)?;
+                    }
+                    (Some(own), _) => {
+                        self.dissolve(old);
+                        let init = self.blank(state, shard, own.id, LogIndex(0));
+                        let logger = self.logger.new(slog::o!("shard" => shard.0));
+                        let replica = Replica::empty(init, &logger, now).map_err(|e| e.to_string())?;
+                        self.put(shard, replica)?;
+                        self.forget(forget);
+                    }
+                    (None, _) => {
+                        self.dissolve(old);
+                        self.forget(forget);
+                    }
                 }
-                let init = self.blank(state, shard, own.id, LogIndex(0));
-                let logger = self.logger.new(slog::o!("shard" => shard.0));
-                let replica = Replica::empty(init, &logger, now).map_err(|e| e.to_string())?;
-                self.put(shard, replica)?;
                 changed = true;
             }
             let epoch = state.epoch_of(shard);
@@ -269,6 +288,69 @@ impl Coordinator {
             }
         }
         Ok(changed)
+    }
+
+    fn take(&mut self, shard: ShardId) -> Option<Box<Replica>> {
+        if shard.is_meta() { self.meta.take() } else { self.data.get_mut(shard.0 as usize)?.take() }
+    }
+
+    fn dissolve(&mut self, replica: Option<Box<Replica>>) {
+        if let Some(mut replica) = replica {
+            replica.dissolve(&mut self.out);
+        }
+    }
+
+    /// What is on disk of a replica may go.
+    fn forget(&mut self, replica: Option<ReplicaId>) {
+        if let Some(replica) = replica {
+            self.out.writes.push(LogWrite { replica, remove: true, ..LogWrite::default() });
+        }
+    }
+
+    /// Makes the one replica that begins a group anew, out of what `old` has of it.
+    fn begin_anew(
+        &mut self,
+        state: &Arc<MetaState>,
+        shard: ShardId,
+        own: Member,
+        begins: Refounded,
+        old: Option<Box<Replica>>,
+        now: Now,
+    ) -> Result<(), String> {
+        let epoch = state.epoch_of(shard);
+        let logger = self.logger.new(slog::o!("shard" => shard.0));
+        let was = old.as_ref().filter(|r| r.is_durable()).map(|r| r.id());
+        let out = &mut self.out;
+        // Its rest of the log may be what made it panic before.
+        let legacy = catch_unwind(AssertUnwindSafe(|| old.and_then(|old| old.into_legacy(begins, epoch, out))));
+        let init = self.blank(state, shard, own.id, begins.index);
+        let Ok(legacy) = legacy else {
+            // Somebody else has to begin it; not this node, out of nothing.
+            let mut replica = Replica::empty(init, &logger, now).map_err(|e| e.to_string())?;
+            replica.fail("panicked over the log of the group before".to_owned(), &mut self.out);
+            return self.put(shard, replica);
+        };
+        let kept = legacy.is_some();
+        let (machine, clock) = match legacy {
+            Some((machine, clock)) => (Machine::Data(Box::new(machine)), clock),
+            None => (init.machine, None),
+        };
+        let (keys, log_time) = match &machine {
+            Machine::Data(m) => (m.keys(), m.log_time()),
+            Machine::Meta(_) => (0, init.log_time),
+        };
+        tracing::warn!(%shard, replica = %own.id, index = %begins.index, kept, keys, "the group is founded anew here");
+        let members = Members { epoch, ..Members::default() };
+        let init = ReplicaInit { members, machine, log_time, ..init };
+        let mut replica = Replica::refounded(init, own, begins, &logger, now).map_err(|e| e.to_string())?;
+        if let Some(clock) = clock {
+            replica.keep_time(clock, now);
+        }
+        if self.options.checkpoint_log_bytes.is_some() {
+            // Only when what took its place is there: until then a restart begins it once more, from the old one.
+            replica.supersedes(was);
+        }
+        self.put(shard, replica)
     }
 
     /// The local replica of a group.

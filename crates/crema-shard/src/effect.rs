@@ -1,5 +1,6 @@
 //! What goes into a [`crate::Host`] from clients and what comes out of it, as data.
 
+use crate::recovery::RecoverResult;
 use crate::router::RoutingView;
 use bytes::Bytes;
 use crema_core::store::Table;
@@ -69,6 +70,8 @@ pub enum Refusal {
     Busy(ShardId),
     /// This node knows no placement yet: the cluster is being founded, or joined.
     NotReady,
+    /// The shard has lost its majority for good: an operator has to make it writable again.
+    Lost(ShardId),
     /// The slot's shard has changed: look the placement up again and resend.
     WrongShard,
     /// The node is shutting down.
@@ -139,6 +142,8 @@ pub struct LogWrite {
     pub hard: Option<HardState>,
     /// Entries up to and including this index are not needed any more.
     pub compact_to: Option<u64>,
+    /// Nothing of this replica is needed any more, its states neither; then nothing else is set.
+    pub remove: bool,
     /// The state file of this index is the one that the record names: those of the replica before it may go once the
     /// batch is durable.
     pub state: Option<u64>,
@@ -180,12 +185,16 @@ pub struct LedShard {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Note {
-    /// The cluster was founded, or joined, with this identity.
+    /// The cluster was founded, joined or recovered, with this identity.
     Joined {
         /// The cluster's name for ever.
         uuid: ClusterUuid,
+        /// Generation of its table.
+        generation: u32,
         /// Whether this node took part in the founding.
         founded: bool,
+        /// Whether all previous contents are lost.
+        anew: bool,
     },
     /// This node has been replaced by a newer incarnation with the same id: stop.
     Fenced {
@@ -237,6 +246,8 @@ pub struct Effects {
     pub notes: Vec<Note>,
     /// Keys and values that nobody needs any more: to be dropped where it may take its time, which is not this thread.
     pub garbage: Vec<Arc<Table>>,
+    /// Recoveries that have ended, by the mark of their request.
+    pub recoveries: Vec<(u64, RecoverResult)>,
 }
 
 impl Effects {
@@ -250,6 +261,7 @@ impl Effects {
         self.led.clear();
         self.notes.clear();
         self.garbage.clear();
+        self.recoveries.clear();
     }
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
@@ -261,5 +273,6 @@ impl Effects {
             && self.led.is_empty()
             && self.notes.is_empty()
             && self.garbage.is_empty()
+            && self.recoveries.is_empty()
     }
 }

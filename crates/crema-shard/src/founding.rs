@@ -184,6 +184,13 @@ impl Founding {
                 None => (Vec::new(), None),
             },
             Control::Beat { .. }
+            | Control::TakeCensus { .. }
+            | Control::Census { .. }
+            | Control::Refound { .. }
+            | Control::RefoundRefused { .. }
+            | Control::ProposeRecovery { .. }
+            | Control::AcceptRecovery { .. }
+            | Control::RefuseRecovery { .. }
             | Control::Register { .. }
             | Control::RegisterRefused { .. }
             | Control::SetDraining { .. } => (Vec::new(), None),

@@ -535,6 +535,18 @@ impl Gateway {
         }
     }
 
+    /// The shard was founded anew and knows no session of before: what was ever sent may have happened, or be lost with what
+    /// the shard has lost.
+    pub fn refounded(&mut self, shard: ShardId, done: &mut Vec<Completion>) {
+        let Some(flow) = self.flows.get_mut(shard.0 as usize) else { return };
+        if matches!(flow.session, Session::None) {
+            return;
+        }
+        flow.rewind_reads();
+        self.session_lost(shard, done);
+        self.pending.insert(shard);
+    }
+
     /// Lets time pass: answers what has reached its deadline and sends again what has stalled.
     pub fn tick(&mut self, now: MonoTime, done: &mut Vec<Completion>) {
         for shard in self.active.clone() {

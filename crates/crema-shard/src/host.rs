@@ -37,6 +37,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+mod recovering;
+
+use recovering::Recovering;
+
 /// A node must have been live this long before leaderships move back to it.
 const SETTLED: Duration = Duration::from_secs(2);
 /// Period of looking for leaderships to move.
@@ -65,6 +69,8 @@ pub struct HostConfig {
     pub initial_members: Vec<NodeId>,
     /// The cluster that this node has been a member of: it founds none, and joins no other.
     pub uuid: Option<ClusterUuid>,
+    /// The latest generation of that cluster's table that this node has known, 0 for none.
+    pub generation: u32,
     /// Data shards to found the cluster with, 1 to 16,384.
     pub shards: u32,
     /// Replicas of each shard, 1 to 7; at most one a node.
@@ -186,6 +192,7 @@ pub struct Host {
     requests_forwarded: u64,
     digest_mismatches: u64,
     replicas_failed: u64,
+    recovering: Recovering,
 }
 
 impl Host {
@@ -246,6 +253,7 @@ impl Host {
             requests_forwarded: 0,
             digest_mismatches: 0,
             replicas_failed: 0,
+            recovering: Recovering::default(),
             config,
         }
     }
@@ -268,6 +276,7 @@ impl Host {
         let refusal = match &self.state {
             None => Some(Refusal::NotReady),
             Some(_) if request.deadline <= now.mono => Some(Refusal::Busy(request.shard)),
+            Some(_) if request.write || request.level == ReadLevel::Linearizable => self.refusal_of_lost(request.shard),
             Some(_) => None,
         };
         match refusal {
@@ -511,6 +520,9 @@ impl Host {
             self.gateway.answer(shard, id, answer, now.mono, &mut self.out.completions)
         };
         if let Some((leader, term)) = hint {
+            if self.router.claim(shard).leader == Some(from) && term >= self.router.claim(shard).term {
+                self.doubt(shard);
+            }
             let changed = match leader {
                 // Whoever names another does not lead.
                 Some(l) if l != from => self.router.disown(shard, from, term) | self.learn(shard, Some(l), term),
@@ -627,6 +639,7 @@ impl Host {
             self.push_placement(from);
             return;
         }
+        let Some(c) = self.take_recovery(now, from, incarnation, c) else { return };
         let Some(state) = self.state.clone() else {
             let (sends, decision) = self.founding.receive(from, c, now.wall);
             self.control_all(sends);
@@ -656,7 +669,14 @@ impl Host {
             | Control::Accept { .. }
             | Control::Refuse { .. }
             | Control::Found { .. }
-            | Control::Beat { .. } => {}
+            | Control::Beat { .. }
+            | Control::TakeCensus { .. }
+            | Control::Census { .. }
+            | Control::Refound { .. }
+            | Control::RefoundRefused { .. }
+            | Control::ProposeRecovery { .. }
+            | Control::AcceptRecovery { .. }
+            | Control::RefuseRecovery { .. } => {}
         }
     }
 
@@ -678,7 +698,8 @@ impl Host {
     fn join(&mut self, state: Arc<MetaState>, founded: bool, now: Now) {
         self.gateway.set_shards(state.shards.len());
         self.router.set_shards(state.shards.len());
-        self.out.notes.push(Note::Joined { uuid: state.uuid, founded });
+        let anew = state.recovery.is_some_and(|r| r.anew);
+        self.out.notes.push(Note::Joined { uuid: state.uuid, generation: state.generation, founded, anew });
         self.adopt(state, now);
         self.retarget_all(now);
     }
@@ -692,7 +713,15 @@ impl Host {
             self.out.notes.push(Note::Misfit(note));
             return;
         }
-        let newer = state.epoch > mine.epoch && !self.coordinator.keeps_meta();
+        let conflict = state.generation == mine.generation && state.recovery != mine.recovery;
+        if conflict {
+            let generation = state.generation;
+            let note = format!("the cluster was recovered twice to generation {generation}: one of both has to go");
+            self.out.notes.push(Note::Misfit(note));
+            return;
+        }
+        let later = state.generation > mine.generation;
+        let newer = later || (state.version() > mine.version() && !self.coordinator.keeps_meta());
         if newer && state.shards.len() == mine.shards.len() && state.check().is_ok() {
             self.adopt(Arc::new(state), now);
         }
@@ -707,6 +736,12 @@ impl Host {
             && me.past.contains(&self.config.incarnation)
         {
             self.out.notes.push(Note::Fenced { by: me.incarnation });
+        }
+        if let Some(before) = self.state.take() {
+            self.note_generation(&before, &state);
+            for shard in state.groups().filter(|s| state.refounded(*s) != before.refounded(*s)) {
+                self.gateway.refounded(shard, &mut self.out.completions);
+            }
         }
         self.state = Some(state);
         self.view_stale = true;
@@ -784,8 +819,10 @@ impl Host {
                 self.out.notes.push(Note::Misfit(refusal));
             }
             self.view_stale = true;
+            self.repeat_recovery();
             return;
         };
+        self.repeat_recovery();
         let me = state.nodes.get(&self.config.node);
         let max_memory = self.config.memory.max_memory;
         let registered = me.is_some_and(|r| {
@@ -819,6 +856,7 @@ impl Host {
 
     fn route_changed(&mut self, shard: ShardId, now: Now) {
         self.view_stale = true;
+        self.look_at_down(shard);
         if !shard.is_meta() {
             let target = self.target(shard);
             if target.is_none() {
@@ -938,6 +976,7 @@ impl Host {
             self.followers.expire(now.mono, INDEX_TIMEOUT, &mut due);
             self.settle_relaxed(due);
             self.check_beats(now);
+            self.keep_recovering(now);
             self.balance(now);
         }
         if now.mono >= self.next_beat {
@@ -1037,7 +1076,7 @@ impl Host {
             if std::mem::take(&mut round.meta_changed)
                 && let Some(state) = self.coordinator.meta_state()
                 // A replica that has just been filled may know less than was told before.
-                && state.epoch >= self.epoch()
+                && self.state.as_ref().is_none_or(|mine| state.version() >= mine.version())
             {
                 self.adopt(state, now);
                 let peers: Vec<NodeId> = self.peers.keys().copied().collect();
@@ -1091,6 +1130,7 @@ impl Host {
         effects.led.append(&mut out.led);
         effects.notes.append(&mut out.notes);
         effects.garbage.append(&mut out.garbage);
+        effects.recoveries.append(&mut out.recoveries);
         if out.view.is_some() {
             effects.view = out.view.take();
         }
@@ -1141,6 +1181,9 @@ impl Host {
         let Some(state) = &self.state else { return view };
         view.uuid = Some(state.uuid);
         view.meta_leader = self.router.claim(ShardId::META).leader;
+        view.meta_down = self.down(ShardId::META).cloned();
+        view.generation = state.generation;
+        view.recovery = state.recovery;
         view.shards = (0..state.shards.len() as u32)
             .map(ShardId)
             .map(|shard| {
@@ -1153,6 +1196,7 @@ impl Host {
                     published: self.coordinator.replica(shard).and_then(|r| r.published()).cloned(),
                     own_term: self.coordinator.replica(shard).map_or(Term(0), |r| r.leadership().term),
                     replicas: self.placed(state, shard),
+                    down: self.down(shard).cloned(),
                 }
             })
             .collect();
@@ -1180,6 +1224,9 @@ impl Host {
         let me = self.config.node;
         if self.draining {
             return Some("draining: this node is about to stop".into());
+        }
+        if let Some(down) = self.down_in_words() {
+            return Some(down);
         }
         if state.nodes.get(&me).is_none_or(|r| r.incarnation != self.config.incarnation) {
             return Some("joining: this life of the node is not registered yet".into());
@@ -1317,6 +1364,7 @@ mod tests {
                         cluster: "t".into(),
                         initial_members: (1..=nodes).map(NodeId).collect(),
                         uuid: None,
+                        generation: 0,
                         shards,
                         replication: 3,
                         addrs: NodeAddrs { raft: format!("127.0.0.1:{}", 9000 + n), ..NodeAddrs::default() },

@@ -26,6 +26,7 @@ pub mod placement;
 pub mod proposals;
 pub mod raft_log;
 pub mod reads;
+pub mod recovery;
 pub mod replica;
 pub mod router;
 pub mod timing;
@@ -37,6 +38,7 @@ pub use effect::{
 };
 pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
 pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};
+pub use recovery::{RecoverRequest, RecoverResult};
 pub use replica::{MemoryOptions, ReadMode};
-pub use router::{NodeRoute, RoutingView, ShardRoute, Standing};
+pub use router::{Down, NodeRoute, RoutingView, ShardRoute, Standing};
 pub use timing::Timing;

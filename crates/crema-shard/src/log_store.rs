@@ -50,6 +50,13 @@ impl MemLog {
         }
     }
 
+    /// The log of the one voter that begins a group anew, with a state at (`index`, `term`).
+    pub fn refounded(index: u64, term: u64, voter: u64) -> Self {
+        let hard = HardState { term, commit: index, ..HardState::default() };
+        let conf = ConfState { voters: vec![voter], ..ConfState::default() };
+        MemLog::recovered(index, term, conf, hard, Vec::new())
+    }
+
     /// The log of a replica that comes back from disk: a state at (`index`, `term`), and what followed it.
     pub fn recovered(index: u64, term: u64, conf: ConfState, hard: HardState, entries: Vec<Entry>) -> Self {
         let mut log = MemLog { truncated: index, truncated_term: term, conf, hard, ..MemLog::empty() };

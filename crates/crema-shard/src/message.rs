@@ -10,7 +10,9 @@
 //! cannot be trusted; the shell closes the connection.
 
 use crate::members::Members;
-use crate::meta::NodeAddrs;
+use crate::meta::{NodeAddrs, bounded_vec};
+use crate::placement::MAX_SHARDS;
+use crate::recovery::Report;
 use crate::transfer::{Chunk, ChunkAck};
 use bytes::Bytes;
 use crema_core::codec::{decode_outcome, encode_outcome};
@@ -396,6 +398,50 @@ pub enum Control {
     Placement {
         /// An encoded [`crate::MetaState`].
         state: Vec<u8>,
+    },
+    /// What do you know of these groups? I know of no leader of them.
+    TakeCensus {
+        /// Tells the rounds of whoever asks apart.
+        round: u64,
+        /// The table that I know: generation and epoch, 0 for none.
+        version: (u32, Epoch),
+        /// The groups, ascending.
+        #[serde(deserialize_with = "bounded_vec::<_, _, { MAX_SHARDS as usize + 1 }>")]
+        groups: Vec<ShardId>,
+    },
+    /// The answer to that.
+    Census {
+        /// The round.
+        round: u64,
+        /// What I know.
+        report: Box<Report>,
+    },
+    /// For the leader of the meta group, by an operator's word: found groups anew.
+    Refound {
+        /// A [`crate::meta::MetaCommand::Refound`], encoded.
+        command: Vec<u8>,
+    },
+    /// The leader of the meta group does not do that.
+    RefoundRefused {
+        /// Why, for the operator.
+        reason: String,
+    },
+    /// By an operator's word, the table of the next generation, since the meta group has lost its majority.
+    ProposeRecovery {
+        /// An encoded [`crate::MetaState`].
+        record: Vec<u8>,
+    },
+    /// I accept the table with this hash, and no other of its generation for a while.
+    AcceptRecovery {
+        /// [`crate::founding::record_hash`] of the record.
+        hash: u64,
+    },
+    /// I do not accept that table.
+    RefuseRecovery {
+        /// [`crate::founding::record_hash`] of the record.
+        hash: u64,
+        /// Why, for the operator.
+        reason: String,
     },
 }
 

@@ -12,7 +12,7 @@
 use crate::placement::{MAX_SHARDS, arcs, assign};
 use crema_core::{
     ClusterUuid, CodecError, CorruptEntry, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, SLOT_COUNT, ShardId,
-    SlotRange, WallTime,
+    SlotRange, Term, WallTime,
 };
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -35,8 +35,10 @@ pub const MAX_NAME_BYTES: usize = 255;
 pub const DATA_PARTS: (u64, u64) = (3, 4);
 /// Highest epoch that is believed of a peer: far beyond any reachable one, and far from overflow.
 const MAX_EPOCH: Epoch = Epoch(1 << 62);
+/// Highest index and term of a group's beginning that is believed of a peer, likewise.
+const MAX_BEGINNING: u64 = 1 << 60;
 /// First byte of an encoded state.
-const STATE_VERSION: u8 = 1;
+const STATE_VERSION: u8 = 2;
 /// First byte of an encoded command.
 const COMMAND_VERSION: u8 = 1;
 
@@ -91,6 +93,23 @@ pub struct NodeRecord {
     pub max_memory: u64,
 }
 
+impl NodeRecord {
+    /// Its life is over, and fenced.
+    fn end_life(&mut self) {
+        if self.incarnation == NO_LIFE {
+            return;
+        }
+        if self.past.len() >= MAX_PAST_INCARNATIONS {
+            self.past.remove(0);
+        }
+        self.past.push(self.incarnation);
+        self.incarnation = NO_LIFE;
+    }
+}
+
+/// In the place of a life that an operator has declared over, until the node begins another.
+pub const NO_LIFE: Incarnation = Incarnation(0);
+
 /// How many earlier incarnations of a node are remembered; older ones are forgotten, and no longer fenced.
 pub const MAX_PAST_INCARNATIONS: usize = 64;
 
@@ -105,6 +124,53 @@ pub struct ReplicaPlacement {
     pub incarnation: Incarnation,
 }
 
+/// Where a group begins that was founded anew, since it had lost its majority; see [`crate::recovery`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refounded {
+    /// The one replica that began it, with what it had of the group before. All ids of that one are lower.
+    pub founder: ReplicaId,
+    /// The index of its beginning: above all of the group before, so that no session of that one is taken for one of this.
+    pub index: LogIndex,
+    /// The term of its beginning: above all of the group before, so that no claim to lead that one outlives it.
+    pub term: Term,
+}
+
+impl Refounded {
+    /// A beginning above `index` and `term`, the highest known of the group before, and above its own beginning. Leaves
+    /// room for what nobody knows any more: 2^44 entries and 2^20 terms.
+    pub fn beyond(founder: ReplicaId, index: LogIndex, term: Term, before: Option<Refounded>) -> Refounded {
+        let above = |known: u64, begun: u64, bits: u32| (known.max(begun) >> bits).saturating_add(1) << bits;
+        let (begun, first) = before.map_or((0, 0), |b| (b.index.0, b.term.0));
+        Refounded { founder, index: LogIndex(above(index.0, begun, 44)), term: Term(above(term.0, first, 20)) }
+    }
+}
+
+/// A group that shall be founded anew, as whoever took the census proposes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refounding {
+    /// The group.
+    pub shard: ShardId,
+    /// Its placement epoch as of the census: void once placement has changed.
+    pub epoch: Epoch,
+    /// The node whose replica begins it.
+    pub founder: NodeId,
+    /// Highest index that is known of it.
+    pub index: LogIndex,
+    /// Highest term that is known of it.
+    pub term: Term,
+}
+
+/// What the last recovery of the meta group came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// Wall time of the node that was asked for it.
+    pub at: WallTime,
+    /// Whether nothing was left of the cluster, so that all previous contents are lost.
+    pub anew: bool,
+    /// Drawn at random: tells two recoveries to one generation apart, which there must never be.
+    pub mark: u64,
+}
+
 /// One shard as placement wants it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardPlacement {
@@ -115,6 +181,8 @@ pub struct ShardPlacement {
     /// Its replicas in the order in which they are wanted as leaders.
     #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
     pub replicas: Vec<ReplicaPlacement>,
+    /// Where it begins, if it was founded anew.
+    pub refounded: Option<Refounded>,
 }
 
 /// The cluster's own table; also the record that founds it.
@@ -145,6 +213,10 @@ pub struct MetaState {
     /// The meta group's own replicas.
     #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
     pub meta: Vec<ReplicaPlacement>,
+    /// Where the meta group begins, if it was founded anew.
+    pub meta_refounded: Option<Refounded>,
+    /// How this generation came about, if it is not the first.
+    pub recovery: Option<Recovery>,
 }
 
 impl MetaState {
@@ -193,7 +265,12 @@ impl MetaState {
         let shards = arcs(shards)
             .into_iter()
             .zip(assign(shards, replication, &hosts))
-            .map(|(range, on)| ShardPlacement { range, epoch, replicas: on.into_iter().map(&mut place).collect() })
+            .map(|(range, on)| ShardPlacement {
+                range,
+                epoch,
+                replicas: on.into_iter().map(&mut place).collect(),
+                refounded: None,
+            })
             .collect();
         MetaState {
             uuid,
@@ -207,6 +284,8 @@ impl MetaState {
             nodes,
             shards,
             meta,
+            meta_refounded: None,
+            recovery: None,
         }
     }
 
@@ -246,8 +325,27 @@ impl MetaState {
                 format!("shard {i} has epoch {} in a table of epoch {}", shard.epoch, self.epoch)
             })?;
             self.check_group(&format!("shard {i}"), &shard.replicas, &mut ids)?;
+            self.check_beginning(&format!("shard {i}"), shard.refounded)?;
         }
+        self.check_beginning("the meta group", self.meta_refounded)?;
         ensure(end == SLOT_COUNT, &|| format!("the shards end at slot {end} of {SLOT_COUNT}"))
+    }
+
+    fn check_beginning(&self, group: &str, begins: Option<Refounded>) -> Result<(), String> {
+        let sound = |b: &Refounded| {
+            let bounds = (1..=MAX_BEGINNING).contains(&b.index.0) && (1..=MAX_BEGINNING).contains(&b.term.0);
+            bounds && self.was_given(b.founder)
+        };
+        match begins {
+            Some(b) if !sound(&b) => Err(format!("{group} begins where it cannot: {b:?}")),
+            _ => Ok(()),
+        }
+    }
+
+    fn was_given(&self, id: ReplicaId) -> bool {
+        let (generation, counter) = ((id.0 >> 32) as u32, id.0 as u32);
+        let given = generation < self.generation || generation == self.generation && counter < self.next_replica;
+        generation != 0 && counter != 0 && given
     }
 
     /// Checks one group's replicas; `ids` collects those of all groups, none of which may occur twice.
@@ -261,9 +359,7 @@ impl MetaState {
             return Err(format!("{group} has {} replicas", replicas.len()));
         }
         for (i, r) in replicas.iter().enumerate() {
-            let (generation, counter) = ((r.id.0 >> 32) as u32, r.id.0 as u32);
-            let given = generation < self.generation || generation == self.generation && counter < self.next_replica;
-            if generation == 0 || counter == 0 || !given {
+            if !self.was_given(r.id) {
                 return Err(format!("{group} has replica {:#x}, an id that was never given", r.id.0));
             }
             if !ids.insert(r.id) {
@@ -298,6 +394,77 @@ impl MetaState {
         decode(STATE_VERSION, bytes)
     }
 
+    /// Gives a group new replicas in the places of the old ones, all of them with new ids: the founder's is the lowest, since
+    /// ids of a group ascend in the order of coming. Part of a change: the epoch is raised already. Returns whether there were ids enough; else nothing has changed.
+    fn refound_group(&mut self, g: &Refounding) -> bool {
+        let placed: Vec<NodeId> = self.replicas(g.shard).iter().map(|r| r.node).collect();
+        let others = placed.iter().copied().filter(|n| *n != g.founder);
+        let on: Vec<NodeId> = std::iter::once(g.founder).chain(others).take(placed.len().max(1)).collect();
+        let Some(after) = self.next_replica.checked_add(on.len() as u32) else { return false };
+        let (generation, first) = (self.generation, self.next_replica);
+        let place = |(node, counter): (&NodeId, u32)| {
+            let incarnation = self.nodes.get(node).map_or(NO_LIFE, |n| n.incarnation);
+            ReplicaPlacement { id: ReplicaId::new(generation, counter), node: *node, incarnation }
+        };
+        let mut replicas: Vec<ReplicaPlacement> = on.iter().zip(first..).map(place).collect();
+        let founder = replicas[0].id;
+        // Whoever should lead should lead still: or else the founder of many would lead them all.
+        replicas.sort_by_key(|r| placed.iter().position(|n| *n == r.node));
+        self.next_replica = after;
+        let refounded = Refounded::beyond(founder, g.index, g.term, self.refounded(g.shard));
+        let epoch = self.epoch;
+        match self.shards.get_mut(g.shard.0 as usize) {
+            Some(shard) => {
+                (shard.replicas, shard.refounded, shard.epoch) = (replicas, Some(refounded), epoch);
+            }
+            None => (self.meta, self.meta_refounded) = (replicas, Some(refounded)),
+        }
+        true
+    }
+
+    /// The table of the next generation, which recovers the meta group, or what is left of a cluster without one: this
+    /// one, with the lives and addresses of the nodes that take part, without those that are `stopped`, and with `groups`
+    /// founded anew, which the meta group must be among. Its epoch is beyond `epoch`, the highest known.
+    ///
+    /// # Errors
+    /// A sentence: the table cannot hold that.
+    pub fn recovered(
+        &self,
+        nodes: &[(NodeId, Incarnation, NodeAddrs, u64)],
+        stopped: &[(NodeId, Incarnation)],
+        groups: &[Refounding],
+        epoch: Epoch,
+        recovery: Recovery,
+    ) -> Result<MetaState, String> {
+        let generation = self.generation.checked_add(1).ok_or("there are no generations left")?;
+        // Later generations have higher epochs, even if nobody knows those before any more.
+        let least = u64::from(generation) << 32;
+        let epoch = Epoch(epoch.max(self.epoch).0.saturating_add(1 << 32).max(least));
+        let begin = MetaState { generation, next_replica: 1, epoch, recovery: Some(recovery), ..self.clone() };
+        // The same rules as by the log; its indexes are of no account.
+        let mut machine = MetaMachine::new(Arc::new(begin), LogIndex(0));
+        for (node, incarnation, addrs, max_memory) in nodes {
+            machine.register(*node, *incarnation, addrs.clone(), *max_memory);
+        }
+        machine.refound(&[], stopped);
+        let mut state = Arc::unwrap_or_clone(machine.state);
+        state.epoch = epoch;
+        for shard in &mut state.shards {
+            shard.epoch = shard.epoch.min(epoch);
+        }
+        // Beginnings count up with the generations, too: a table that was active at its proposer alone may be lost with it.
+        let before = u64::from(generation - 1);
+        for group in groups {
+            let index = group.index.max(LogIndex(before << 44));
+            let term = group.term.max(Term(before << 20));
+            if !state.refound_group(&Refounding { index, term, ..*group }) {
+                return Err("there are no replica ids left".to_owned());
+            }
+        }
+        state.check()?;
+        Ok(state)
+    }
+
     /// The placement of a shard, the meta group included.
     pub fn replicas(&self, shard: ShardId) -> &[ReplicaPlacement] {
         if shard.is_meta() { &self.meta } else { self.shards.get(shard.0 as usize).map_or(&[], |s| &s.replicas) }
@@ -306,6 +473,16 @@ impl MetaState {
     /// All groups, the meta group last.
     pub fn groups(&self) -> impl Iterator<Item = ShardId> + use<> {
         (0..self.shards.len() as u32).map(ShardId).chain([ShardId::META])
+    }
+
+    /// Where a group begins, if it was founded anew.
+    pub fn refounded(&self, shard: ShardId) -> Option<Refounded> {
+        if shard.is_meta() { self.meta_refounded } else { self.shards.get(shard.0 as usize).and_then(|s| s.refounded) }
+    }
+
+    /// What orders tables: of two, the later generation counts, whatever their epochs.
+    pub fn version(&self) -> (u32, Epoch) {
+        (self.generation, self.epoch)
     }
 
     /// Epoch of the last change of a group's placement; the table's own for the meta group.
@@ -368,6 +545,15 @@ pub enum MetaCommand {
         incarnation: Incarnation,
         /// Which of both.
         draining: bool,
+    },
+    /// Groups have lost their majorities, and the operator gives up what is lost with them.
+    Refound {
+        /// Those groups.
+        #[serde(deserialize_with = "bounded_vec::<_, _, { MAX_SHARDS as usize }>")]
+        groups: Vec<Refounding>,
+        /// Lives that are over by the operator's word: their nodes do not answer and shall never speak for them again.
+        #[serde(deserialize_with = "bounded_vec::<_, _, MAX_NODES>")]
+        stopped: Vec<(NodeId, Incarnation)>,
     },
 }
 
@@ -435,6 +621,7 @@ impl MetaMachine {
             Some(MetaCommand::SetDraining { node, incarnation, draining }) => {
                 self.set_draining(node, incarnation, draining)
             }
+            Some(MetaCommand::Refound { groups, stopped }) => self.refound(&groups, &stopped),
             None => false,
         };
         self.applied = index;
@@ -444,7 +631,7 @@ impl MetaMachine {
     /// A new life of a node takes the places of the one before it: its replicas get new ids, since what they were in
     /// was its memory.
     fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs, max_memory: u64) -> bool {
-        if node.0 == 0 || addrs.check().is_err() {
+        if node.0 == 0 || incarnation == NO_LIFE || addrs.check().is_err() {
             return false;
         }
         match self.state.nodes.get(&node) {
@@ -468,10 +655,7 @@ impl MetaMachine {
         record.addrs = addrs;
         record.max_memory = max_memory;
         if record.incarnation != incarnation {
-            if record.past.len() >= MAX_PAST_INCARNATIONS {
-                record.past.remove(0);
-            }
-            record.past.push(record.incarnation);
+            record.end_life();
             record.incarnation = incarnation;
             record.draining = false;
             self.replace_replicas(node, incarnation, |_| true);
@@ -499,6 +683,32 @@ impl MetaMachine {
                 shard.epoch = epoch;
             }
         }
+    }
+
+    /// Founds groups anew. What placement has changed since the census is left alone.
+    fn refound(&mut self, groups: &[Refounding], stopped: &[(NodeId, Incarnation)]) -> bool {
+        let counts = |s: &MetaState, node, life| s.nodes.get(&node).is_some_and(|n| n.incarnation == life);
+        let stopped: Vec<_> = stopped.iter().filter(|(node, life)| counts(&self.state, *node, *life)).collect();
+        let valid = |g: &&Refounding| {
+            let lives = self.state.nodes.get(&g.founder).is_some_and(|n| n.incarnation != NO_LIFE);
+            let stops = stopped.iter().any(|(node, _)| *node == g.founder);
+            let known = self.state.shards.get(g.shard.0 as usize);
+            lives && !stops && known.is_some_and(|s| s.epoch == g.epoch)
+        };
+        let groups: Vec<Refounding> = groups.iter().filter(valid).copied().collect();
+        if groups.is_empty() && stopped.is_empty() {
+            return false;
+        }
+        let state = self.change();
+        for (node, _) in stopped {
+            if let Some(record) = state.nodes.get_mut(node) {
+                record.end_life();
+            }
+        }
+        for group in &groups {
+            state.refound_group(group);
+        }
+        true
     }
 
     fn set_draining(&mut self, node: NodeId, incarnation: Incarnation, draining: bool) -> bool {
@@ -536,7 +746,9 @@ fn decode<'a, T: Deserialize<'a>>(known: u8, bytes: &'a [u8]) -> Result<T, Codec
 }
 
 /// Reads a list of at most `MAX` elements. Without the bound, a few bytes an element would become many in memory.
-fn bounded_vec<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(from: D) -> Result<Vec<T>, D::Error> {
+pub(crate) fn bounded_vec<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
+    from: D,
+) -> Result<Vec<T>, D::Error> {
     struct Bounded<T, const MAX: usize>(PhantomData<T>);
 
     impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Bounded<T, MAX> {
@@ -946,5 +1158,78 @@ mod tests {
                 prop_assert_eq!(m.state().check(), Ok(()));
             }
         }
+    }
+
+    fn refounding(m: &MetaMachine, shard: u32, founder: u64) -> Refounding {
+        let epoch = m.state().epoch_of(ShardId(shard));
+        Refounding { shard: ShardId(shard), epoch, founder: NodeId(founder), index: LogIndex(7), term: Term(3) }
+    }
+
+    #[test]
+    fn a_group_founded_anew_has_new_ids_in_the_old_places_and_begins_beyond_everything() {
+        let mut m = machine();
+        let before = m.state().shards[1].clone();
+        let founder = before.replicas[1].node;
+        let r = refounding(&m, 1, founder.0);
+        let command = MetaCommand::Refound { groups: vec![r], stopped: vec![] };
+        assert!(run(&mut m, command.clone()));
+        let after = &m.state().shards[1];
+        assert_eq!(m.state().check(), Ok(()));
+        let nodes = |s: &ShardPlacement| s.replicas.iter().map(|r| r.node).collect::<Vec<_>>();
+        assert_eq!(nodes(after), nodes(&before), "who should lead should lead still");
+        let begins = after.refounded.unwrap();
+        assert_eq!((begins.index, begins.term), (LogIndex(1 << 44), Term(1 << 20)));
+        let lowest = after.replicas.iter().map(|r| r.id).min();
+        assert_eq!(lowest, Some(begins.founder));
+        assert_eq!(after.replicas.iter().find(|r| r.id == begins.founder).map(|r| r.node), Some(founder));
+        assert!(before.replicas.iter().all(|r| r.id < begins.founder));
+        assert_eq!(after.epoch, m.state().epoch);
+        assert!(!run(&mut m, command), "placement has changed since that census");
+        let again = Refounding { index: LogIndex(1 << 50), ..refounding(&m, 1, founder.0) };
+        assert!(run(&mut m, MetaCommand::Refound { groups: vec![again], stopped: vec![] }));
+        let later = m.state().shards[1].refounded.unwrap();
+        assert_eq!((later.index, later.term), (LogIndex((1 << 50) + (1 << 44)), Term(2 << 20)));
+        let meta = Refounding { shard: ShardId::META, ..again };
+        assert!(!run(&mut m, MetaCommand::Refound { groups: vec![meta], stopped: vec![] }), "not by its own log");
+    }
+
+    #[test]
+    fn a_life_that_is_declared_over_is_fenced_and_begins_nothing() {
+        let mut m = machine();
+        let stopped = vec![(NodeId(2), life(2))];
+        let groups = vec![refounding(&m, 0, 2), refounding(&m, 1, 1)];
+        assert!(run(&mut m, MetaCommand::Refound { groups, stopped: stopped.clone() }));
+        let s = m.state().clone();
+        assert_eq!(s.check(), Ok(()));
+        assert_eq!((s.nodes[&NodeId(2)].incarnation, &s.nodes[&NodeId(2)].past[..]), (NO_LIFE, &[life(2)][..]));
+        assert!(s.shards[0].refounded.is_none() && s.shards[1].refounded.is_some());
+        assert!(!run(&mut m, register(2, life(2))), "that one never comes back");
+        assert!(!run(&mut m, register(2, NO_LIFE)));
+        assert!(!run(&mut m, MetaCommand::Refound { groups: vec![], stopped }));
+        assert!(run(&mut m, register(2, life(20))));
+        let s = m.state();
+        assert_eq!(s.check(), Ok(()));
+        assert_eq!(s.nodes[&NodeId(2)].past, [life(2)], "no life is none that is over");
+        assert!(s.shards[1].replicas.iter().any(|r| r.node == NodeId(2) && r.incarnation == life(20)));
+    }
+
+    #[test]
+    fn the_table_of_the_next_generation_is_beyond_every_other() {
+        let m = machine();
+        let base = m.state();
+        let nodes = [(NodeId(1), life(10), addrs(1), 5), (NodeId(3), life(3), addrs(3), 0)];
+        let groups = [Refounding { shard: ShardId::META, ..refounding(&m, 0, 3) }, refounding(&m, 2, 3)];
+        let recovery = Recovery { at: WallTime(9), anew: false, mark: 4 };
+        let s = base.recovered(&nodes, &[(NodeId(2), life(2))], &groups, Epoch(500), recovery).unwrap();
+        assert_eq!(s.check(), Ok(()));
+        assert_eq!((s.uuid, s.generation, s.recovery), (base.uuid, 2, Some(recovery)));
+        assert!(s.epoch > Epoch(500 + (1 << 32) - 1) && s.version() > (1, Epoch(u64::MAX)));
+        assert_eq!((s.nodes[&NodeId(1)].incarnation, s.nodes[&NodeId(2)].incarnation), (life(10), NO_LIFE));
+        assert_eq!(s.meta_refounded.map(|r| (r.index, r.term)), Some((LogIndex(2 << 44), Term(2 << 20))));
+        assert!(s.shards[0].refounded.is_none() && s.shards[2].refounded.is_some());
+        // What was not lost keeps its replicas, but for those in lives that are over.
+        let kept = |n: u64| s.shards[0].replicas.iter().find(|r| r.node == NodeId(n)).map(|r| r.id.0 >> 32);
+        assert_eq!((kept(1), kept(3)), (Some(2), Some(1)));
+        assert_eq!(MetaState::decode(&s.encode()), Ok(s));
     }
 }

@@ -43,6 +43,7 @@ mod checkpoint;
 mod filling;
 mod membership;
 mod memory;
+mod refounding;
 
 use checkpoint::Disk;
 use filling::Filling;
@@ -789,9 +790,11 @@ impl Replica {
         }
         let raft = &self.raw.raft;
         let campaigns = !self.leads() && raft.election_elapsed + 1 >= raft.randomized_election_timeout();
+        let unborn = self.disk.as_ref().is_some_and(Disk::begins);
         // What was promised in time is kept in time, however ticks fell. And whoever installs a state does not campaign before
         // it is durable: raft-rs would look for entries that the state has taken the place of.
-        let bound = self.promised(now) || self.filling.installing() || self.raw.snap().is_some_and(|s| !s.is_empty());
+        let installs = self.filling.installing() || self.raw.snap().is_some_and(|s| !s.is_empty());
+        let bound = self.promised(now) || installs || unborn;
         if !campaigns || !bound {
             self.raw.tick();
             self.fix_election_timeout();
@@ -1004,13 +1007,17 @@ impl Replica {
 
     /// Stops the replica for good: what it holds cannot be trusted, or a part of it panicked.
     pub fn fail(&mut self, reason: String, out: &mut Out) {
-        if self.failed {
-            return;
+        if !self.failed {
+            out.notes.push(Note::ReplicaFailed { shard: self.shard, reason });
+            self.end(out);
         }
+    }
+
+    /// It does nothing any more; who waits for it is told.
+    fn end(&mut self, out: &mut Out) {
         self.failed = true;
         self.leadership = Leadership { term: self.leadership.term, leader: None, leads: false };
         out.roles.push(self.shard);
-        out.notes.push(Note::ReplicaFailed { shard: self.shard, reason });
         if let Some(published) = self.published() {
             published.retire();
         }

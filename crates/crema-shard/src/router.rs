@@ -1,6 +1,6 @@
 //! Who owns a slot, who leads a shard, and where nodes are reached: the view that every request reads.
 
-use crate::meta::NodeAddrs;
+use crate::meta::{NodeAddrs, Recovery};
 use crema_core::{ClusterUuid, Epoch, Incarnation, NodeId, Published, ReplicaId, ShardId, Slot, SlotRange, Term};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -87,6 +87,17 @@ pub struct ShardRoute {
     pub own_term: Term,
     /// The nodes that hold replicas by placement, with the replica's id and how it stands.
     pub replicas: Vec<(NodeId, ReplicaId, Standing)>,
+    /// Why it has no leader, once that has lasted longer than an election takes.
+    pub down: Option<Down>,
+}
+
+/// Why a group has no leader.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Down {
+    /// Whether its majority is gone for good: only an operator makes it writable again.
+    pub lost: bool,
+    /// In words.
+    pub reason: Arc<str>,
 }
 
 /// How a replica of placement stands, as far as a node knows.
@@ -132,6 +143,12 @@ pub struct RoutingView {
     pub nodes: BTreeMap<NodeId, NodeRoute>,
     /// Leader of the meta group.
     pub meta_leader: Option<NodeId>,
+    /// Why that has none, likewise.
+    pub meta_down: Option<Down>,
+    /// Generation of the table, 0 for none.
+    pub generation: u32,
+    /// How that came about, if it is not the first.
+    pub recovery: Option<Recovery>,
     /// Why this node is not ready; `None` if it is.
     pub not_ready: Option<String>,
 }
@@ -193,6 +210,7 @@ mod tests {
             published: None,
             own_term: Term(own_term),
             replicas: Vec::new(),
+            down: None,
         };
         let node = NodeRoute {
             incarnation: Incarnation(1),

@@ -35,6 +35,8 @@ pub enum Keeps {
     Memory,
     /// Each in a directory of its own, within the cluster's [`Scratch`].
     Disk,
+    /// In memory; but each remembers there of which cluster it is.
+    Identity,
 }
 
 /// Nodes 1 to n, each a process of its own, ended when this is dropped.
@@ -144,8 +146,10 @@ impl Cluster {
         flag("redis-addr", own(Use::Redis).to_string());
         flag("redis-cluster-addr", own(Use::RedisCluster).to_string());
         flag("http-addr", own(Use::Http).to_string());
-        if self.keeps == Keeps::Disk {
-            flag("data-dir", self.data_dir(node).display().to_string());
+        match self.keeps {
+            Keeps::Memory => {}
+            Keeps::Disk => flag("data-dir", self.data_dir(node).display().to_string()),
+            Keeps::Identity => flag("state-dir", self.data_dir(node).display().to_string()),
         }
         args.extend(self.flags.iter().cloned());
         args

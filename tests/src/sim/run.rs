@@ -221,6 +221,7 @@ impl<'a> Run<'a> {
                 None => read_index,
             },
             local_reads: true,
+            remember: false,
         };
         let mut world = World::new(options);
         if plan.history {

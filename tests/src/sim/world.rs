@@ -17,10 +17,10 @@ use super::check::invariants::{Invariants, Sighting, Standing};
 use super::rng::Rng;
 use super::trace::Trace;
 use bytes::Bytes;
-use crema_core::{Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId, Term, WallTime, slot_of};
+use crema_core::{ClusterUuid, Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId, Term, WallTime, slot_of};
 use crema_shard::{
     Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, MemoryOptions, NodeAddrs,
-    Note, ReadLevel, ReadMode, StateWrite, Timing, Token,
+    Note, ReadLevel, ReadMode, RecoverRequest, RecoverResult, StateWrite, Timing, Token,
 };
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
@@ -83,6 +83,8 @@ pub struct Options {
     pub checkpoint_log_bytes: u64,
     /// Limits of each node's memory.
     pub memory: MemoryOptions,
+    /// Whether every node remembers of which cluster it is, as with a state directory; those with disks always do.
+    pub remember: bool,
 }
 
 impl Default for Options {
@@ -100,6 +102,7 @@ impl Default for Options {
             durable: 0,
             checkpoint_log_bytes: 4_000,
             memory: MemoryOptions::default(),
+            remember: false,
         }
     }
 }
@@ -186,6 +189,7 @@ enum Input {
     Gone(NodeId),
     Transfer { shard: ShardId, to: NodeId },
     Drain,
+    Recover(RecoverRequest),
 }
 
 /// What a happening is about; the life guards against those of an earlier one.
@@ -230,6 +234,8 @@ enum Event {
     },
     Hint {
         to: NodeId,
+        /// The life of the leader that made the claim.
+        life: u64,
         hint: LeaderHint,
     },
     Gossip,
@@ -298,6 +304,8 @@ struct SimNode {
     last_state: u64,
     /// The disk, of a node that keeps its log there.
     disk: Option<Disk>,
+    /// The cluster that it remembers, and the generation of its table.
+    cluster: Option<(ClusterUuid, u32)>,
     spins: (u64, u32),
 }
 
@@ -365,6 +373,8 @@ pub struct World {
     pub pairs: Vec<Pair>,
     /// Requests lost with the process of a node that stopped as planned.
     pub ended: Vec<(ConnId, Token)>,
+    /// Recoveries that have ended, in order: where, and how.
+    pub recoveries: Vec<(NodeId, RecoverResult)>,
 }
 
 impl World {
@@ -411,6 +421,7 @@ impl World {
             local_reads: 0,
             pairs: Vec::new(),
             ended: Vec::new(),
+            recoveries: Vec::new(),
         };
         for (id, clock) in ids.into_iter().zip(clocks) {
             let node = SimNode {
@@ -425,6 +436,7 @@ impl World {
                 last_persist: 0,
                 last_state: 0,
                 disk: None,
+                cluster: None,
                 spins: (0, 0),
             };
             world.nodes.insert(id, node);
@@ -590,7 +602,12 @@ impl World {
                     self.break_link(from, to, number);
                 }
             }
-            Event::Hint { to, hint } => self.input(to, Input::Hint(hint)),
+            Event::Hint { to, life, hint } => {
+                // Who hears of a new life hears before that the old one's claims are void.
+                if self.nodes[&hint.leader].life == life {
+                    self.input(to, Input::Hint(hint));
+                }
+            }
             Event::Reader(id) => self.reader_step(id),
             Event::Ends { node, life } => {
                 if self.nodes[&node].life == life {
@@ -758,6 +775,7 @@ impl World {
             Input::Gone(node) => host.node_gone(now, node),
             Input::Transfer { shard, to } => _ = host.transfer_leader(shard, to),
             Input::Drain => host.drain(now),
+            Input::Recover(request) => host.recover(now, request),
         }
     }
 
@@ -827,11 +845,17 @@ impl World {
             *claim = (led.term, id).max(*claim);
             self.gossip_claim(LeaderHint { shard: led.shard, leader: id, term: led.term });
         }
+        self.recoveries.extend(effects.recoveries.drain(..).map(|(_, result)| (id, result)));
         for note in effects.notes.drain(..) {
             let text = format!("{id:?} notes {note:?}");
             self.trace.note(self.now, text.clone());
             match note {
-                Note::Joined { .. } | Note::IdInUse { .. } => {}
+                Note::Joined { uuid, generation, .. } => {
+                    let remembers = self.options.remember || self.durable(id);
+                    let n = self.nodes.get_mut(&id).expect("nodes stay");
+                    n.cluster = remembers.then_some((uuid, generation));
+                }
+                Note::IdInUse { .. } => {}
                 // Requests that are still in flight get a moment, as a server's do.
                 Note::Drained => {
                     let at = self.now + self.rng.range(1, 500) * MS;
@@ -844,11 +868,18 @@ impl World {
         }
     }
 
+    /// An operator asks a node to recover what has lost its majority; the answer comes with [`World::recoveries`].
+    pub fn recover(&mut self, node: NodeId, accept_data_loss: bool, stopped: &[NodeId]) {
+        self.trace.note(self.now, format!("{node:?} shall recover, {accept_data_loss}, without {stopped:?}"));
+        self.input(node, Input::Recover(RecoverRequest { id: 0, accept_data_loss, stopped: stopped.to_vec() }));
+    }
+
     fn gossip_claim(&mut self, hint: LeaderHint) {
         let Some((from, to)) = self.conditions.gossip else { return };
         for node in self.ids().into_iter().filter(|n| *n != hint.leader) {
             let at = self.now + self.rng.range(from, to);
-            self.at(at, Event::Hint { to: node, hint });
+            let life = self.nodes[&hint.leader].life;
+            self.at(at, Event::Hint { to: node, life, hint });
         }
     }
 
@@ -1021,6 +1052,7 @@ impl World {
                 return;
             }
         };
+        let cluster = self.nodes[&id].cluster;
         let same_life = self.nodes[&id].disk.as_ref().is_some_and(Disk::is_used);
         let incarnation = if same_life { self.nodes[&id].incarnation } else { new };
         let config = HostConfig {
@@ -1037,7 +1069,8 @@ impl World {
             snapshot_chunk_bytes: self.options.chunk_bytes,
             process: new.0 as u64,
             memory: self.options.memory,
-            uuid: None,
+            uuid: cluster.map(|(uuid, _)| uuid),
+            generation: cluster.map_or(0, |(_, generation)| generation),
             checkpoint_log_bytes: self.durable(id).then_some(self.options.checkpoint_log_bytes),
             read_mode: if self.rng.permille(self.options.read_index) { ReadMode::ReadIndex } else { ReadMode::Lease },
         };
@@ -1083,6 +1116,7 @@ impl World {
             disk.crash(&mut self.rng);
         }
         self.trace.note(self.now, format!("{id:?} is killed"));
+        self.claims.retain(|_, (_, leader)| *leader != id);
         let machine = self.rng.permille(300);
         for other in self.ids().into_iter().filter(|o| *o != id) {
             if let Some(link) = self.links.get_mut(&(id, other)) {

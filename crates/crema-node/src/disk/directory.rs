@@ -5,7 +5,7 @@
 //! promised. A new life is begun in three steps (`identity` with `begun` false, everything of the old life moved aside,
 //! `identity` with `begun` true), so that a crash between them is finished at the next opening.
 //!
-//! `identity`: version 1 (u8) | postcard of `Stored` | xxh3 (u64 LE) of all before it.
+//! `identity`: version 2 (u8) | postcard of `Stored` | xxh3 (u64 LE) of all before it.
 
 use super::{LogEngine, create_dir, replace_file, sync_dir};
 use rustix::fs::{FlockOperation, flock};
@@ -16,7 +16,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// Far more than an identity can take.
 const MAX_IDENTITY_BYTES: u64 = 64 * 1024;
 /// Longest name of a cluster in bytes.
@@ -43,6 +43,8 @@ pub struct Identity {
     pub cluster: String,
     /// The cluster's own id, once it was founded or joined.
     pub uuid: Option<u128>,
+    /// The latest generation of that cluster's table that this node has known, 0 for none.
+    pub generation: u32,
     /// The life of the log.
     pub incarnation: u128,
     /// How often the directory was opened, this time included.
@@ -146,6 +148,7 @@ struct Stored {
     node_id: u64,
     cluster: String,
     uuid: Option<u128>,
+    generation: u32,
     incarnation: u128,
     boot: u64,
     mode: Mode,
@@ -194,6 +197,7 @@ impl DataDir {
                     node_id,
                     cluster: cluster_name.into(),
                     uuid: None,
+                    generation: 0,
                     incarnation: draw(path)?,
                     boot: 0,
                     mode,
@@ -223,23 +227,25 @@ impl DataDir {
 
     /// Who the node is.
     pub fn identity(&self) -> Identity {
-        let Stored { node_id, cluster, uuid, incarnation, boot, mode, begun: _ } = self.stored.clone();
-        Identity { node_id, cluster, uuid, incarnation, boot, mode }
+        let Stored { node_id, cluster, uuid, generation, incarnation, boot, mode, begun: _ } = self.stored.clone();
+        Identity { node_id, cluster, uuid, generation, incarnation, boot, mode }
     }
 
-    /// Keeps the cluster's id, durably; for ever, once it is set.
+    /// Keeps the cluster's id, durably and for ever, and the highest generation of its table.
     ///
     /// # Errors
-    /// Another one is set, or what the file system says.
-    pub fn set_uuid(&mut self, uuid: u128) -> Result<(), DirError> {
-        match self.stored.uuid {
-            Some(stored) if stored == uuid => Ok(()),
-            Some(stored) => Err(DirError::WrongUuid { path: self.path.clone(), stored, given: uuid }),
-            None => {
-                self.stored.uuid = Some(uuid);
-                self.save().inspect_err(|_| self.stored.uuid = None)
-            }
+    /// Another id is set, or what the file system says.
+    pub fn set_cluster(&mut self, uuid: u128, generation: u32) -> Result<(), DirError> {
+        let before = (self.stored.uuid, self.stored.generation);
+        if let Some(stored) = before.0.filter(|stored| *stored != uuid) {
+            return Err(DirError::WrongUuid { path: self.path.clone(), stored, given: uuid });
         }
+        let now = (Some(uuid), generation.max(before.1));
+        if now == before {
+            return Ok(());
+        }
+        (self.stored.uuid, self.stored.generation) = now;
+        self.save().inspect_err(|_| (self.stored.uuid, self.stored.generation) = before)
     }
 
     /// Ends the life of the log and begins another one, empty, with this incarnation. What was there is moved to

@@ -544,16 +544,18 @@ fn a_directory_has_one_process_one_node_and_one_cluster() {
     }
     let error = DataDir::open(&path, 4, "blue", Mode::Durable).unwrap_err();
     assert!(error.to_string().contains("another process"), "{error}");
-    data.set_uuid(77).unwrap();
-    data.set_uuid(77).unwrap();
-    assert!(matches!(data.set_uuid(78), Err(DirError::WrongUuid { stored: 77, given: 78, .. })));
+    data.set_cluster(77, 1).unwrap();
+    data.set_cluster(77, 3).unwrap();
+    data.set_cluster(77, 2).unwrap();
+    assert_eq!(data.identity().generation, 3, "the highest");
+    assert!(matches!(data.set_cluster(78, 4), Err(DirError::WrongUuid { stored: 77, given: 78, .. })));
     drop(data);
     let error = DataDir::open(&path, 5, "blue", Mode::Durable).unwrap_err().to_string();
     assert!(error.contains("node 4") && error.contains("node 5"), "{error}");
     let error = DataDir::open(&path, 4, "red", Mode::Durable).unwrap_err().to_string();
     assert!(error.contains("\"blue\"") && error.contains("\"red\""), "{error}");
     let (_data, second) = DataDir::open(&path, 4, "blue", Mode::Durable).unwrap();
-    assert_eq!(second, super::Identity { uuid: Some(77), boot: 2, ..first });
+    assert_eq!(second, super::Identity { uuid: Some(77), generation: 3, boot: 2, ..first });
 }
 
 #[test]
@@ -629,11 +631,11 @@ fn every_flipped_bit_and_every_cut_of_an_identity_is_refused() {
     }
     // A version that is not ours, but whole.
     let mut newer = whole[..whole.len() - 8].to_vec();
-    newer[0] = 2;
+    newer[0] = 3;
     newer.extend(xxhash_rust::xxh3::xxh3_64(&newer).to_le_bytes());
     fs::write(&file, newer).unwrap();
     let error = DataDir::open(dir.path(), 1, "c", Mode::Durable).unwrap_err();
-    assert!(matches!(error, DirError::Newer { version: 2, .. }), "{error}");
+    assert!(matches!(error, DirError::Newer { version: 3, .. }), "{error}");
 }
 
 fn read_all(dir: &Path, group: u64, index: u64) -> Result<Vec<Vec<u8>>, checkpoint::CheckpointError> {

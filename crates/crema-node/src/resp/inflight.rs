@@ -365,6 +365,13 @@ fn write_refusal(out: &mut BytesMut, refusal: Refusal) {
                 format!("CLUSTERDOWN shard {shard} has no leader; the command was not executed").as_bytes(),
             );
         }
+        Refusal::Lost(shard) => {
+            let text = format!(
+                "CLUSTERDOWN shard {shard} has lost the majority of its replicas for good, see `crema recover`; the command \
+                 was not executed"
+            );
+            encode::error(out, text.as_bytes());
+        }
         Refusal::Busy(shard) => {
             let text = format!("TRYAGAIN shard {shard} did not take the command in time; it was not executed");
             encode::error(out, text.as_bytes());

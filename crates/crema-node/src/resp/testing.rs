@@ -51,6 +51,7 @@ pub(crate) fn view_of(arcs: &[(u16, u16)]) -> RoutingView {
             published: None,
             own_term: Term(5),
             replicas: (1..=3).map(|n| (NodeId(n), ReplicaId::new(1, n as u32), crema_shard::Standing::Voter)).collect(),
+            down: None,
         }
     });
     RoutingView {
@@ -60,7 +61,7 @@ pub(crate) fn view_of(arcs: &[(u16, u16)]) -> RoutingView {
         shards: shards.collect(),
         nodes: BTreeMap::from_iter(nodes),
         meta_leader: Some(NodeId(1)),
-        not_ready: None,
+        ..RoutingView::default()
     }
 }
 

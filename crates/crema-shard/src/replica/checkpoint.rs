@@ -11,9 +11,9 @@ use crate::effect::{LogWrite, StateWrite};
 use crate::log_store::FOUNDING_INDEX;
 use crate::transfer::Point;
 use bytes::Bytes;
-use crema_core::ShardInit;
 use crema_core::mutant::{Mutant, planted};
 use crema_core::snapshot::SnapshotStep;
+use crema_core::{ReplicaId, ShardInit};
 use raft::eraftpb::{Entry, HardState};
 
 /// Pieces that are on their way to a file.
@@ -51,11 +51,34 @@ pub(super) struct Disk {
     asked: bool,
     /// Index of the last change of members whose commitment is not durable yet.
     members_at: Option<u64>,
+    /// Whether this replica begins its group, and what it begins with is not durable yet.
+    begins: bool,
+    /// The replica of the group before, which goes when that is durable.
+    supersedes: Option<ReplicaId>,
 }
 
 impl Disk {
     pub(super) fn new(limit: u64) -> Self {
-        Disk { limit, log_bytes: 0, state_bytes: 0, files: 0, checkpoint: None, asked: false, members_at: None }
+        Disk {
+            limit,
+            log_bytes: 0,
+            state_bytes: 0,
+            files: 0,
+            checkpoint: None,
+            asked: false,
+            members_at: None,
+            begins: false,
+            supersedes: None,
+        }
+    }
+
+    /// That of a replica that begins its group at `index`: it has nothing there yet, and does nothing before it has.
+    pub(super) fn beginning(limit: u64, index: u64) -> Self {
+        Disk { asked: true, log_bytes: 1, members_at: Some(index), begins: true, ..Disk::new(limit) }
+    }
+
+    pub(super) fn begins(&self) -> bool {
+        self.begins
     }
 
     pub(super) fn next_file(&mut self) -> u64 {
@@ -69,6 +92,13 @@ impl Disk {
 }
 
 impl Replica {
+    /// With its own beginning, what is on disk of that replica becomes void.
+    pub fn supersedes(&mut self, before: Option<ReplicaId>) {
+        if let Some(disk) = &mut self.disk {
+            disk.supersedes = before;
+        }
+    }
+
     /// Whether it keeps its log on disk.
     pub fn is_durable(&self) -> bool {
         self.disk.is_some()
@@ -129,6 +159,7 @@ impl Replica {
                 true => HardState { vote: 0, ..self.raw.raft.hard_state() },
             }),
             compact_to: None,
+            remove: false,
             state: installed,
         });
     }
@@ -147,6 +178,7 @@ impl Replica {
     pub fn members_durable(&mut self, index: u64) {
         if let Some(disk) = &mut self.disk {
             disk.members_at.take_if(|at| *at <= index);
+            disk.begins &= disk.members_at.is_some();
         }
     }
 
@@ -269,6 +301,10 @@ impl Replica {
         disk.log_bytes = 0;
         let index = c.point.index;
         let record = GroupRecord { shard: self.shard, id: self.id, start: Start::At(c.point) };
+        if disk.begins {
+            out.members_written.push((self.shard, index));
+        }
+        let superseded = disk.supersedes.take();
         out.writes.push(LogWrite {
             replica: self.id,
             record: Some(record.encode()),
@@ -276,5 +312,7 @@ impl Replica {
             state: Some(index),
             ..LogWrite::default()
         });
+        // In one batch with what takes its place.
+        out.writes.extend(superseded.map(|replica| LogWrite { replica, remove: true, ..LogWrite::default() }));
     }
 }

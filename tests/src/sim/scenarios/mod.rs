@@ -7,6 +7,7 @@ mod filling;
 mod leadership;
 mod leases;
 mod memory;
+mod recovery;
 mod requests;
 mod sleep;
 

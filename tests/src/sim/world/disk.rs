@@ -85,6 +85,11 @@ impl Disk {
     }
 
     fn apply(&mut self, w: LogWrite) {
+        if w.remove {
+            self.logs.remove(&w.replica);
+            self.states.retain(|(replica, _), _| *replica != w.replica);
+            return;
+        }
         let log = self.logs.entry(w.replica).or_default();
         if w.clear {
             *log = Log::default();
