@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!   leader:   wanted --begin at (index, term)--> chunks, at most a window without an acknowledgement --> complete
-//!                                                   \-- silence, a cut: sent again from the last acknowledged one
+//!                                                   |-- a gap: sent again from the piece that is missing
+//!                                                   |-- a cut: sent again from the last acknowledged one
+//!                                                   \-- silence: the last one again, which shows a gap if there is one
 //!                \-- complete: raft-rs may send MsgSnapshot, which is small and installs what is there already
 //!   receiver: chunk 0 --> restoring --every chunk in order--> prepared --MsgSnapshot of the same point--> installed
 //! ```
@@ -24,9 +26,14 @@ use std::time::Duration;
 /// Chunks that are on their way without an acknowledgement. With chunks of 256 KiB a megabyte: enough for a gigabyte a
 /// second at a round trip of a millisecond, and little enough for many transfers.
 const WINDOW: usize = 4;
-/// Without an acknowledgement for this long the window is sent again. A connection that breaks says so at once; this is for
-/// a peer that loses frames silently. Long, since on a slow way they may only be waiting.
-const RESEND: Duration = Duration::from_secs(5);
+/// Silence after which the last piece is sent again. A connection that breaks says so at once, and a piece that is lost shows
+/// as a gap as soon as one behind it arrives; what is left is the loss of whatever nothing followed: the last piece, all of
+/// the window, or the answers. For all three it is enough to send the last piece: the receiver takes it, tells of the gap
+/// before it, or repeats its answer. (So does TCP: RFC 8985, tail loss probe.) On a slow way or before a slow disk it is only
+/// early, and costs one piece in four: so it may come soon, and comes less and less often.
+const PROBE: Duration = Duration::from_secs(1);
+/// Between the later ones; more than a few of them fit into [`GIVE_UP`].
+const MOST_PROBE: Duration = Duration::from_secs(5);
 /// Without one for this long the transfer is given up.
 const GIVE_UP: Duration = Duration::from_secs(30);
 /// Without an answer to MsgSnapshot for this long it is sent again.
@@ -75,7 +82,7 @@ pub struct ChunkAck {
     pub to: ReplicaId,
     /// The transfer.
     pub transfer: u64,
-    /// The position that is expected next; everything before it is kept.
+    /// The position that is expected next; everything before it is kept. In a gap: only received, and perhaps not on disk yet.
     pub next: u32,
     /// What becomes of it.
     pub verdict: Verdict,
@@ -90,6 +97,8 @@ pub enum Verdict {
     Complete,
     /// It is of no use: damaged, unknown here, or not needed.
     Refused,
+    /// A later piece has come than the one that is expected: that one is lost.
+    Gap,
 }
 
 /// A transfer as the leader sees it.
@@ -111,6 +120,10 @@ pub struct Outgoing {
     complete: bool,
     progress: MonoTime,
     sent_at: MonoTime,
+    /// Silence after which the last one is sent again.
+    probe: Duration,
+    /// Positions from here on have not been sent again because of a gap.
+    mended: u32,
     announced: Option<MonoTime>,
     announcements: u32,
     bytes: u64,
@@ -141,6 +154,8 @@ impl Outgoing {
             complete: false,
             progress: now,
             sent_at: now,
+            probe: PROBE,
+            mended: 0,
             announced: None,
             announcements: 0,
             bytes: 0,
@@ -192,6 +207,7 @@ impl Outgoing {
         let complete = complete && self.whole && self.window.is_empty() && next == self.next;
         if moved || (complete && !self.complete) {
             self.progress = now;
+            self.probe = PROBE;
         }
         self.complete |= complete;
         self.complete
@@ -200,6 +216,24 @@ impl Outgoing {
     /// What was sent without an acknowledgement may be lost: it is sent again.
     pub fn interrupted(&mut self) {
         self.sent = 0;
+        self.mended = 0;
+    }
+
+    /// The receiver has everything before `next`, and then a later piece: those from there on are sent again. Once: each of
+    /// the pieces that were on their way behind the gap tells of it. Should the piece get lost again, then the next probe
+    /// is told of it. Returns whether the receiver lacks what it had acknowledged: nothing can mend that.
+    pub fn gap(&mut self, next: u32) -> bool {
+        let Some(first) = self.window.front().map(|c| c.seq) else { return next == 0 };
+        if next < first {
+            // What is older than an acknowledgement is a late frame. A receiver that lost its state begins at nothing.
+            return next == 0;
+        }
+        let before = (next - first) as usize;
+        if next >= self.mended && before < self.sent {
+            self.sent = before;
+            self.mended = next + 1;
+        }
+        false
     }
 
     /// raft-rs has sent MsgSnapshot.
@@ -240,8 +274,10 @@ impl Outgoing {
         if now.since(self.progress) >= GIVE_UP {
             return Due::GiveUp;
         }
-        if self.sent > 0 && now.since(self.sent_at) >= RESEND {
-            self.interrupted();
+        if self.sent > 0 && now.since(self.sent_at.max(self.progress)) >= self.probe {
+            self.sent -= 1;
+            self.mended = 0;
+            self.probe = (self.probe * 2).min(MOST_PROBE);
         }
         Due::Nothing
     }
@@ -328,14 +364,76 @@ mod tests {
         push(&mut t, false);
         t.take_unsent(at(0));
         t.acknowledged(1, false, at(1));
-        assert_eq!(t.tick(at(4_999)), Due::Nothing);
         assert!(!t.has_unsent());
-        assert_eq!(t.tick(at(5_000)), Due::Nothing);
-        assert_eq!(seqs(&t.take_unsent(at(5_000))), [1, 2]);
         t.interrupted();
-        assert_eq!(seqs(&t.take_unsent(at(5_001))), [1, 2]);
-        assert_eq!(t.tick(at(30_000)), Due::Nothing);
-        assert_eq!(t.tick(at(30_001)), Due::GiveUp);
+        assert_eq!(seqs(&t.take_unsent(at(2))), [1, 2]);
+    }
+
+    #[test]
+    fn a_gap_sends_what_is_missing_again_at_once_and_once() {
+        let mut t = transfer();
+        (0..3).for_each(|_| push(&mut t, false));
+        t.take_unsent(at(0));
+        t.acknowledged(1, false, at(1));
+        push(&mut t, false);
+        t.take_unsent(at(1));
+        // 2 is lost; 3 and 4 arrive. In between, 1 may be received but not written yet: it is not sent again.
+        assert!(!t.gap(2));
+        assert_eq!(seqs(&t.take_unsent(at(2))), [2, 3, 4]);
+        assert!(!t.gap(2));
+        assert!(!t.has_unsent(), "the other piece behind the gap tells of the same one");
+        t.acknowledged(2, false, at(3));
+        assert!(!t.gap(1), "late");
+        assert!(!t.has_unsent());
+        assert!(!t.gap(3), "another one");
+        assert_eq!(seqs(&t.take_unsent(at(4))), [3, 4]);
+        assert!(!t.gap(9), "nobody expects what was never made");
+        assert!(!t.has_unsent());
+        // A new connection, and the same is lost again.
+        t.interrupted();
+        t.take_unsent(at(5));
+        assert!(!t.gap(3));
+        assert_eq!(seqs(&t.take_unsent(at(5))), [3, 4]);
+    }
+
+    #[test]
+    fn a_receiver_that_has_nothing_any_more_cannot_be_mended() {
+        let mut t = transfer();
+        push(&mut t, false);
+        t.take_unsent(at(0));
+        assert!(!t.gap(0), "the first piece may be lost like others");
+        assert_eq!(seqs(&t.take_unsent(at(1))), [0, 1]);
+        t.acknowledged(1, false, at(2));
+        assert!(t.gap(0));
+        t.acknowledged(2, false, at(3));
+        assert!(t.gap(0));
+    }
+
+    #[test]
+    fn silence_sends_the_last_piece_again_less_and_less_often() {
+        let mut t = transfer();
+        push(&mut t, false);
+        push(&mut t, false);
+        t.take_unsent(at(0));
+        t.acknowledged(1, false, at(100));
+        let mut probes = Vec::new();
+        for now in (101..30_100).step_by(1) {
+            assert_eq!(t.tick(at(now)), Due::Nothing);
+            if t.has_unsent() {
+                assert_eq!(seqs(&t.take_unsent(at(now))), [2]);
+                probes.push(now);
+            }
+        }
+        assert_eq!(probes, [1_100, 3_100, 7_100, 12_100, 17_100, 22_100, 27_100]);
+        // Each may be told of a gap.
+        assert!(!t.gap(1));
+        assert_eq!(seqs(&t.take_unsent(at(30_000))), [1, 2]);
+        assert_eq!(t.tick(at(30_100)), Due::GiveUp);
+        t.acknowledged(2, false, at(30_100));
+        assert_eq!(t.tick(at(31_099)), Due::Nothing);
+        assert!(!t.has_unsent());
+        assert_eq!(t.tick(at(31_100)), Due::Nothing);
+        assert!(t.has_unsent(), "soon again, after an answer");
     }
 
     #[test]

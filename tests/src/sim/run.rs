@@ -25,8 +25,8 @@ const WRITABLE_WITHIN: u64 = 5 * S;
 const ANSWERED_WITHIN: Duration = Duration::from_millis(5_500);
 /// A node that lost its memory has all of its replicas back after this.
 const REFILLED_WITHIN: Duration = Duration::from_secs(20);
-/// Replicas that can talk have the same state after this. Longer than the 5 s after which a sender takes a piece of a state
-/// for lost.
+/// Replicas that can talk have the same state after this. Longer than the 5 s that may pass between two times that a sender
+/// asks whether a piece of a state was lost.
 const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(10);
 /// A group of which every voter lives sleeps after this: 40 quiet ticks, and some rounds that may fail.
 const ASLEEP_WITHIN: Duration = Duration::from_secs(12);

@@ -12,6 +12,7 @@ use crema_core::snapshot::{Restore, SnapshotStep};
 use crema_core::{LogIndex, MonoTime, NodeId, Now, ReplicaId, StateMachine};
 use raft::eraftpb::Message;
 use raft::{ProgressState, SnapshotStatus};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +22,32 @@ const FORGET: Duration = Duration::from_secs(60);
 
 /// In a refusal: of whatever was announced.
 const NO_TRANSFER: u64 = 0;
+
+/// A member that refused a state gets another one after this; doubled while it refuses those, too.
+const REFUSED_FOR: Duration = Duration::from_secs(1);
+/// The longest such time. Whatever made it refuse may have ended.
+const MOST_REFUSED_FOR: Duration = Duration::from_secs(60);
+
+/// Members that refused what they were sent. To walk a machine again at once, for ever, would help nobody: what one cannot use
+/// may be what all of them will be.
+#[derive(Debug, Default)]
+struct Refusals(BTreeMap<ReplicaId, (Duration, MonoTime)>);
+
+impl Refusals {
+    fn refused(&mut self, by: ReplicaId, now: MonoTime) {
+        let last = self.0.get(&by).map(|(wait, _)| *wait);
+        let wait = last.map_or(REFUSED_FOR, |wait| (wait * 2).min(MOST_REFUSED_FOR));
+        self.0.insert(by, (wait, now.after(wait)));
+    }
+
+    fn forget(&mut self, member: ReplicaId) {
+        self.0.remove(&member);
+    }
+
+    fn may_be_sent(&self, to: ReplicaId, now: MonoTime) -> bool {
+        self.0.get(&to).is_none_or(|(_, until)| now >= *until)
+    }
+}
 
 /// A state that came whole.
 struct Prepared {
@@ -47,6 +74,7 @@ pub(super) struct Filling {
     /// Number of the last transfer.
     transfers: u64,
     outgoing: Option<Outgoing>,
+    refusals: Refusals,
     /// What is left of the meta state that is on its way.
     meta_rest: Bytes,
     /// Whether the machine is being walked for it.
@@ -67,6 +95,7 @@ impl Filling {
             chunk_bytes: chunk_bytes.max(1),
             transfers: process | 1,
             outgoing: None,
+            refusals: Refusals::default(),
             meta_rest: Bytes::new(),
             walks: false,
             incoming: None,
@@ -112,8 +141,10 @@ impl Filling {
         Some(&outgoing.point.members)
     }
 
-    /// Ends a transfer to somebody who is no member any more.
+    /// The members have changed: ends a transfer to somebody who is none any more.
     pub(super) fn keep_if(&mut self, keep: impl Fn(ReplicaId) -> bool) {
+        // Under other members a state is another one.
+        self.refusals = Refusals::default();
         // What the machine walks ends with the next tick, which finds no transfer.
         self.outgoing.take_if(|o| !keep(o.to.id));
     }
@@ -171,6 +202,9 @@ impl Replica {
         let arrived = progress.is_none_or(|p| p.matched >= index && p.state != ProgressState::Snapshot);
         let due = outgoing.tick(now.mono);
         let gone = progress.is_none() || self.raw.store().truncated() > index;
+        if arrived {
+            self.filling.refusals.forget(ReplicaId(to));
+        }
         match due {
             // Its log was cut, so it is of no use, or of no more.
             _ if gone => self.stop_filling(),
@@ -185,8 +219,9 @@ impl Replica {
     fn begin_filling(&mut self, now: MonoTime) {
         let wanted = self.raw.mut_store().take_wanted();
         let member = |id: &u64| self.members.get(ReplicaId(*id));
+        let refusals = &self.filling.refusals;
         // The others will be wanted again with their next answers.
-        let Some(to) = wanted.iter().find_map(member) else { return };
+        let Some(to) = wanted.iter().filter_map(member).find(|m| refusals.may_be_sent(m.id, now)) else { return };
         let index = self.applied().0;
         let Ok(term) = self.raw.raft.raft_log.term(index) else { return };
         let begun = match &mut self.machine {
@@ -260,18 +295,26 @@ impl Replica {
         if ack.from != outgoing.to.id || from != outgoing.to.node || self.failed {
             return;
         }
-        if ack.transfer == NO_TRANSFER && outgoing.complete() {
+        let refused = match ack.verdict {
             // It had everything, and has lost it with its process.
+            _ if ack.transfer == NO_TRANSFER => outgoing.complete(),
+            _ if ack.transfer != outgoing.id => return,
+            // Once it has everything, what it refuses or lacks is a copy of an old piece.
+            Verdict::Refused => !outgoing.complete(),
+            Verdict::Gap => {
+                // Nor is it a refusal if it has lost what it had: it may well take another state, and at once.
+                if !outgoing.complete() && outgoing.gap(ack.next) {
+                    self.stop_filling();
+                }
+                return;
+            }
+            Verdict::Going | Verdict::Complete => false,
+        };
+        if refused {
+            self.filling.refusals.refused(ack.from, now.mono);
             return self.stop_filling();
         }
-        if ack.transfer != outgoing.id {
-            return;
-        }
         if ack.verdict == Verdict::Refused {
-            // Once it has everything, what it refuses is a copy of an old piece.
-            if !outgoing.complete() {
-                self.stop_filling();
-            }
             return;
         }
         if outgoing.acknowledged(ack.next, ack.verdict == Verdict::Complete, now.mono) {
@@ -307,8 +350,9 @@ impl Replica {
                 return;
             }
             if chunk.seq != 0 {
-                // The beginning is not here: a new process, or a new leader's transfer has taken its place.
-                return self.acknowledge(sender, chunk.transfer, 0, Verdict::Refused, out);
+                // The beginning is not here: lost on its way, with an earlier process, or to a new leader's transfer that has
+                // taken its place. The sender knows whether it was ever here.
+                return self.acknowledge(sender, chunk.transfer, 0, Verdict::Gap, out);
             }
             f.prepared = None;
             f.restoring = None;
@@ -355,6 +399,9 @@ impl Replica {
                     verdict = Verdict::Refused;
                 }
             }
+        }
+        if let Some(incoming) = self.filling.incoming.filter(|i| chunk.seq > i.next) {
+            return self.acknowledge(sender, chunk.transfer, incoming.next, Verdict::Gap, out);
         }
         let (next, complete) = self.filling.incoming.map_or((0, false), |i| i.acknowledged());
         if complete {
@@ -521,5 +568,161 @@ impl Replica {
             self.filling.installing = None;
             self.raw.advance_apply_to(self.applied().0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replica::{ReadMode, ReplicaInit};
+    use crate::timing::Timing;
+    use crema_core::{Epoch, Incarnation, LogTime, ShardId, ShardInit, SlotRange, WallTime};
+    use raft::Storage;
+
+    const SHARD: ShardId = ShardId(1);
+
+    fn at(ms: u64) -> Now {
+        Now { mono: MonoTime(ms * 1_000_000), wall: WallTime(ms) }
+    }
+
+    fn member(n: u64) -> Member {
+        Member { id: ReplicaId(n), node: NodeId(n), incarnation: Incarnation(1) }
+    }
+
+    fn members() -> Members {
+        Members { voters: vec![member(1), member(2)], learners: Vec::new(), epoch: Epoch(1) }
+    }
+
+    fn machine(applied: u64) -> StateMachine {
+        let range = SlotRange { start: 0, end: 9 };
+        let applied = LogIndex(applied);
+        StateMachine::new(ShardInit { range, epoch: Epoch(1), secret: 5, log_time: LogTime(7), applied })
+    }
+
+    fn init(id: u64, applied: u64, durable: bool) -> ReplicaInit {
+        ReplicaInit {
+            shard: SHARD,
+            id: ReplicaId(id),
+            members: Members::default(),
+            machine: Machine::Data(Box::new(machine(applied))),
+            log_time: LogTime(7),
+            timing: Timing::default(),
+            max_log_bytes: 1 << 20,
+            context_prefix: 1,
+            read_mode: ReadMode::Lease,
+            chunk_bytes: 64,
+            checkpoint_log_bytes: durable.then_some(1 << 20),
+            eviction: None,
+        }
+    }
+
+    fn logger() -> slog::Logger {
+        slog::Logger::root(slog::Discard, slog::o!())
+    }
+
+    fn piece(seq: u32, data: Bytes, last: bool) -> Chunk {
+        Chunk { shard: SHARD, from: ReplicaId(1), to: ReplicaId(2), transfer: 9, seq, last, data }
+    }
+
+    /// The pieces of a small state, and a receiver without one.
+    fn state() -> Vec<Chunk> {
+        let point = Point { index: 5, term: 1, members: members() };
+        let mut m = machine(5);
+        let mut data = vec![(postcard::to_stdvec(&point).unwrap().into(), false)];
+        data.push((m.begin_snapshot().unwrap(), false));
+        loop {
+            match m.snapshot_step(64) {
+                SnapshotStep::Chunk(d) => data.push((d, false)),
+                SnapshotStep::Done(d) => {
+                    data.push((d, true));
+                    break;
+                }
+                SnapshotStep::Sweeping => {}
+                SnapshotStep::Idle => unreachable!("it was begun"),
+            }
+        }
+        data.into_iter().zip(0..).map(|((d, last), seq)| piece(seq, d, last)).collect()
+    }
+
+    fn take(r: &mut Replica, chunk: &Chunk) -> Vec<(u32, Verdict)> {
+        let mut out = Out::default();
+        r.take_chunk(member(1), chunk, at(1).mono, &mut out);
+        out.chunk_acks.iter().map(|(_, a)| (a.next, a.verdict)).collect()
+    }
+
+    #[test]
+    fn a_receiver_tells_of_a_gap_and_repeats_itself_otherwise() {
+        let chunks = state();
+        let last = chunks.len() as u32;
+        assert!(last >= 3, "the point, a head, and something behind it");
+        let mut r = Replica::empty(init(2, 0, false), &logger(), at(0)).unwrap();
+        assert_eq!(take(&mut r, &chunks[1]), [(0, Verdict::Gap)], "the beginning is lost");
+        assert_eq!(take(&mut r, &chunks[0]), [(1, Verdict::Going)]);
+        assert_eq!(take(&mut r, &chunks[2]), [(1, Verdict::Gap)]);
+        assert_eq!(take(&mut r, &chunks[0]), [(1, Verdict::Going)], "a copy");
+        for c in &chunks[1..] {
+            let verdict = if c.last { Verdict::Complete } else { Verdict::Going };
+            assert_eq!(take(&mut r, c), [(c.seq + 1, verdict)]);
+        }
+        assert_eq!(take(&mut r, &chunks[1]), [(last, Verdict::Complete)]);
+    }
+
+    #[test]
+    fn on_disk_a_gap_counts_from_what_was_received() {
+        let chunks = state();
+        let mut r = Replica::empty(init(2, 0, true), &logger(), at(0)).unwrap();
+        assert_eq!(take(&mut r, &chunks[0]), [], "acknowledged when it is written");
+        assert_eq!(take(&mut r, &chunks[2]), [(1, Verdict::Gap)], "not 0, which is only not written yet");
+        assert_eq!(take(&mut r, &chunks[0]), [(0, Verdict::Going)], "a copy is no gap");
+        assert_eq!(take(&mut r, &chunks[1]), []);
+    }
+
+    #[test]
+    fn a_member_that_refuses_is_asked_again_less_and_less_often() {
+        let machine = Machine::Data(Box::new(machine(crate::log_store::FOUNDING_INDEX)));
+        let founded = ReplicaInit { members: members(), machine, ..init(1, 0, false) };
+        let mut r = Replica::founded(founded, true, &logger(), at(0)).unwrap();
+        let mut now = 0;
+        // When the next transfer begins, after the last one was refused.
+        let begins = |r: &mut Replica, now: &mut u64| {
+            let refused_at = *now;
+            loop {
+                // raft-rs asks with each answer to a heartbeat.
+                let _ = r.raw.store().snapshot(0, 2);
+                r.keep_filling(true, at(*now));
+                if r.filling.outgoing.is_some() {
+                    return *now - refused_at;
+                }
+                *now += 100;
+                assert!(*now - refused_at < 120_000);
+            }
+        };
+        let refuse = |r: &mut Replica, now: u64| {
+            let transfer = r.filling.transfers;
+            let verdict = Verdict::Refused;
+            let ack = ChunkAck { shard: SHARD, from: ReplicaId(2), to: ReplicaId(1), transfer, next: 0, verdict };
+            r.chunk_acked(NodeId(2), ack, at(now));
+            assert!(r.filling.outgoing.is_none());
+        };
+        let mut waits = Vec::new();
+        for _ in 0..9 {
+            waits.push(begins(&mut r, &mut now));
+            refuse(&mut r, now);
+        }
+        assert_eq!(waits, [0, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000]);
+        // Success.
+        begins(&mut r, &mut now);
+        let index = r.filling.point().unwrap();
+        let progress = r.raw.raft.mut_prs().get_mut(2).unwrap();
+        progress.matched = index;
+        r.keep_filling(false, at(now));
+        r.stop_filling();
+        assert_eq!(begins(&mut r, &mut now), 0);
+        refuse(&mut r, now);
+        assert_eq!(begins(&mut r, &mut now), 1_000, "as at first");
+        // Other members.
+        refuse(&mut r, now);
+        r.members_changed();
+        assert_eq!(begins(&mut r, &mut now), 0);
     }
 }

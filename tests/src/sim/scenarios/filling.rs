@@ -136,6 +136,25 @@ fn lost_pieces_and_lost_acknowledgements_are_sent_again() {
     }
 }
 
+/// A sender learns of one lost piece by those behind it; if nothing came behind it, it asks after a second.
+#[test]
+fn a_moment_of_loss_costs_no_more_than_a_second() {
+    for kind in [KIND_CHUNK, KIND_CHUNK_ACK] {
+        let mut s = tight();
+        let leader = s.leader();
+        fill(&mut s, leader, 0..60);
+        let [lost, _] = s.others(leader);
+        s.world.kill(lost);
+        s.world.start(lost);
+        s.wait(5_000, "a transfer", |w| replica(w, lost).is_some_and(|r| r.transfer_status().held_bytes > 200));
+        s.world.blocks.push(Block { kind: Some(kind), ..Block::default() });
+        s.run(5);
+        s.world.blocks.clear();
+        assert!(!s.world.whole(lost));
+        s.wait(2_500, "whole", |w| w.whole(lost));
+    }
+}
+
 /// Whatever moment of being filled the receiver dies in, its next life is filled; whatever moment the leader dies in, its
 /// successor goes on.
 #[test]
