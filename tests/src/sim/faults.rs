@@ -46,15 +46,22 @@ pub enum Fault {
     Stall,
     /// A node is stopped as planned, and comes back.
     Stop,
-    /// A node dies and its disk with it: what comes back is another life.
+    /// A node dies and its disk with it: what comes back is another life, and may keep its log elsewhere: on a disk instead of
+    /// in memory, or the reverse.
     Wipe,
     /// All nodes die at once. Only where all have their logs on disk.
     Outage,
+    /// A write to a log or a state finds no room: its node ends.
+    Enospc,
+    /// A sync of a log or a state fails: its node ends, and what was written since the last one may be there in part.
+    Eio,
+    /// A bit flips in what is at rest on a disk: noticed by the next restart, which then begins another life, or of no account.
+    BitFlip,
 }
 
 impl Fault {
     /// All of them that a seed chooses from unless others are named.
-    pub const ALL: [Fault; 20] = [
+    pub const ALL: [Fault; 23] = [
         Fault::Drop,
         Fault::Delay,
         Fault::Reorder,
@@ -75,6 +82,9 @@ impl Fault {
         Fault::Stop,
         Fault::Wipe,
         Fault::Outage,
+        Fault::Enospc,
+        Fault::Eio,
+        Fault::BitFlip,
     ];
 
     /// The name on the command line.
@@ -100,6 +110,9 @@ impl Fault {
             Fault::Stop => "stop",
             Fault::Wipe => "wipe",
             Fault::Outage => "outage",
+            Fault::Enospc => "enospc",
+            Fault::Eio => "eio",
+            Fault::BitFlip => "bit-flip",
             Fault::Stall => "stall",
         }
     }
@@ -173,7 +186,7 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        for text in ["none", "drop,kill", "pause"] {
+        for text in ["none", "drop,kill", "pause", "enospc,bit-flip"] {
             assert_eq!(text.parse::<Faults>().unwrap().to_string(), text);
         }
         let all = Faults::all();

@@ -11,7 +11,7 @@ use super::model::Ended;
 use super::mutants;
 use super::rng::Rng;
 use super::workload::Workload;
-use super::world::{Conditions, MS, Options, S, Step, World};
+use super::world::{Conditions, DiskError, MS, Options, S, Step, World};
 use crema_core::mutant::Mutant;
 use crema_core::{NodeId, Reply, ShardId};
 use crema_shard::ReadMode;
@@ -168,6 +168,8 @@ enum Undo {
     Resume(NodeId),
     Restart(NodeId),
     RestartAll,
+    /// The disk takes writes again; whoever ended for it comes back.
+    Repair(NodeId),
     Gossip,
     Load,
 }
@@ -332,6 +334,12 @@ impl<'a> Run<'a> {
                 let ended = std::mem::take(&mut self.world.ended);
                 self.load.abandon(|k| ended.contains(k));
             }
+            for error in std::mem::take(&mut self.world.disk_failures) {
+                self.injected(match error {
+                    DiskError::NoSpace => Fault::Enospc,
+                    DiskError::Sync => Fault::Eio,
+                });
+            }
             if !self.world.finished.is_empty()
                 && let Err(e) = self.load.take(&mut self.world)
             {
@@ -406,9 +414,12 @@ impl<'a> Run<'a> {
         let leader = self.world.leader(shard).filter(|_| self.rng.permille(500));
         let node = leader.unwrap_or(*self.rng.pick(&alive));
         let may_lose = self.may_lose(node);
-        let all_durable = self.world.ids().into_iter().all(|n| self.world.durable(n));
-        // What is on disk comes back.
-        let may_die = may_lose || (self.stopping.is_none() && self.world.durable(node));
+        // What is on disk comes back, unless a flipped bit is noticed then.
+        let comes_back = self.world.durable(node) && !self.world.rotten(node);
+        let may_die = may_lose || (self.stopping.is_none() && comes_back);
+        // As with a disk that is lost: the others must have all of theirs.
+        let may_rot = may_lose && self.world.durable(node) && !self.world.disk_is_failing(node);
+        let may_black_out = self.may_black_out();
         let c = &mut self.world.conditions;
         let fault = *self.rng.pick(&enabled);
         let undo = match fault {
@@ -499,7 +510,7 @@ impl<'a> Run<'a> {
                 self.load.abandon(|k| lost.contains(k));
                 Undo::Restart(node)
             }
-            Fault::Outage if all_durable => {
+            Fault::Outage if may_black_out => {
                 // Power is gone, everywhere and at once.
                 for node in alive {
                     let lost = self.world.kill(node);
@@ -512,6 +523,29 @@ impl<'a> Run<'a> {
                 let lost = self.world.kill(node);
                 self.load.abandon(|k| lost.contains(k));
                 self.world.wipe(node);
+                if self.rng.permille(200) {
+                    self.world.change_mode(node);
+                }
+                Undo::Restart(node)
+            }
+            Fault::Enospc | Fault::Eio if self.stopping.is_none() && comes_back => {
+                let error = if fault == Fault::Enospc { DiskError::NoSpace } else { DiskError::Sync };
+                let states_only = self.rng.permille(300);
+                self.world.break_disk(node, error, states_only);
+                // Counted when it happens.
+                self.world.trace.note(self.world.now(), format!("nemesis: {} for {} ms", fault.name(), length / MS));
+                self.world.remind(length, UNDO + self.undo.len() as u64);
+                self.undo.push(Some(Undo::Repair(node)));
+                return;
+            }
+            Fault::BitFlip if may_rot => {
+                self.world.flip_bit(node);
+                if self.rng.permille(500) {
+                    self.injected(fault);
+                    return;
+                }
+                let lost = self.world.kill(node);
+                self.load.abandon(|k| lost.contains(k));
                 Undo::Restart(node)
             }
             Fault::Stop if may_lose => {
@@ -520,6 +554,7 @@ impl<'a> Run<'a> {
                 Undo::Restart(node)
             }
             Fault::Kill | Fault::Stop | Fault::Wipe | Fault::Outage => return,
+            Fault::Enospc | Fault::Eio | Fault::BitFlip => return,
             Fault::Transfer => {
                 // Several at once, since one alone is over in a moment.
                 for shard in self.world.shards() {
@@ -575,6 +610,14 @@ impl<'a> Run<'a> {
             && self.world.ids().into_iter().all(|n| n == node || self.world.whole(n))
     }
 
+    /// Whether the cluster bears the end of all processes at once: all have their logs on disk, and at most one will find
+    /// its own damaged.
+    fn may_black_out(&self) -> bool {
+        let ids = self.world.ids();
+        let rotten: Vec<_> = ids.iter().copied().filter(|n| self.world.rotten(*n)).collect();
+        ids.iter().all(|n| self.world.durable(*n)) && rotten.len() <= 1 && rotten.iter().all(|n| self.may_lose(*n))
+    }
+
     fn injected(&mut self, fault: Fault) {
         *self.injected.entry(fault).or_default() += 1;
     }
@@ -607,6 +650,13 @@ impl<'a> Run<'a> {
             Some(Undo::Cuts(cuts)) => cuts.iter().for_each(|(a, b)| self.world.heal_one_way(*a, *b)),
             Some(Undo::Resume(node)) => self.world.resume(node),
             Some(Undo::Restart(node)) => self.restart(node),
+            Some(Undo::Repair(node)) => {
+                if self.world.repair_disk(node) {
+                    let lost = self.world.kill(node);
+                    self.load.abandon(|k| lost.contains(k));
+                }
+                self.world.start(node);
+            }
             Some(Undo::RestartAll) => self.world.ids().into_iter().for_each(|n| self.world.start(n)),
             Some(Undo::Load) => self.load.active = true,
         }

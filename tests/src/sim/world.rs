@@ -30,7 +30,8 @@ use std::time::Duration;
 mod disk;
 mod readers;
 
-use disk::Disk;
+pub use disk::DiskError;
+use disk::{Disk, Unread, Written};
 pub use readers::Pair;
 
 /// Nanoseconds of a microsecond.
@@ -241,7 +242,7 @@ enum Event {
     Gossip,
     /// The next step of a read outside of the driver.
     Reader(u64),
-    /// A drained node's process ends.
+    /// The process of a node that was drained, or whose disk failed, ends.
     Ends {
         node: NodeId,
         life: u64,
@@ -371,10 +372,12 @@ pub struct World {
     pub local_reads: u64,
     /// Keys that are always written together.
     pub pairs: Vec<Pair>,
-    /// Requests lost with the process of a node that stopped as planned.
+    /// Requests lost with the process of a node that stopped as planned, or whose disk failed.
     pub ended: Vec<(ConnId, Token)>,
     /// Recoveries that have ended, in order: where, and how.
     pub recoveries: Vec<(NodeId, RecoverResult)>,
+    /// Failures of disks that nobody has counted yet.
+    pub disk_failures: Vec<DiskError>,
 }
 
 impl World {
@@ -422,6 +425,7 @@ impl World {
             pairs: Vec::new(),
             ended: Vec::new(),
             recoveries: Vec::new(),
+            disk_failures: Vec::new(),
         };
         for (id, clock) in ids.into_iter().zip(clocks) {
             let node = SimNode {
@@ -574,10 +578,7 @@ impl World {
             }
             Event::Persisted { node, life, number } => {
                 let n = self.nodes.get_mut(&node).expect("nodes stay");
-                if n.life == life && n.host.is_some() {
-                    if let Some(disk) = &mut n.disk {
-                        disk.sync(number);
-                    }
+                if n.life == life && n.host.is_some() && n.disk.as_mut().is_none_or(|disk| disk.sync(number)) {
                     self.input(node, Input::Persisted(number));
                 }
             }
@@ -585,10 +586,11 @@ impl World {
                 let n = self.nodes.get_mut(&node).expect("nodes stay");
                 if n.life == life && n.host.is_some() {
                     let StateWrite { shard, replica, file, seq, .. } = write;
-                    if let Some(disk) = &mut n.disk {
-                        disk.write_state(write);
+                    match n.disk.as_mut().map_or(Written::Fine, |disk| disk.write_state(write)) {
+                        Written::Fine => self.input(node, Input::StateWritten { shard, replica, file, seq }),
+                        Written::Failed(error) => self.disk_failed(node, error, "a state"),
+                        Written::Dead => {}
                     }
-                    self.input(node, Input::StateWritten { shard, replica, file, seq });
                 }
             }
             Event::Dial { from, to, life } => self.dial(from, to, life),
@@ -794,8 +796,13 @@ impl World {
             // A batch waits for those before it.
             let durable = slow.unwrap_or(self.now).max(n.last_persist);
             let number = batch.number;
-            if let Some(disk) = &mut n.disk {
-                disk.write(batch);
+            match n.disk.as_mut().map_or(Written::Fine, |disk| disk.write(batch)) {
+                Written::Fine => {}
+                Written::Failed(error) => {
+                    self.disk_failed(id, error, "the log");
+                    continue;
+                }
+                Written::Dead => continue,
             }
             if durable == self.now {
                 if let Some(disk) = &mut n.disk {
@@ -1036,6 +1043,53 @@ impl World {
         n.disk = n.disk.is_some().then(Disk::default);
     }
 
+    /// The next write to the node's disk fails, or the next of a state.
+    pub fn break_disk(&mut self, id: NodeId, error: DiskError, states_only: bool) {
+        if let Some(disk) = &mut self.nodes.get_mut(&id).expect("a known node").disk {
+            disk.set_trap(error, states_only);
+        }
+    }
+
+    /// Nothing more fails. Returns whether the process, if it still runs, has met with a failure.
+    pub fn repair_disk(&mut self, id: NodeId) -> bool {
+        self.nodes.get_mut(&id).expect("a known node").disk.as_mut().is_some_and(Disk::repair)
+    }
+
+    /// Whether the node's disk may fail, or has failed under the process that runs.
+    pub fn disk_is_failing(&self, id: NodeId) -> bool {
+        self.nodes[&id].disk.as_ref().is_some_and(Disk::is_failing)
+    }
+
+    /// A shell ends its process when a write or sync fails; until then it goes on, but nothing becomes durable any more.
+    fn disk_failed(&mut self, id: NodeId, error: DiskError, what: &str) {
+        self.trace.note(self.now, format!("the disk of {id:?} fails with {what}: {error:?}"));
+        self.disk_failures.push(error);
+        let at = self.now + self.rng.range(1, 1_000) * MS;
+        let life = self.nodes[&id].life;
+        self.at(at, Event::Ends { node: id, life });
+    }
+
+    /// A bit flips on the node's disk.
+    pub fn flip_bit(&mut self, id: NodeId) {
+        let Some(disk) = &mut self.nodes.get_mut(&id).expect("a known node").disk else { return };
+        let at = disk.flip(&mut self.rng);
+        self.trace.note(self.now, format!("a bit flips on the disk of {id:?}: {at}"));
+    }
+
+    /// Whether a restart of the node may notice a flipped bit.
+    pub fn rotten(&self, id: NodeId) -> bool {
+        self.nodes[&id].disk.as_ref().is_some_and(Disk::is_rotten)
+    }
+
+    /// A node that does not run, and has nothing on disk, will keep its log on disk if it did so in memory, and the reverse.
+    pub fn change_mode(&mut self, id: NodeId) {
+        let n = self.nodes.get_mut(&id).expect("a known node");
+        assert!(n.host.is_none() && !n.disk.as_ref().is_some_and(Disk::is_used), "a disk in use");
+        n.disk = n.disk.is_none().then(Disk::default);
+        let mode = if n.disk.is_some() { "on disk" } else { "in memory" };
+        self.trace.note(self.now, format!("from now on {id:?} keeps its log {mode}"));
+    }
+
     /// Starts a node that does not run: in the life that its disk has kept, else in a new one.
     pub fn start(&mut self, id: NodeId) {
         if self.nodes[&id].host.is_some() {
@@ -1047,7 +1101,13 @@ impl World {
         let recovered = self.nodes[&id].disk.as_ref().map(Disk::recover).transpose();
         let recovered = match recovered {
             Ok(recovered) => recovered.unwrap_or_default(),
-            Err(why) => {
+            // What a shell then does: the whole directory begins a new life.
+            Err(Unread::Damaged(why)) => {
+                self.trace.note(self.now, format!("what {id:?} kept on disk is lost: {why}"));
+                self.nodes.get_mut(&id).expect("a known node").disk = Some(Disk::default());
+                Vec::new()
+            }
+            Err(why @ Unread::Wrong(_)) => {
                 self.violations.push(format!("{id:?} cannot be recovered: {why}"));
                 return;
             }

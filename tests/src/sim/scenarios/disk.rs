@@ -2,7 +2,7 @@
 
 use super::{SHARD, Story, bulk, replica, set};
 use crate::sim::model::Command;
-use crate::sim::world::{MS, Options, World};
+use crate::sim::world::{DiskError, MS, Options, World};
 use crema_core::Reply;
 use crema_shard::ClientResult;
 
@@ -131,5 +131,62 @@ fn nodes_of_both_kinds_restart_in_any_order() {
     for i in 0..60 {
         let gateway = s.world.ids()[i as usize % 3];
         s.expect(gateway, &format!("key{i}"), Command::Get, bulk(&format!("value {i}")));
+    }
+}
+
+/// What is not needed any more may rot; what is needed costs the node its life, never a client its data.
+#[test]
+fn a_flipped_bit_is_of_no_account_or_noticed_by_the_next_restart() {
+    let mut s = durable();
+    s.world.trace.keep_all();
+    fill(&mut s, 0..60);
+    let lives_lost = |s: &Story| s.world.trace.tail(usize::MAX).matches("kept on disk is lost").count();
+    let (mut noticed, mut harmless) = (0, 0);
+    for round in 0..40 {
+        let node = s.world.ids()[round % 3];
+        s.world.flip_bit(node);
+        let (rotten, before) = (s.world.rotten(node), lives_lost(&s));
+        s.world.kill(node);
+        s.world.start(node);
+        s.wait(10_000, "all whole", |w| w.ids().into_iter().all(|n| w.whole(n)) && w.leader(SHARD).is_some());
+        match lives_lost(&s) - before {
+            0 => harmless += 1,
+            _ => noticed += 1,
+        }
+        assert!(rotten || lives_lost(&s) == before, "nothing was damaged");
+        fill(&mut s, 60 + round as u32..61 + round as u32);
+    }
+    assert!(noticed > 5 && harmless > 0, "{noticed} and {harmless}");
+    for i in 0..100 {
+        let gateway = s.world.ids()[i as usize % 3];
+        s.expect(gateway, &format!("key{i}"), Command::Get, bulk(&format!("value {i}")));
+    }
+}
+
+#[test]
+fn a_node_whose_disk_fails_ends_and_comes_back_with_what_it_acknowledged() {
+    for error in [DiskError::NoSpace, DiskError::Sync] {
+        for states_only in [false, true] {
+            let mut s = durable();
+            fill(&mut s, 0..10);
+            let failing = s.leader();
+            let [gateway, _] = s.others(failing);
+            s.world.break_disk(failing, error, states_only);
+            let mut written = 10;
+            while s.world.host(failing).is_some() {
+                s.expect(gateway, &format!("key{written}"), set(&format!("value {written}")), Reply::Ok);
+                written += 1;
+                assert!(written < 2_000, "the disk never fails");
+            }
+            assert_eq!(s.world.disk_failures, [error]);
+            s.run(1_000);
+            s.world.repair_disk(failing);
+            s.world.start(failing);
+            s.wait(10_000, "all whole", |w| w.ids().into_iter().all(|n| w.whole(n)));
+            outage(&mut s);
+            for i in 0..written {
+                s.expect(gateway, &format!("key{i}"), Command::Get, bulk(&format!("value {i}")));
+            }
+        }
     }
 }
