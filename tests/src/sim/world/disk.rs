@@ -264,7 +264,7 @@ impl Disk {
             None
         };
         // Some of what is on a disk is not needed any more.
-        let rot = rot.filter(|_| !rng.permille(100));
+        let rot = rot.filter(|_| !rng.permille(250));
         self.rot = rot.or(self.rot);
         rot.map_or("garbage".to_owned(), |rot| format!("{rot:?}"))
     }
