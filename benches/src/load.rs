@@ -222,14 +222,14 @@ fn encode(into: &mut Vec<u8>, operation: Operation, key: u32, value: &[u8]) {
 }
 
 /// xorshift64*: enough for spreading keys, and the same keys in every run.
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
     /// A number below `bound`, nearly uniform.
-    fn below(&mut self, bound: u32) -> u32 {
+    pub(crate) fn below(&mut self, bound: u32) -> u32 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;

@@ -7,12 +7,14 @@
 //!   memory    a state machine in this process                         resident and accounted bytes per key
 //!   evict     a state machine in this process, moka, exact LRU        hit ratios, nanoseconds an access
 //!   snapshot  a state machine in this process                         times of steps, writes meanwhile, restoring
+//!   soak      crema start --max-memory × 3  <--mixed load, kill -9    resident memory, by phase, against the limit
 //! ```
 //!
 //! Run with `--release`; the harness builds `crema` in the profile of this program.
 // Its output is its purpose.
 #![allow(clippy::print_stdout)]
 
+mod churn;
 mod dev;
 mod evict;
 mod failover;
@@ -23,6 +25,7 @@ mod reads;
 mod replies;
 mod shards;
 mod snapshot;
+mod soak;
 mod stats;
 
 use clap::{Parser, Subcommand};
@@ -50,10 +53,14 @@ enum Bench {
     Failover(failover::Args),
     /// Resident bytes per key of one state machine, against what it accounts.
     Memory(memory::Args),
+    /// Resident memory of a full state machine whose values change their sizes.
+    Churn(churn::Args),
     /// Hit ratios of the eviction policies against exact LRU and moka, and what an access costs.
     Evict(evict::Args),
     /// What a snapshot of a large shard costs its writer while it is written to, and restoring it.
     Snapshot(snapshot::Args),
+    /// Resident memory of each node at its limit, under mixed load with restarts, for an hour.
+    Soak(soak::Args),
 }
 
 fn main() -> ExitCode {
@@ -66,8 +73,10 @@ fn main() -> ExitCode {
         Bench::Reads(args) => reads::run(args),
         Bench::Failover(args) => failover::run(args),
         Bench::Memory(args) => memory::run(args),
+        Bench::Churn(args) => churn::run(args),
         Bench::Evict(args) => evict::run(args),
         Bench::Snapshot(args) => snapshot::run(args),
+        Bench::Soak(args) => soak::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

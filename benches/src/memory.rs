@@ -94,7 +94,7 @@ fn one(args: &Args) -> Result<()> {
 }
 
 /// Resident bytes of this process.
-fn resident() -> Result<u64> {
+pub(crate) fn resident() -> Result<u64> {
     let text =
         std::fs::read_to_string("/proc/self/statm").map_err(|e| Failure::new(format!("/proc/self/statm: {e}")))?;
     let pages = text.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
