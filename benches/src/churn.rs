@@ -18,6 +18,9 @@ pub(crate) struct Args {
     /// Megabytes of the limit.
     #[arg(long, default_value_t = 192, value_parser = clap::value_parser!(u64).range(8..=65_536))]
     limit_mb: u64,
+    /// Slots that the shard owns.
+    #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u16).range(1..=16_384))]
+    slots: u16,
     /// What goes when the machine is full.
     #[arg(long, value_enum, default_value_t)]
     eviction: Policy,
@@ -52,13 +55,13 @@ impl From<Policy> for EvictionPolicy {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let policy = EvictionPolicy::from(args.eviction);
     let limit = args.limit_mb << 20;
-    let mut machine = Machine::new(16_384);
+    let mut machine = Machine::new(args.slots);
     machine.apply(&encode_set_limits(LogTime(0), MemoryLimits { max_bytes: limit, policy: LimitPolicy::Evict }));
     machine.m.victims(policy, 0, 0);
     let base = resident()?;
     let mut random = Random::new(1);
     let noise = vec![b'v'; 16_384];
-    let mut names = keys(16_384, 16);
+    let mut names = keys(args.slots, 16);
     let mut rows = Vec::new();
     for round in 1..=args.rounds {
         for (least, most) in SIZES {
