@@ -24,6 +24,9 @@ pub(crate) struct Args {
     /// What goes when the machine is full.
     #[arg(long, value_enum, default_value_t)]
     eviction: Policy,
+    /// Forget before each turn what was used, as a change of leaders does: what was there then goes in the order of hashes.
+    #[arg(long)]
+    forget: bool,
     /// How often each range of sizes has its turn.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
@@ -66,6 +69,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for round in 1..=args.rounds {
         for (least, most) in SIZES {
             let (mut written, mut peak) = (0, 0);
+            if args.forget {
+                machine.m.forget_victims();
+            }
             for count in 0u64.. {
                 let value = &noise[..size(&mut random, least, most)];
                 machine.set(&names.next().expect("names without end"), value, SetExpire::Clear);
