@@ -117,6 +117,8 @@ pub struct Coordinator {
     logger: slog::Logger,
     dropped: u64,
     next_expiry_look: MonoTime,
+    /// Replicas of groups before whose logs go once the table that says so is durable here.
+    void: Vec<ReplicaId>,
 }
 
 impl Coordinator {
@@ -137,6 +139,7 @@ impl Coordinator {
             logger: crate::raft_log::logger(),
             dropped: 0,
             next_expiry_look: MonoTime(0),
+            void: Vec::new(),
         }
     }
 
@@ -177,8 +180,8 @@ impl Coordinator {
         for r in recovered {
             let (shard, id) = (r.record.shard, r.record.id);
             // Of a group that was founded anew there may still be the replica of the group before.
-            let before = self.take(shard).map(|old| old.id());
-            self.forget(before);
+            let before = self.take(shard).map(|old| old.on_disk());
+            self.forget(before.unwrap_or_default());
             let log_time = match &r.machine {
                 Machine::Data(m) => m.log_time(),
                 Machine::Meta(_) => LogTime(0),
@@ -249,7 +252,8 @@ impl Coordinator {
         self.data.resize_with(state.shards.len(), || None);
         let mut changed = false;
         let budgets = state.budgets();
-        for shard in state.groups() {
+        // The meta group first: where it begins anew itself, the others wait for it.
+        for shard in std::iter::once(ShardId::META).chain(state.groups().filter(|s| !s.is_meta())) {
             let placed = state.replicas(shard);
             let begins = state.refounded(shard);
             let mine = placed.iter().find(|r| r.node == self.options.node && r.incarnation == self.options.incarnation);
@@ -257,7 +261,7 @@ impl Coordinator {
             let void = begins.is_some_and(|b| self.replica(shard).is_some_and(|r| r.id() < b.founder));
             if wanted.is_some() || void {
                 let old = self.take(shard);
-                let forget = old.as_ref().filter(|r| r.is_durable()).map(|r| r.id());
+                let forget = old.as_ref().map(|r| r.on_disk()).unwrap_or_default();
                 match (wanted, begins) {
                     (Some(own), Some(begins)) if begins.founder == own.id => {
                         self.begin_anew(state, shard, Member::from(own), begins, old, now)?;
@@ -300,11 +304,23 @@ impl Coordinator {
         }
     }
 
-    /// What is on disk of a replica may go.
-    fn forget(&mut self, replica: Option<ReplicaId>) {
-        if let Some(replica) = replica {
-            self.out.writes.push(LogWrite { replica, remove: true, ..LogWrite::default() });
+    /// What is on disk of these replicas may go, with the table that says so.
+    fn forget(&mut self, replicas: Vec<ReplicaId>) {
+        self.void.extend(replicas);
+        self.forget_void();
+    }
+
+    fn forget_void(&mut self) {
+        if !self.table_waits() {
+            let gone = self.void.drain(..);
+            self.out.writes.extend(gone.map(|replica| LogWrite { replica, remove: true, ..LogWrite::default() }));
         }
+    }
+
+    /// Whether this node begins the meta group anew and that is not durable yet. After a crash nobody would know that table,
+    /// so nothing that depends on it may become durable before.
+    fn table_waits(&self) -> bool {
+        self.meta.as_deref().is_some_and(Replica::begins)
     }
 
     /// Makes the one replica that begins a group anew, out of what `old` has of it.
@@ -319,7 +335,7 @@ impl Coordinator {
     ) -> Result<(), String> {
         let epoch = state.epoch_of(shard);
         let logger = self.logger.new(slog::o!("shard" => shard.0));
-        let was = old.as_ref().filter(|r| r.is_durable()).map(|r| r.id());
+        let was = old.as_ref().map(|r| r.on_disk()).unwrap_or_default();
         let out = &mut self.out;
         // Its rest of the log may be what made it panic before.
         let legacy = catch_unwind(AssertUnwindSafe(|| old.and_then(|old| old.into_legacy(begins, epoch, out))));
@@ -578,10 +594,13 @@ impl Coordinator {
         let awake: Vec<ShardId> = self.replicas().filter(|r| !r.asleep()).map(Replica::shard).collect();
         let mut filling = self.replicas().filter(|r| r.transfer_status().to.is_some()).count();
         let mut checkpoints = self.replicas().filter(|r| r.checkpoints()).count();
+        let table_waits = self.table_waits();
         for shard in awake {
             let work = self.with(shard, |r, out| {
                 let before = (r.transfer_status().to.is_some(), r.checkpoints());
-                let may = MayBegin { fill: filling < FILLING_AT_ONCE, checkpoint: checkpoints < CHECKPOINTS_AT_ONCE };
+                let waits = table_waits && r.begins();
+                let checkpoint = shard.is_meta() || (checkpoints < CHECKPOINTS_AT_ONCE && !waits);
+                let may = MayBegin { fill: filling < FILLING_AT_ONCE, checkpoint };
                 r.tick(now, |v| present.get(&v.node) == Some(&v.incarnation), may, out);
                 filling += usize::from(!before.0 && r.transfer_status().to.is_some());
                 checkpoints += usize::from(!before.1 && r.checkpoints());
@@ -608,6 +627,7 @@ impl Coordinator {
                     out.roles.push(shard);
                 });
             }
+            self.forget_void();
         }
     }
 

@@ -790,7 +790,7 @@ impl Replica {
         }
         let raft = &self.raw.raft;
         let campaigns = !self.leads() && raft.election_elapsed + 1 >= raft.randomized_election_timeout();
-        let unborn = self.disk.as_ref().is_some_and(Disk::begins);
+        let unborn = self.begins();
         // What was promised in time is kept in time, however ticks fell. And whoever installs a state does not campaign before
         // it is durable: raft-rs would look for entries that the state has taken the place of.
         let installs = self.filling.installing() || self.raw.snap().is_some_and(|s| !s.is_empty());

@@ -53,8 +53,8 @@ pub(super) struct Disk {
     members_at: Option<u64>,
     /// Whether this replica begins its group, and what it begins with is not durable yet.
     begins: bool,
-    /// The replica of the group before, which goes when that is durable.
-    supersedes: Option<ReplicaId>,
+    /// Replicas of the groups before, which go when that is durable.
+    supersedes: Vec<ReplicaId>,
 }
 
 impl Disk {
@@ -68,7 +68,7 @@ impl Disk {
             asked: false,
             members_at: None,
             begins: false,
-            supersedes: None,
+            supersedes: Vec::new(),
         }
     }
 
@@ -92,11 +92,21 @@ impl Disk {
 }
 
 impl Replica {
-    /// With its own beginning, what is on disk of that replica becomes void.
-    pub fn supersedes(&mut self, before: Option<ReplicaId>) {
+    /// With its own beginning, what is on disk of those replicas becomes void.
+    pub fn supersedes(&mut self, before: Vec<ReplicaId>) {
         if let Some(disk) = &mut self.disk {
             disk.supersedes = before;
         }
+    }
+
+    /// The replicas whose logs are on disk because of this one: its own, and those that it has not superseded yet.
+    pub fn on_disk(&self) -> Vec<ReplicaId> {
+        self.disk.iter().flat_map(|d| d.supersedes.iter().copied().chain([self.id])).collect()
+    }
+
+    /// Whether it begins its group, and what it begins with is not durable yet.
+    pub fn begins(&self) -> bool {
+        self.disk.as_ref().is_some_and(Disk::begins)
     }
 
     /// Whether it keeps its log on disk.
@@ -304,7 +314,7 @@ impl Replica {
         if disk.begins {
             out.members_written.push((self.shard, index));
         }
-        let superseded = disk.supersedes.take();
+        let superseded = std::mem::take(&mut disk.supersedes);
         out.writes.push(LogWrite {
             replica: self.id,
             record: Some(record.encode()),
@@ -313,6 +323,10 @@ impl Replica {
             ..LogWrite::default()
         });
         // In one batch with what takes its place.
-        out.writes.extend(superseded.map(|replica| LogWrite { replica, remove: true, ..LogWrite::default() }));
+        out.writes.extend(superseded.into_iter().map(|replica| LogWrite {
+            replica,
+            remove: true,
+            ..LogWrite::default()
+        }));
     }
 }

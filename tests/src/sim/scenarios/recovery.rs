@@ -309,6 +309,50 @@ fn who_dies_during_a_recovery_does_not_matter() {
     }
 }
 
+/// The node with the only log that is left is asked itself, and its process ends at any moment: what it has begun on disk goes
+/// on, or has not begun.
+#[test]
+fn who_is_asked_dies_with_its_disk_at_any_moment() {
+    for shards in [1, 6] {
+        for step in 0..24 {
+            let options = Options { durable: 1_000, chunk_bytes: 100, seed: 300 + step, shards, ..Options::default() };
+            let mut world = World::new(options);
+            assert!(world.run_until(Duration::from_secs(10), all_ready), "founded");
+            let mut s = Story { world, answers: Default::default() };
+            let asked = s.leader();
+            let lost = s.others(asked);
+            fill(&mut s, asked, 0..30);
+            kill_both(&mut s, lost);
+            for n in lost {
+                s.world.wipe(n);
+                s.world.start(n);
+            }
+            s.wait(15_000, "lost", |w| w.ids().into_iter().all(|n| says_lost(w, n, ShardId::META)));
+            s.world.conditions.persist = Some((MS, 10 * MS));
+            s.world.recover(asked, true, &[]);
+            s.run(25 * step);
+            s.world.kill(asked);
+            s.run(300);
+            s.world.start(asked);
+            s.run(12_000);
+            for attempt in 0.. {
+                if all_ready(&s.world) {
+                    break;
+                }
+                assert!(attempt < 4, "{shards} shards, {step}: not whole\n{}", s.world.trace.tail(60));
+                let _ = recover(&mut s, asked, true, &[]);
+                s.run(12_000);
+            }
+            for i in 0..30 {
+                s.expect(lost[0], &format!("key{i}"), Command::Get, bulk(&format!("value {i}")));
+            }
+            s.expect(lost[1], "new", set("y"), Reply::Ok);
+            s.world.check_logs();
+            s.gather();
+        }
+    }
+}
+
 /// What a replica has applied of a key that counts up; 0 for nothing.
 fn applied(w: &World, node: NodeId, key: &str) -> u64 {
     let Some(shard) = w.shard_of(key) else { return 0 };
