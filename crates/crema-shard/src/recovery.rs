@@ -19,7 +19,9 @@
 //! knows any more that it was committed.
 
 use crate::members::Member;
-use crate::meta::{MAX_REPLICAS, MetaState, NodeAddrs, Refounding, bounded_vec};
+use crate::meta::{
+    MAX_PAST_INCARNATIONS, MAX_REPLICAS, MetaState, NO_LIFE, NodeAddrs, NodeRecord, Refounding, bounded_vec,
+};
 use crate::placement::MAX_SHARDS;
 use crema_core::{ClusterUuid, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, ShardId, Term};
 use serde::{Deserialize, Serialize};
@@ -117,13 +119,14 @@ impl Census<'_> {
         self.reports_of(shard).find(|(.., g)| g.led).map(|(node, ..)| node)
     }
 
-    /// Whether this life of the node has nothing more to say.
+    /// Whether this life of the node has nothing more to say. One that the table does not know may be newer than the table.
     fn is_over(&self, node: NodeId, life: Incarnation) -> bool {
-        let registered = self.state.nodes.get(&node).is_none_or(|n| n.incarnation != life);
+        let forgets = |n: &NodeRecord| n.past.len() >= MAX_PAST_INCARNATIONS && n.incarnation != life;
+        let fenced = self.state.nodes.get(&node).is_some_and(|n| n.past.contains(&life) || forgets(n));
         // A node that answers in another life has begun it.
         let replaced = self.reports.get(&node).is_some_and(|(present, _)| *present != life);
         let stopped = self.stopped.contains(&node) && !self.reports.contains_key(&node);
-        registered || replaced || stopped
+        fenced || replaced || stopped || life == NO_LIFE
     }
 
     fn answers(&self, shard: ShardId, node: NodeId, life: Incarnation) -> bool {
@@ -338,6 +341,37 @@ mod tests {
             (r.node.0, r.incarnation, report(&r, now.clone(), (3, 4)))
         };
         assert_eq!(hope(&state, &[stale, at(0), at(1)], &[]), Hope::Election);
+    }
+
+    #[test]
+    fn a_life_that_only_the_log_knows_is_not_over() {
+        // The table is older than the log: the third node's new life is a voter already, and does not answer.
+        let state = table();
+        let placed = state.replicas(S);
+        let mut now = voters(&state);
+        now[2] = Member { id: ReplicaId(100), node: placed[2].node, incarnation: Incarnation(1000) };
+        let survivor = (placed[0].node.0, placed[0].incarnation, report(&placed[0], now, (2, 9)));
+        let lost = (placed[1].node.0, Incarnation(7), nothing());
+        let h = hope(&state, &[survivor.clone(), lost.clone()], &[]);
+        assert!(
+            matches!(&h, Hope::Waiting { missing } if missing.contains(&(placed[2].node, Incarnation(1000)))),
+            "{h:?}"
+        );
+        let h = hope(&state, &[survivor, lost], &[placed[2].node.0]);
+        assert!(matches!(h, Hope::Lost { .. }), "by the operator's word: {h:?}");
+    }
+
+    #[test]
+    fn what_an_operator_has_given_up_is_not_waited_for_again() {
+        let mut state = table();
+        for i in [1, 2] {
+            let r = &mut state.shards[0].replicas[i];
+            let node = state.nodes.get_mut(&r.node).unwrap();
+            node.past.push(node.incarnation);
+            (node.incarnation, r.incarnation, r.id) = (NO_LIFE, NO_LIFE, ReplicaId(100 + i as u64));
+        }
+        let h = hope(&state, &[(state.replicas(S)[0].node.0, Incarnation(7), nothing())], &[]);
+        assert!(matches!(h, Hope::Lost { best: None, .. }), "{h:?}");
     }
 
     #[test]
