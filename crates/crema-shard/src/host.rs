@@ -1753,6 +1753,21 @@ mod tests {
     }
 
     #[test]
+    fn a_generation_that_somebody_made_up_is_no_end_of_the_world() {
+        let net = Net::new(1, 1);
+        let config = net.hosts[&NodeId(1)].config.clone();
+        let config = HostConfig { uuid: Some(ClusterUuid(5)), generation: u32::MAX, ..config };
+        let mut host = Host::new(config, net.now);
+        let request = crate::recovery::RecoverRequest { id: 1, accept_data_loss: true, stopped: Vec::new() };
+        host.recover(net.now, request);
+        let now = Now { mono: net.now.mono.after(Duration::from_secs(1)), ..net.now };
+        host.tick(now);
+        let mut e = Effects::default();
+        host.poll(now, &mut e);
+        assert!(matches!(&e.recoveries[..], [(1, Err(why))] if why.contains("no generations")), "{:?}", e.recoveries);
+    }
+
+    #[test]
     fn a_misaddressed_request_does_not_harm_the_meta_group() {
         let mut net = Net::new(3, 1);
         net.settle();

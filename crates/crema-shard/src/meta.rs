@@ -395,12 +395,17 @@ impl MetaState {
     }
 
     /// Gives a group new replicas in the places of the old ones, all of them with new ids: the founder's is the lowest, since
-    /// ids of a group ascend in the order of coming. Part of a change: the epoch is raised already. Returns whether there were ids enough; else nothing has changed.
+    /// ids of a group ascend in the order of coming. Part of a change: the epoch is raised already. Returns whether there were ids and indexes
+    /// enough; else nothing has changed.
     fn refound_group(&mut self, g: &Refounding) -> bool {
         let placed: Vec<NodeId> = self.replicas(g.shard).iter().map(|r| r.node).collect();
         let others = placed.iter().copied().filter(|n| *n != g.founder);
         let on: Vec<NodeId> = std::iter::once(g.founder).chain(others).take(placed.len().max(1)).collect();
         let Some(after) = self.next_replica.checked_add(on.len() as u32) else { return false };
+        // What somebody has made up may be beyond all that others would believe.
+        if g.index.0.max(g.term.0) >= MAX_BEGINNING / 2 {
+            return false;
+        }
         let (generation, first) = (self.generation, self.next_replica);
         let place = |(node, counter): (&NodeId, u32)| {
             let incarnation = self.nodes.get(node).map_or(NO_LIFE, |n| n.incarnation);
@@ -458,7 +463,7 @@ impl MetaState {
             let index = group.index.max(LogIndex(before << 44));
             let term = group.term.max(Term(before << 20));
             if !state.refound_group(&Refounding { index, term, ..*group }) {
-                return Err("there are no replica ids left".to_owned());
+                return Err("there are no replica ids or indexes left".to_owned());
             }
         }
         state.check()?;
@@ -1189,6 +1194,14 @@ mod tests {
         assert!(run(&mut m, MetaCommand::Refound { groups: vec![again], stopped: vec![] }));
         let later = m.state().shards[1].refounded.unwrap();
         assert_eq!((later.index, later.term), (LogIndex((1 << 50) + (1 << 44)), Term(2 << 20)));
+        for made_up in [
+            Refounding { index: LogIndex(u64::MAX), ..refounding(&m, 1, founder.0) },
+            Refounding { term: Term(u64::MAX), ..refounding(&m, 1, founder.0) },
+        ] {
+            run(&mut m, MetaCommand::Refound { groups: vec![made_up], stopped: vec![] });
+            assert_eq!(m.state().check(), Ok(()));
+            assert_eq!(m.state().shards[1].refounded, Some(later));
+        }
         let meta = Refounding { shard: ShardId::META, ..again };
         assert!(!run(&mut m, MetaCommand::Refound { groups: vec![meta], stopped: vec![] }), "not by its own log");
     }

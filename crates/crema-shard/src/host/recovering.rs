@@ -607,7 +607,7 @@ impl Host {
             return Err("this node knows no table".to_owned());
         };
         if meta_lost {
-            result.generation = Some(base.generation.max(generation) + 1);
+            result.generation = Some(base.generation.max(generation).saturating_add(1));
         }
         if !request.accept_data_loss || refound.is_empty() {
             self.out.recoveries.push((request.id, Ok(result)));
@@ -684,7 +684,7 @@ impl Host {
             .map(|r| LostGroup { shard: r.shard, reason: reason.clone(), founder: Some(r.founder), keeps_data: false })
             .collect();
         let base = MetaState { generation: generation.max(1), ..base };
-        result.generation = Some(base.generation + 1);
+        result.generation = Some(base.generation.saturating_add(1));
         if !request.accept_data_loss {
             self.out.recoveries.push((request.id, Ok(result)));
             return Ok(None);
