@@ -103,8 +103,8 @@ impl Host {
             let why = format!("there is nothing to recover: {}", self.founding.waiting_for());
             return self.out.recoveries.push((request.id, Err(why)));
         }
-        // Whatever hearsay says of them.
-        let groups = self.state.iter().flat_map(|s| s.groups()).collect();
+        // Whatever hearsay says of them. To ask about a group is to say that one does not lead it.
+        let groups = self.state.iter().flat_map(|s| s.groups()).filter(|s| !self.leads(*s)).collect();
         let round = self.take_census(groups);
         let (since, phase) = (now.mono, Phase::Census(round));
         self.recovering.task = Some(Task { request, since, phase, result: Recovered::default() });
@@ -141,6 +141,10 @@ impl Host {
         let more = if more == 0 { String::new() } else { format!(" ({more} more like it)") };
         let hint = if worst.lost { "; `crema recover` says what can be done" } else { "" };
         Some(format!("{}{more}{hint}", worst.reason))
+    }
+
+    fn leads(&self, shard: ShardId) -> bool {
+        self.coordinator.replica(shard).is_some_and(|r| r.leadership().leads)
     }
 
     fn is_leaderless(&self, shard: ShardId) -> bool {
@@ -188,7 +192,7 @@ impl Host {
             if fresh > 0 && !known.is_empty() {
                 let own = self.report(&self.recovering.asked, (0, Epoch(0)));
                 let mut led = Vec::new();
-                self.with_census(own, fresh, &BTreeSet::new(), |census| {
+                self.with_census(own, fresh.saturating_sub(1), &BTreeSet::new(), |census| {
                     for shard in known {
                         let hope = census.hope(shard);
                         if census.leads(shard).is_some() {
@@ -204,7 +208,10 @@ impl Host {
                     self.recovering.doubts.remove(&shard);
                 }
             }
-            self.take_census(leaderless);
+            // A recovery's own census asks for all groups, and its answers must not be replaced by those for a few.
+            if !matches!(&self.recovering.task, Some(t) if matches!(t.phase, Phase::Census(_))) {
+                self.take_census(leaderless);
+            }
         } else if self.recovering.task.is_none() {
             self.recovering.reports.clear();
             self.recovering.newer = None;
@@ -260,18 +267,18 @@ impl Host {
         self.state.as_ref().map_or(0, |s| s.generation).max(self.config.generation)
     }
 
-    /// Shows a census: own report, and those of the peers that are live and have answered the round or the one before it.
+    /// Shows a census: own report, and those of the peers that are live and have answered the round `since` or a later one.
     fn with_census<R>(
         &self,
         own: Report,
-        round: u64,
+        since: u64,
         stopped: &BTreeSet<NodeId>,
         f: impl FnOnce(&Census<'_>) -> R,
     ) -> Option<R> {
         let state = self.recovering.newer.as_ref().or(self.state.as_ref())?;
         let fresh = self.recovering.reports.iter().filter(|(node, (life, at, _))| {
             let same = self.state.as_ref().is_none_or(|s| s.uuid == state.uuid);
-            same && *at + 1 >= round && self.is_usable(**node, *life)
+            same && *at >= since && self.is_usable(**node, *life)
         });
         let mut reports: BTreeMap<NodeId, (Incarnation, &Report)> =
             fresh.map(|(node, (life, _, report))| (*node, (*life, report))).collect();
@@ -372,8 +379,7 @@ impl Host {
         if let Some((node, _)) = stopped.iter().find(|(node, _)| self.is_live(*node)) {
             return Err(format!("node {node} was said to be stopped, but it answers"));
         }
-        let led = |g: &&Refounding| self.coordinator.replica(g.shard).is_some_and(|r| r.leadership().leads);
-        if let Some(group) = groups.iter().find(led) {
+        if let Some(group) = groups.iter().find(|g| self.leads(g.shard)) {
             return Err(format!("{} has a leader here", name(group.shard)));
         }
         self.coordinator.meta_command(MetaCommand::Refound { groups, stopped }.encode().into());
@@ -435,8 +441,7 @@ impl Host {
             let begins = state.refounded(*s);
             begins.is_some() && begins != self.state.as_ref().and_then(|mine| mine.refounded(*s))
         };
-        let leads = |s: &ShardId| self.coordinator.replica(*s).is_some_and(|r| r.leadership().leads);
-        if let Some(led) = state.groups().filter(anew).find(leads) {
+        if let Some(led) = state.groups().filter(anew).find(|s| self.leads(*s)) {
             return Err(format!("{} has a leader here", name(led)));
         }
         Ok(())
@@ -486,7 +491,9 @@ impl Host {
             }
             Phase::Proposing { record, state, peers, accepted } => {
                 let gone = peers.iter().find(|(node, life)| !self.is_usable(**node, **life));
-                if let Some((node, _)) = gone {
+                if state.generation <= self.known_generation() {
+                    Err("somebody else has recovered it meanwhile: look again".to_owned())
+                } else if let Some((node, _)) = gone {
                     Err(format!("node {node} went away meanwhile: nothing was changed, try again"))
                 } else if waited >= PROPOSAL {
                     let silent: Vec<String> =
@@ -623,6 +630,13 @@ impl Host {
             let command = MetaCommand::Refound { groups: refound, stopped: lives };
             let phase = Phase::Commanding { command, targets };
             return Ok(Some(Task { request, since: now.mono, phase, result }));
+        }
+        // Its proposer begins the meta group. One that placement does not give it to would take it away from others; and while
+        // that one is away, nobody could tell whether its table is active.
+        let placed: Vec<NodeId> = base.meta.iter().map(|r| r.node).collect();
+        let here: Vec<NodeId> = placed.iter().copied().filter(|p| nodes.iter().any(|(n, ..)| n == p)).collect();
+        if let Some(node) = here.first().filter(|_| !placed.contains(&self.config.node)) {
+            return Err(format!("this node has no replica of the meta group: ask node {node} to recover it"));
         }
         let base = MetaState { generation: base.generation.max(generation), ..base };
         self.propose(request, base, &nodes, &lives, &refound, epoch, result, now)

@@ -353,6 +353,39 @@ fn who_is_asked_dies_with_its_disk_at_any_moment() {
     }
 }
 
+/// The meta group is not taken away from the nodes that placement gives it to by whoever happens to be asked.
+#[test]
+fn who_has_no_replica_of_the_meta_group_does_not_begin_it() {
+    let mut s = story(Options { nodes: 8, ..Options::default() });
+    let outside = NodeId(8);
+    let lost: Vec<NodeId> = (1..=4).map(NodeId).collect();
+    lost.iter().for_each(|n| drop(s.world.kill(*n)));
+    lost.iter().for_each(|n| s.world.start(*n));
+    s.wait(15_000, "lost", |w| w.ids().into_iter().all(|n| says_lost(w, n, ShardId::META)));
+    let plan = recover(&mut s, outside, false, &[]).expect("a plan");
+    assert!(plan.lost.iter().any(|l| l.shard.is_meta()) && !plan.done, "{plan:?}");
+    let refused = recover(&mut s, outside, true, &[]);
+    assert!(matches!(&refused, Err(why) if why.contains("ask node")), "{refused:?}");
+    let done = recovered(&mut s, NodeId(5), &[]);
+    assert!(done.done && done.generation == Some(2), "{done:?}");
+    s.wait(15_000, "all ready", all_ready);
+    let meta = s.world.host(outside).and_then(|h| h.meta_state()).map(|m| m.meta.iter().map(|r| r.node).collect());
+    assert_eq!(meta, Some((1..=7).map(NodeId).collect::<Vec<_>>()));
+}
+
+/// To ask what would be done harms nobody: those who lead are not doubted for it.
+#[test]
+fn a_plan_of_a_healthy_cluster_leaves_it_alone() {
+    let mut s = story(Options::default());
+    let leader = s.leader();
+    let plan = recover(&mut s, leader, true, &[]).expect("a plan");
+    assert!(plan.lost.is_empty() && plan.waiting.is_empty() && !plan.done, "{plan:?}");
+    s.run(10_000);
+    let lines = s.world.trace.tail(10_000);
+    let censuses = lines.lines().filter(|l| l.contains("TakeCensus")).count();
+    assert!(censuses <= 2, "{censuses}\n{lines}");
+}
+
 /// What a replica has applied of a key that counts up; 0 for nothing.
 fn applied(w: &World, node: NodeId, key: &str) -> u64 {
     let Some(shard) = w.shard_of(key) else { return 0 };
