@@ -69,6 +69,8 @@ pub struct Report {
     pub addrs: NodeAddrs,
     /// Its limit of memory.
     pub max_memory: u64,
+    /// How many replicas with a state it has, where it knows no table that says what they are.
+    pub holds: u32,
     /// The groups that were asked for, ascending.
     #[serde(deserialize_with = "bounded_vec::<_, _, { MAX_SHARDS as usize + 1 }>")]
     pub groups: Vec<GroupReport>,

@@ -259,6 +259,10 @@ impl Host {
             state: state.filter(|s| s.version() > version).map(|s| s.encode()),
             addrs: self.config.addrs.clone(),
             max_memory: self.config.memory.max_memory,
+            holds: match state {
+                Some(_) => 0,
+                None => self.coordinator.replicas().filter(|r| !r.is_empty() && !r.failed()).count() as u32,
+            },
             groups: groups.iter().map(group).collect(),
         }
     }
@@ -565,6 +569,8 @@ impl Host {
         }
         let generation = others.clone().map(|(_, (.., r))| r.generation).max().unwrap_or(0).max(own.generation);
         let epoch = others.clone().map(|(_, (.., r))| r.epoch).max().unwrap_or_default().max(own.epoch);
+        let me = (self.config.node, own.holds);
+        let holds = others.clone().map(|(node, (.., r))| (*node, r.holds)).chain([me]).find(|(_, holds)| *holds > 0);
         let mut nodes: Vec<_> =
             others.map(|(node, (life, _, r))| (*node, *life, r.addrs.clone(), r.max_memory)).collect();
         nodes.push((self.config.node, self.config.incarnation, own.addrs.clone(), own.max_memory));
@@ -575,6 +581,13 @@ impl Host {
         if self.state.is_none() {
             if self.recovering.newer.is_some() {
                 return Err("this node is joining: try again in a moment".to_owned());
+            }
+            // To found the cluster once more would destroy them.
+            if let Some((node, holds)) = holds {
+                return Err(format!(
+                    "nobody here has the cluster's table, but node {node} has {holds} replicas: start a node that has the \
+                     table; or, to give them up, move the data directory of node {node} away and start it again"
+                ));
             }
             return self.plan_anew(request, &nodes, generation, epoch, now);
         }

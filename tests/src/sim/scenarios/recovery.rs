@@ -373,6 +373,34 @@ fn who_has_no_replica_of_the_meta_group_does_not_begin_it() {
     assert_eq!(meta, Some((1..=7).map(NodeId).collect::<Vec<_>>()));
 }
 
+/// Nobody has the table any more, but somebody has data: that is not destroyed by the words "nothing is left".
+#[test]
+fn data_without_a_table_is_no_total_loss() {
+    let mut s = story(Options { nodes: 8, replication: 7, durable: 1_000, ..Options::default() });
+    let keeps = NodeId(8);
+    if !s.world.holders(SHARD).contains(&keeps) {
+        panic!("another number of replicas: node 8 has to hold the shard");
+    }
+    let leader = s.leader();
+    fill(&mut s, leader, 0..5);
+    s.run(500);
+    s.world.ids().into_iter().for_each(|n| drop(s.world.kill(n)));
+    s.world.ids().into_iter().filter(|n| *n != keeps).for_each(|n| s.world.wipe(n));
+    s.world.ids().into_iter().for_each(|n| s.world.start(n));
+    s.run(5_000);
+    for node in [NodeId(1), keeps] {
+        let refused = recover(&mut s, node, true, &[]);
+        assert!(matches!(&refused, Err(why) if why.contains("node 8 has 1 replicas")), "{refused:?}");
+    }
+    s.world.kill(keeps);
+    s.world.wipe(keeps);
+    s.world.start(keeps);
+    s.run(3_000);
+    let done = recovered(&mut s, NodeId(1), &[]);
+    assert!(done.anew && done.done, "{done:?}");
+    s.wait(15_000, "all ready", all_ready);
+}
+
 /// To ask what would be done harms nobody: those who lead are not doubted for it.
 #[test]
 fn a_plan_of_a_healthy_cluster_leaves_it_alone() {
