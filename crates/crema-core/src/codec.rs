@@ -325,6 +325,10 @@ impl EntryBuilder {
     /// The payload.
     pub fn finish(mut self) -> Bytes {
         self.bytes[self.count_at..self.count_at + 4].copy_from_slice(&self.count.to_le_bytes());
+        // It stays in the log for a while, and its room with it: up to as much again, since a vector doubles.
+        if self.bytes.capacity() > self.bytes.len() / 8 * 9 {
+            self.bytes.shrink_to_fit();
+        }
         Bytes::from(self.bytes)
     }
 }

@@ -37,7 +37,7 @@ pub struct MemoryLimits {
 /// What happens when a shard's memory is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LimitPolicy {
-    /// The leader removes keys that were not used lately. Writes go on up to a sixty-fourth beyond the limit, so that they
+    /// The leader removes keys that were not used lately. Writes go on up to a sixteenth beyond the limit, so that they
     /// need not wait for it; what lies beyond is refused.
     #[default]
     Evict,
@@ -56,7 +56,7 @@ impl MemoryLimits {
         match (self.max_bytes, self.policy) {
             (0, _) => u64::MAX,
             (max, LimitPolicy::Refuse) => max,
-            (max, LimitPolicy::Evict) => max.saturating_add(max / 64),
+            (max, LimitPolicy::Evict) => max.saturating_add(max / 16),
         }
     }
 }

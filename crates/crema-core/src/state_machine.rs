@@ -1257,7 +1257,7 @@ pub(crate) mod tests {
             stored += 1;
             assert_eq!(r.m.used(), each * stored);
         }
-        assert_eq!(stored, 65_000 / each);
+        assert_eq!(stored, 68_000 / each);
         limits(&mut r, u64::MAX, LimitPolicy::Evict);
         r.set(b"k", b"v", CLEAR);
     }

@@ -60,8 +60,10 @@ const SEGMENT_RECORDS: usize = 1024;
 /// Most bits of a slot's directory. Keys that agree in so many bits share a segment however many they are; without an
 /// end, keys of equal hash would split it for ever.
 const MAX_DEPTH: u32 = 20;
-/// A segment with more room than this gives it back when three quarters of it are empty.
-const KEEP_CAPACITY: usize = 64;
+/// What was put aside for a walk keeps at most this much room.
+const KEEP_ASIDE: usize = 64;
+/// A segment with room for fewer records keeps it.
+const LEAST_SHRUNK: usize = 8;
 /// Most segments and empty slots that one SCAN step visits: a wide shard without keys must not hold up the others.
 const SCAN_VISITS: usize = 4096;
 /// A SCAN step ends once it has found this many bytes of keys.
@@ -302,10 +304,11 @@ impl Records {
         }
     }
 
-    /// Gives memory back once three quarters of it are unused.
+    /// Gives room back once three eighths of it are unused, but for what the next few records need.
     fn shrink(&mut self) {
-        if self.table.capacity() > KEEP_CAPACITY && self.table.len() < self.table.capacity() / 4 {
-            self.refit(self.table.len() * 2);
+        let (len, capacity) = (self.table.len(), self.table.capacity());
+        if capacity >= LEAST_SHRUNK && len < capacity / 8 * 5 {
+            self.refit(len + len / 4);
         }
     }
 
@@ -755,7 +758,7 @@ impl Walk {
             self.aside_bytes -= record.bytes();
             self.aside.pop_front();
         }
-        if self.aside.capacity() > KEEP_CAPACITY {
+        if self.aside.capacity() > KEEP_ASIDE {
             self.aside = VecDeque::new();
         }
         let mut visits = WALK_VISITS;

@@ -746,7 +746,7 @@ pub(crate) mod tests {
         assert_eq!(
             shards[0],
             serde_json::json!({"shard":0,"leader":1,"term":3,"applied":812,"digest":"000000000000009f","keys":5,"bytes":640,
-                "asleep":false,"first_slot":0,"last_slot":8191,"replicas":[
+                "asleep":false,"first_slot":0,"last_slot":8191,"down":null,"lost":false,"replicas":[
                 {"node":1,"replica":(1u64<<32)+1,"role":"voter"},{"node":2,"replica":(1u64<<32)+2,"role":"voter"},
                 {"node":3,"replica":(1u64<<32)+3,"role":"voter"}]})
         );
@@ -755,6 +755,24 @@ pub(crate) mod tests {
         }
         assert_eq!(shards[1]["replicas"][1]["role"], "outgoing");
         assert_eq!(shards[1]["replicas"][2]["role"], "learner");
+
+        // Only a POST of what it knows changes anything; a browser cannot be made to send one of this type.
+        let post = |kind: &str, body: &str| {
+            let length = body.len();
+            format!(
+                "POST /v1/recover HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n{body}"
+            )
+        };
+        let answer = raw(addr, post("application/json", r#"{"stopped":[2]}"#).as_bytes()).await;
+        assert!(answer.contains(" 200 ") && answer.contains(r#""missing":[2]"#), "{answer}");
+        let answer = raw(addr, post("application/json", r#"{"accept_data_loss":true}"#).as_bytes()).await;
+        assert!(answer.contains(" 409 ") && answer.contains("not here"), "{answer}");
+        for (kind, body) in [("text/plain", "{}"), ("application/json", "{"), ("application/json", r#"{"force":true}"#)]
+        {
+            let answer = raw(addr, post(kind, body).as_bytes()).await;
+            assert!(answer.starts_with("HTTP/1.1 4"), "{answer}");
+        }
+        assert_eq!(get(addr, "/v1/recover").await.0, 405);
 
         let members = json(get(addr, "/v1/members").await.1);
         assert_eq!(members[0]["node_id"], 1);

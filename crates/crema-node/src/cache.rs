@@ -271,6 +271,7 @@ impl CacheConfig {
             stop_grace: self.stop_grace,
             max_log_bytes: 256 << 20,
             memory: MemoryOptions { max_memory: self.max_memory, eviction: self.eviction },
+            bound_resident: false,
             data_dir: self.data_dir,
             state_dir: None,
             checkpoint_log_bytes: 512 << 20,

@@ -277,6 +277,7 @@ impl Config {
                     max_memory: self.max_memory.map_or(0, |size| size.0),
                     eviction: self.eviction.into(),
                 },
+                bound_resident: true,
                 data_dir: self.data_dir.clone(),
                 state_dir: self.state_dir.clone(),
                 checkpoint_log_bytes: self.checkpoint_log_bytes.0,

@@ -80,6 +80,8 @@ pub enum Input {
     LeaderHints(Vec<LeaderHint>),
     /// By gossip: the node is dead or has left.
     NodeGone(NodeId),
+    /// So much of the node's memory can be for data at present: see [`Host::set_memory_share`].
+    MemoryShare(u8),
     /// Begin a planned stop; [`NodeEvent::Drained`] tells its end.
     Drain,
     /// By the admin API: the node's own picture.
@@ -459,6 +461,7 @@ trait Engine {
     fn leader_hint(&mut self, now: Now, hint: LeaderHint);
     fn node_gone(&mut self, now: Now, node: NodeId);
     fn drain(&mut self, now: Now);
+    fn set_memory_share(&mut self, now: Now, share: u8);
     fn recover(&mut self, now: Now, request: RecoverRequest);
     fn needed_by(&self) -> Vec<ShardId>;
     fn tick(&mut self, now: Now);
@@ -504,6 +507,9 @@ impl Engine for Host {
     }
     fn drain(&mut self, now: Now) {
         Host::drain(self, now);
+    }
+    fn set_memory_share(&mut self, now: Now, share: u8) {
+        Host::set_memory_share(self, now, share);
     }
     fn recover(&mut self, now: Now, request: RecoverRequest) {
         Host::recover(self, now, request);
@@ -678,6 +684,7 @@ impl<E: Engine> Loop<E> {
             Input::Durable => {}
             Input::StateWritten { shard, replica, file, seq } => self.engine.state_written(shard, replica, file, seq),
             Input::NodeGone(node) => self.engine.node_gone(now, node),
+            Input::MemoryShare(share) => self.engine.set_memory_share(now, share),
             Input::Drain => self.engine.drain(now),
             Input::Status(tell) => {
                 // Whoever asked may be gone by now.
@@ -1015,6 +1022,9 @@ mod tests {
         }
         fn drain(&mut self, _: Now) {
             self.call("drain", String::new());
+        }
+        fn set_memory_share(&mut self, _: Now, share: u8) {
+            self.call("share", share.to_string());
         }
         fn recover(&mut self, _: Now, request: RecoverRequest) {
             self.call("recover", format!("{request:?}"));

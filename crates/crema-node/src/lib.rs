@@ -14,6 +14,7 @@ mod membership;
 pub mod metrics;
 pub mod node;
 pub mod peers;
+pub mod pressure;
 pub mod recover;
 pub mod resp;
 pub mod run;

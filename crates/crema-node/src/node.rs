@@ -22,12 +22,13 @@ use crate::driver::{Driver, DriverHandle, Input, NodeEvent, Recover};
 use crate::membership::{AddressBook, Membership, Surroundings, update_addresses};
 use crate::metrics::{self, Metrics};
 use crate::peers::{PeerOptions, Peers, PeersConfig, PeersHandle};
+use crate::pressure::{self, Pressure};
 use crate::recover::RECOVER_TIMEOUT;
 use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::storage::{Opened, StorageError};
 use crema_core::{ClusterUuid, Incarnation, NodeId};
 use crema_gossip::{GossipConfig, GossipError, Member};
-use crema_shard::meta::NO_LIFE;
+use crema_shard::meta::{NO_LIFE, WHOLE_SHARE};
 use crema_shard::{
     Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
 };
@@ -118,6 +119,8 @@ pub struct NodeConfig {
     pub max_log_bytes: usize,
     /// Limits of memory.
     pub memory: MemoryOptions,
+    /// Whether the limit is one of what the process has resident: not where it has other things to do than to be this node.
+    pub bound_resident: bool,
     /// Where the log is kept on disk; in memory alone without.
     pub data_dir: Option<PathBuf>,
     /// Where a node without a data directory remembers of which cluster it is: it then founds no second one.
@@ -554,6 +557,9 @@ impl Node {
         if config.bind.redis.is_some() || config.bind.redis_cluster.is_some() {
             tasks.push(tokio::spawn(follow_memory(watch.driver.clone(), front.clone())));
         }
+        if config.bound_resident && config.memory.max_memory > 0 {
+            tasks.push(tokio::spawn(bound_resident(watch.driver.clone(), config.memory.max_memory)));
+        }
         let mut led = outputs.led;
         if let Some(membership) = watch.membership.clone() {
             let around = Surroundings {
@@ -972,6 +978,29 @@ async fn follow_memory(driver: DriverHandle, front: Arc<FrontConfig>) {
     }
 }
 
+/// Keeps what is resident within the limit, see [`pressure`].
+async fn bound_resident(driver: DriverHandle, limit: u64) {
+    let mut look = tokio::time::interval(pressure::LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut pressure, mut told) = (Pressure::new(limit), WHOLE_SHARE);
+    loop {
+        look.tick().await;
+        // A file of the kernel's own: reading it waits for no disk.
+        let Some(resident) = pressure::resident() else { return };
+        let share = pressure.look(resident);
+        if share == pressure::LEAST && told != share {
+            tracing::warn!(resident, limit, "more is resident than the limit however little of it is data");
+        }
+        if share != told {
+            tracing::debug!(share, resident, "memory for data, in parts of {WHOLE_SHARE}");
+            if driver.send(Input::MemoryShare(share)).await.is_err() {
+                return;
+            }
+            told = share;
+        }
+    }
+}
+
 /// Everything that is counted, as metrics.
 fn metric_sources(
     driver: &DriverHandle,
@@ -1063,6 +1092,7 @@ mod tests {
             stop_grace: Duration::from_secs(10),
             max_log_bytes: 1 << 20,
             memory: MemoryOptions::default(),
+            bound_resident: false,
             data_dir: None,
             state_dir: None,
             checkpoint_log_bytes: 512 << 20,

@@ -15,7 +15,7 @@ use crate::members::{Member, Members};
 use crate::message::{
     Answer, Body, Envelope, KIND_RAFT, TARGET_FRAME_BYTES, encode_chunk, encode_chunk_ack, encode_envelope,
 };
-use crate::meta::{MetaMachine, MetaState, Refounded};
+use crate::meta::{MetaMachine, MetaState, Refounded, WHOLE_SHARE};
 use crate::proposals::Ticket;
 use crate::reads::Read;
 use crate::replica::{Machine, MayBegin, MemoryOptions, Out, ReadCounts, ReadMode, Replica, ReplicaInit};
@@ -114,6 +114,8 @@ pub struct Coordinator {
     persisting: VecDeque<Persisting>,
     present: BTreeMap<NodeId, Incarnation>,
     connected: BTreeMap<NodeId, Incarnation>,
+    /// What nodes can use of their memories for data, where that is not all of it.
+    shares: BTreeMap<NodeId, u8>,
     logger: slog::Logger,
     dropped: u64,
     next_expiry_look: MonoTime,
@@ -136,6 +138,7 @@ impl Coordinator {
             persisting: VecDeque::new(),
             present: BTreeMap::new(),
             connected: BTreeMap::new(),
+            shares: BTreeMap::new(),
             logger: crate::raft_log::logger(),
             dropped: 0,
             next_expiry_look: MonoTime(0),
@@ -251,7 +254,7 @@ impl Coordinator {
         self.present = state.nodes.iter().map(|(n, r)| (*n, r.incarnation)).collect();
         self.data.resize_with(state.shards.len(), || None);
         let mut changed = false;
-        let budgets = state.budgets();
+        let budgets = state.budgets(|node| self.share_of(node));
         // The meta group first: where it begins anew itself, the others wait for it.
         for shard in std::iter::once(ShardId::META).chain(state.groups().filter(|s| !s.is_meta())) {
             let placed = state.replicas(shard);
@@ -292,6 +295,28 @@ impl Coordinator {
             }
         }
         Ok(changed)
+    }
+
+    fn share_of(&self, node: NodeId) -> u8 {
+        self.shares.get(&node).copied().unwrap_or(WHOLE_SHARE)
+    }
+
+    /// A node, this one or another, can use so much of its memory for data at present; see [`MetaState::budgets`].
+    pub fn set_share(&mut self, node: NodeId, share: u8, state: &MetaState) {
+        if self.share_of(node) == share {
+            return;
+        }
+        match share {
+            WHOLE_SHARE => _ = self.shares.remove(&node),
+            share => _ = self.shares.insert(node, share),
+        }
+        for (i, budget) in state.budgets(|node| self.share_of(node)).into_iter().enumerate() {
+            let shard = ShardId(i as u32);
+            if state.replicas(shard).iter().any(|r| r.node == node) {
+                self.with(shard, |r, _| r.set_budget(budget));
+                self.dirty.insert(shard);
+            }
+        }
     }
 
     fn take(&mut self, shard: ShardId) -> Option<Box<Replica>> {

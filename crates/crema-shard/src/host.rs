@@ -21,7 +21,7 @@ use crate::message::{
     Request, RequestBody, TARGET_FRAME_BYTES, decode_answers, decode_chunk, decode_chunk_ack, decode_control,
     decode_envelopes, decode_requests, encode_answer, encode_control, encode_request, split_process,
 };
-use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement};
+use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement, WHOLE_SHARE};
 use crate::placement::preferred_leader;
 use crate::proposals::Ticket;
 use crate::replica::{Machine, MemoryOptions, ReadMode, Replica};
@@ -193,6 +193,8 @@ pub struct Host {
     digest_mismatches: u64,
     replicas_failed: u64,
     recovering: Recovering,
+    /// How much of its memory this node can use for data at present, in parts of [`WHOLE_SHARE`].
+    share: u8,
 }
 
 impl Host {
@@ -254,6 +256,7 @@ impl Host {
             digest_mismatches: 0,
             replicas_failed: 0,
             recovering: Recovering::default(),
+            share: WHOLE_SHARE,
             config,
         }
     }
@@ -363,7 +366,7 @@ impl Host {
             self.control_all(sends);
         }
         let epoch = self.epoch();
-        self.control(peer, &Control::Beat { epoch });
+        self.control(peer, &Control::Beat { epoch, share: self.share });
         self.node_back(now, peer);
     }
 
@@ -583,6 +586,16 @@ impl Host {
         }
     }
 
+    /// This node can use so much of its memory for data at present, in parts of [`WHOLE_SHARE`]: the shell sees what is
+    /// resident. Leaders hear of it with the next beat, and make their shards fit.
+    pub fn set_memory_share(&mut self, now: Now, share: u8) {
+        self.share = share.clamp(1, WHOLE_SHARE);
+        self.next_beat = self.next_beat.min(now.mono);
+        if let Some(state) = &self.state {
+            self.coordinator.set_share(self.config.node, self.share, state);
+        }
+    }
+
     /// Begins a planned stop: marks this node draining and hands its leaderships over. `Note::Drained` tells the end.
     pub fn drain(&mut self, now: Now) {
         self.draining = true;
@@ -632,9 +645,12 @@ impl Host {
     }
 
     fn take_control(&mut self, now: Now, from: NodeId, incarnation: Incarnation, c: Control) {
-        if let Control::Beat { epoch } = c {
-            if let Some(p) = self.peers.get_mut(&from) {
+        if let Control::Beat { epoch, share } = c {
+            if let Some(p) = self.peers.get_mut(&from).filter(|p| p.incarnation == incarnation) {
                 p.epoch = epoch;
+                if let Some(state) = &self.state {
+                    self.coordinator.set_share(from, share.clamp(1, WHOLE_SHARE), state);
+                }
             }
             self.push_placement(from);
             return;
@@ -982,7 +998,7 @@ impl Host {
         if now.mono >= self.next_beat {
             self.next_beat = now.mono.after(t.beat);
             let epoch = self.epoch();
-            self.control_to_all(&Control::Beat { epoch });
+            self.control_to_all(&Control::Beat { epoch, share: self.share });
         }
         if now.mono >= self.next_ask {
             self.next_ask = now.mono.after(t.ask_again);

@@ -340,6 +340,9 @@ pub enum Control {
     Beat {
         /// Epoch of the placement I know, 0 for none.
         epoch: Epoch,
+        /// How much of the memory that I registered may be for data now, in parts of [`crate::meta::WHOLE_SHARE`]: less
+        /// while more is resident than accounted.
+        share: u8,
     },
     /// Founding: do you know a cluster?
     Ask,

@@ -33,6 +33,8 @@ pub const MAX_NAME_BYTES: usize = 255;
 /// How much of a node's memory is for keys and values: so many parts of so many. An eighth may be the logs' (they take no
 /// more), an eighth remains for buffers and for states in transit.
 pub const DATA_PARTS: (u64, u64) = (3, 4);
+/// All of a node's memory, as [`MetaState::budgets`] is told.
+pub const WHOLE_SHARE: u8 = 64;
 /// Highest epoch that is believed of a peer: far beyond any reachable one, and far from overflow.
 const MAX_EPOCH: Epoch = Epoch(1 << 62);
 /// Highest index and term of a group's beginning that is believed of a peer, likewise.
@@ -497,14 +499,17 @@ impl MetaState {
 
     /// Most bytes that each data shard's keys and values may take, 0 for no limit: the least share of the nodes that hold
     /// it. A node's shares are [`DATA_PARTS`] of its memory together; the rest is for logs, buffers and states in transit.
-    pub fn budgets(&self) -> Vec<u64> {
+    /// `share_of` says how much of its memory a node can use for data at present, in parts of [`WHOLE_SHARE`].
+    pub fn budgets(&self, share_of: impl Fn(NodeId) -> u8) -> Vec<u64> {
         let mut held: BTreeMap<NodeId, u64> = BTreeMap::new();
         for r in self.shards.iter().flat_map(|s| &s.replicas) {
             *held.entry(r.node).or_default() += 1;
         }
         let share = |node: &NodeId| {
             let limit = self.nodes.get(node).map_or(0, |n| n.max_memory);
-            (limit > 0).then(|| (limit / DATA_PARTS.1 * DATA_PARTS.0 / held[node]).max(1))
+            let part = u64::from(share_of(*node).clamp(1, WHOLE_SHARE));
+            let data = limit / DATA_PARTS.1 * DATA_PARTS.0 / u64::from(WHOLE_SHARE) * part;
+            (limit > 0).then(|| (data / held[node]).max(1))
         };
         self.shards.iter().map(|s| s.replicas.iter().filter_map(|r| share(&r.node)).min().unwrap_or(0)).collect()
     }

@@ -36,6 +36,8 @@ pub struct GroupReport {
     pub led: bool,
     /// The highest term heard of.
     pub term: Term,
+    /// Whether it has a replica that has failed: nobody knows what that has until the node begins again.
+    pub failed: bool,
     /// Its own replica of the group, if it has one that can be trusted.
     pub replica: Option<ReplicaReport>,
 }
@@ -132,7 +134,7 @@ impl Census<'_> {
     }
 
     fn answers(&self, shard: ShardId, node: NodeId, life: Incarnation) -> bool {
-        self.reports_of(shard).any(|(n, present, _)| n == node && present == life)
+        self.reports_of(shard).any(|(n, present, g)| n == node && present == life && !g.failed)
     }
 
     /// What a group without a leader can hope for.
@@ -240,7 +242,7 @@ impl Hope {
             Hope::Election => None,
             Hope::Waiting { missing } => {
                 let nodes = missing.iter().map(|(node, _)| *node).collect();
-                Some(format!("{what} has no majority while {} do not answer", list(&nodes)))
+                Some(format!("{what} has no majority without {}: not answering, or failed", list(&nodes)))
             }
             Hope::Lost { voters: 0, .. } => Some(format!("{what} lost every replica that had its data")),
             Hope::Lost { lost, voters, .. } => {
@@ -278,7 +280,7 @@ mod tests {
 
     fn report(placed: &ReplicaPlacement, voters: Vec<Member>, last: (u64, u64)) -> Report {
         let replica = ReplicaReport { id: placed.id, voters, last_term: Term(last.0), last: LogIndex(last.1) };
-        let group = GroupReport { shard: S, led: false, term: Term(last.0), replica: Some(replica) };
+        let group = GroupReport { shard: S, term: Term(last.0), replica: Some(replica), ..GroupReport::default() };
         Report { groups: vec![group], ..Report::default() }
     }
 
@@ -314,6 +316,13 @@ mod tests {
         assert_eq!(hope(&state, &[a.clone(), b], &[placed[1].node.0]), Hope::Election);
         let none = hope(&state, &[new(0), new(1), new(2)], &[]);
         assert!(matches!(none, Hope::Lost { voters: 0, best: None, .. }), "{none:?}");
+        let mut failed = new(1);
+        (failed.1, failed.2.groups[0].failed) = (placed[1].incarnation, true);
+        assert_eq!(
+            missing(hope(&state, &[a.clone(), failed, new(2)], &[])),
+            [placed[1].node],
+            "begun again it may be there"
+        );
         let mut leads = a;
         leads.2.groups[0].led = true;
         assert_eq!(hope(&state, &[leads, new(1), new(2)], &[]), Hope::Election, "it will find out by itself");

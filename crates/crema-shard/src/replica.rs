@@ -1088,6 +1088,10 @@ impl Replica {
             return;
         }
         self.make_room(self.queue_bytes as u64, now);
+        let queue = self.take_proposable();
+        if queue.is_empty() {
+            return;
+        }
         let stamp = self.stamp(now);
         let wall_offset = now.wall.0 as i64 - stamp.0 as i64;
         let mut entries: Vec<Entry> = Vec::new();
@@ -1095,11 +1099,10 @@ impl Replica {
         let mut batch = EntryBuilder::new(stamp, wall_offset);
         let mut batch_tickets = Vec::new();
         let entry = |data: Bytes| Entry { data, ..Entry::default() };
-        self.queue_bytes = 0;
         if planted(Mutant::AckBeforeApply) {
-            self.acknowledge_early(out);
+            Self::acknowledge_early(self.shard, &queue, out);
         }
-        for item in std::mem::take(&mut self.queue) {
+        for item in queue {
             let alone = !matches!(item, Queued::Write { .. });
             if !batch.is_empty() && (alone || batch.size() >= TARGET_ENTRY_BYTES) {
                 let full = std::mem::replace(&mut batch, EntryBuilder::new(stamp, wall_offset));
@@ -1136,8 +1139,10 @@ impl Replica {
             }
             self.advance_proposed = None;
             self.reviving = false;
+            self.makes_no_room();
             return;
         }
+        self.took_off(self.raw.raft.raft_log.last_index());
         self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);
         for (i, tickets) in tickets.into_iter().enumerate() {
             if !tickets.is_empty() {
@@ -1416,14 +1421,14 @@ impl Replica {
     fn apply_by_own_clock(&mut self, _: Now) {}
 
     /// What [`Mutant::AckBeforeApply`] does: plain SETs are answered when they are proposed.
-    fn acknowledge_early(&self, out: &mut Out) {
-        for item in &self.queue {
+    fn acknowledge_early(shard: ShardId, queue: &[Queued], out: &mut Out) {
+        for item in queue {
             let Queued::Write { ticket, ops, .. } = item else { continue };
             let plain = |op: crema_core::Op<'_>| {
                 matches!(op, crema_core::Op::Set { cond: crema_core::SetCond::Always, get: false, .. })
             };
             if OpsRef::parse(ops).is_ok_and(|ops| ops.len() == 1 && ops.iter().all(plain)) {
-                out.answers.push((self.shard, *ticket, Answer::Outcome(Outcome::Reply(Reply::Ok))));
+                out.answers.push((shard, *ticket, Answer::Outcome(Outcome::Reply(Reply::Ok))));
             }
         }
     }

@@ -191,6 +191,7 @@ enum Input {
     Transfer { shard: ShardId, to: NodeId },
     Drain,
     Recover(RecoverRequest),
+    MemoryShare(u8),
 }
 
 /// What a happening is about; the life guards against those of an earlier one.
@@ -778,6 +779,7 @@ impl World {
             Input::Transfer { shard, to } => _ = host.transfer_leader(shard, to),
             Input::Drain => host.drain(now),
             Input::Recover(request) => host.recover(now, request),
+            Input::MemoryShare(share) => host.set_memory_share(now, share),
         }
     }
 
@@ -879,6 +881,12 @@ impl World {
     pub fn recover(&mut self, node: NodeId, accept_data_loss: bool, stopped: &[NodeId]) {
         self.trace.note(self.now, format!("{node:?} shall recover, {accept_data_loss}, without {stopped:?}"));
         self.input(node, Input::Recover(RecoverRequest { id: 0, accept_data_loss, stopped: stopped.to_vec() }));
+    }
+
+    /// The node sees that it can use only so much of its memory for data.
+    pub fn memory_share(&mut self, node: NodeId, share: u8) {
+        self.trace.note(self.now, format!("{node:?} has {share} parts of its memory for data"));
+        self.input(node, Input::MemoryShare(share));
     }
 
     fn gossip_claim(&mut self, hint: LeaderHint) {

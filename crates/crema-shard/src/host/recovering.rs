@@ -248,6 +248,7 @@ impl Host {
                 // What it has heard of others they can say themselves.
                 led: replica.is_some_and(|r| r.leadership().leads),
                 term: claim.term.max(replica.map_or(Term(0), |r| r.leadership().term)),
+                failed: replica.is_some_and(|r| r.failed()),
                 replica: replica.and_then(|r| r.report()),
             }
         };

@@ -5,8 +5,10 @@ use super::{SHARD, Story, replica, set};
 use crate::sim::model::Command;
 use crate::sim::world::{Options, World};
 use crema_core::{EvictionPolicy, NodeId, OpError, Reply};
-use crema_shard::MemoryOptions;
+use crema_shard::meta::WHOLE_SHARE;
 use crema_shard::replica::Machine;
+use crema_shard::{ClientResult, MemoryOptions};
+use std::time::Duration;
 
 fn of<R>(world: &World, node: NodeId, f: impl Fn(&crema_core::StateMachine) -> R) -> Option<R> {
     match replica(world, node)?.machine() {
@@ -114,4 +116,66 @@ fn without_eviction_what_does_not_fit_is_refused_and_changes_nothing() {
     s.expect(node, "key1", Command::Del, Reply::Int(1));
     s.expect(node, "key2", Command::Del, Reply::Int(1));
     s.expect(node, "one more", set(&value), Reply::Ok);
+}
+
+/// What a node has resident beside its data makes its shards smaller, whoever leads them, and later larger again; no write is
+/// refused for it.
+#[test]
+fn a_node_that_is_short_of_memory_has_smaller_shards() {
+    let mut s = limited(Some(EvictionPolicy::S3Fifo));
+    let value = "x".repeat(150);
+    let mut next = 0;
+    let mut fill = |s: &mut Story, count: usize| {
+        for _ in 0..count {
+            let gateway = s.world.ids()[next % 3];
+            s.expect(gateway, &format!("key{next}"), set(&value), Reply::Ok);
+            next += 1;
+        }
+    };
+    fill(&mut s, 300);
+    let whole = of(&s.world, s.leader(), |m| m.limits().max_bytes).expect("a replica");
+    let short = s.others(s.leader())[0];
+    s.world.memory_share(short, WHOLE_SHARE / 2);
+    s.run(20);
+    fill(&mut s, 50);
+    let fits = |w: &World, max: u64| {
+        w.ids().into_iter().all(|n| of(w, n, |m| m.used() <= max && m.limits().max_bytes == max) == Some(true))
+    };
+    s.wait(3_000, "half of it", |w| fits(w, whole / 2));
+    fill(&mut s, 100);
+    assert!(fits(&s.world, whole / 2));
+    // The next leader knows it too.
+    let to = s.others(s.leader())[0];
+    s.hand_over(to);
+    fill(&mut s, 50);
+    assert!(fits(&s.world, whole / 2));
+    s.world.memory_share(short, WHOLE_SHARE);
+    s.run(1_000);
+    fill(&mut s, 300);
+    s.wait(3_000, "all of it", |w| {
+        w.ids().into_iter().all(|n| of(w, n, |m| m.limits().max_bytes == whole && m.used() > whole / 2) == Some(true))
+    });
+    s.wait(3_000, "equal states", equal);
+}
+
+/// A burst of writes into a full shard waits until the room is there, rather than being refused.
+#[test]
+fn a_burst_into_a_full_shard_is_not_refused() {
+    let mut s = limited(Some(EvictionPolicy::Lru));
+    let value = "x".repeat(150);
+    for i in 0..300 {
+        let gateway = s.world.ids()[i % 3];
+        s.expect(gateway, &format!("key{i}"), set(&value), Reply::Ok);
+    }
+    let mut asked = Vec::new();
+    for i in 0..1_500 {
+        let gateway = s.world.ids()[i % 3];
+        let conn = s.world.connect();
+        asked.push(s.ask(gateway, conn, &format!("burst{i}"), &set(&value), Duration::from_secs(5)));
+    }
+    s.run(5_500);
+    for of in asked {
+        assert_eq!(s.answers.get(&of), Some(&ClientResult::Reply(Reply::Ok)), "{of:?}");
+    }
+    s.wait(3_000, "equal states", equal);
 }
