@@ -328,7 +328,7 @@ impl Soak {
             let at = |share: f64| sorted.get(((sorted.len() as f64 * share) as usize).min(sorted.len() - 1)).copied();
             let quantile = |share| if sorted.is_empty() { 0 } else { at(share).unwrap_or(0) };
             let mut row = vec![number.to_string(), mb(node.base)];
-            row.extend([quantile(0.5), quantile(0.99), node.maximum()].map(|bytes| of(bytes)));
+            row.extend([quantile(0.5), quantile(0.99), node.maximum()].map(of));
             row.extend(node.maximum_by_phase.map(mb));
             rows.push(row);
         }

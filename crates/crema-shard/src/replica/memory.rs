@@ -261,7 +261,8 @@ impl Replica {
     /// Forgets writes that have arrived.
     fn land(&mut self) {
         let applied = self.applied().0;
-        while let Some((_, bytes)) = self.memory.flight.pop_front_if(|(index, _)| *index <= applied) {
+        while let Some((_, bytes)) = self.memory.flight.front().copied().filter(|(index, _)| *index <= applied) {
+            self.memory.flight.pop_front();
             self.memory.flight_bytes -= bytes;
         }
     }
