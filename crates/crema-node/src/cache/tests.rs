@@ -1,0 +1,351 @@
+use super::*;
+use crate::client::ClientInput;
+use crate::driver::Input;
+use arc_swap::ArcSwap;
+use crema_core::store::{Edit, TableWriter};
+use crema_core::{LogTime, Published, SlotRange, Term};
+use crema_shard::{RoutingView, ShardRoute};
+use std::collections::HashMap;
+
+type Handle = std::thread::JoinHandle<usize>;
+
+fn view(shards: u16) -> RoutingView {
+    let size = crema_core::SLOT_COUNT / shards.max(1);
+    let route = |i: u16| ShardRoute {
+        range: SlotRange { start: i * size, end: (i + 1) * size },
+        leader: None,
+        term: Term(1),
+        published: None,
+        own_term: Term(1),
+        replicas: vec![],
+        down: None,
+    };
+    RoutingView { shards: (0..shards).map(route).collect(), ..RoutingView::default() }
+}
+
+/// A driver that answers each request with what `answer` says (nothing for `None`), in reverse order within a batch.
+/// Returns how many batches it took.
+fn fake_driver(
+    view: Arc<ArcSwap<RoutingView>>,
+    mut answer: impl FnMut(&ClientRequest) -> Option<ClientResult> + Send + 'static,
+) -> (Client, Handle) {
+    let (inputs, outputs) = crossbeam::channel::bounded(64);
+    let handle = std::thread::spawn(move || {
+        let mut conns: HashMap<ConnId, Arc<Outbox>> = HashMap::new();
+        let mut batches = 0;
+        while let Ok(input) = outputs.recv() {
+            match input {
+                Input::Client(ClientInput::Open(conn, outbox)) => drop(conns.insert(conn, outbox)),
+                Input::Client(ClientInput::Close(conn)) => drop(conns.remove(&conn)),
+                Input::Client(ClientInput::Requests(requests)) => {
+                    batches += 1;
+                    let conn = requests[0].conn;
+                    let results: Vec<_> = requests.iter().rev().filter_map(|r| Some((r.token, answer(r)?))).collect();
+                    conns[&conn].deliver(results);
+                }
+                #[allow(unreachable_patterns, reason = "the fake is only told what clients tell")]
+                _ => {}
+            }
+        }
+        batches
+    });
+    (Client::new(inputs, view), handle)
+}
+
+fn echo(request: &ClientRequest) -> Option<ClientResult> {
+    Some(ClientResult::Reply(Reply::Bulk(request.ops.clone())))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_callers_get_their_own_answers() {
+    let (client, driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(16))), echo);
+    let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+    let mut callers = tokio::task::JoinSet::new();
+    for i in 0..4_000u32 {
+        let cache = cache.clone();
+        callers.spawn(async move {
+            for round in 0..5u32 {
+                let body = Bytes::from(format!("{i}-{round}"));
+                let reply = cache.execute_encoded(Slot((i % 16_384) as u16), true, body.clone()).await;
+                assert_eq!(reply, Ok(Reply::Bulk(body)));
+            }
+        });
+    }
+    while let Some(end) = callers.join_next().await {
+        end.unwrap();
+    }
+    assert!(cache.shared.lanes.iter().all(|l| l.lock().waiting.len == 0), "nobody is left waiting");
+    assert_eq!(cache.shared.budget.available_permits(), BUDGET_UNITS);
+    drop(cache);
+    // The lanes close their connections, then the last client goes, then the driver ends.
+    let batches = tokio::task::spawn_blocking(move || driver.join().unwrap()).await.unwrap();
+    assert!(batches <= 20_000);
+}
+
+#[tokio::test]
+async fn results_become_errors_that_say_what_to_do() {
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |r| {
+        Some(match &r.ops[..] {
+            b"unknown" => ClientResult::Unknown,
+            b"leader" => ClientResult::NotApplied(Refusal::NoLeader(r.shard)),
+            b"stop" => ClientResult::NotApplied(Refusal::ShuttingDown),
+            _ => ClientResult::Reply(Reply::Error(OpError::NotInteger)),
+        })
+    });
+    let cache = CacheClient::open(client, Duration::from_secs(5)).await.unwrap();
+    let run = |ops: &'static [u8]| cache.execute_encoded(Slot(0), true, Bytes::from_static(ops));
+    assert_eq!(run(b"unknown").await, Err(CacheError::OutcomeUnknown));
+    let read = cache.execute_encoded(Slot(0), false, Bytes::from_static(b"unknown")).await;
+    assert_eq!(read, Err(CacheError::NotApplied { reason: READ_LOST.to_owned() }), "a read leaves no doubt behind");
+    assert!(matches!(run(b"leader").await, Err(CacheError::NotApplied { reason }) if reason.contains("shard 0")));
+    assert_eq!(run(b"stop").await, Err(CacheError::Stopped));
+    assert_eq!(run(b"").await, Ok(Reply::Error(OpError::NotInteger)));
+}
+
+/// A view of one shard whose replica is here: published, and its table, which holds k = v.
+fn with_replica() -> (RoutingView, Arc<Published>, TableWriter) {
+    let mut view = view(1);
+    let mut table = TableWriter::new(view.shards[0].range, 1);
+    let published = Arc::new(Published::new(table.table().clone(), LogTime(1)));
+    let k = KeyRef::new(0, b"k").unwrap();
+    table.edit(k, |_| ((), Edit::Put { value: b"v", expire_at: 0 }));
+    view.shards[0].published = Some(published.clone());
+    (view, published, table)
+}
+
+#[tokio::test]
+async fn reads_are_answered_here_as_far_as_their_level_allows() {
+    let (view, published, _table) = with_replica();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let seen = asked.clone();
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view)), move |r| {
+        seen.lock().unwrap().push((r.write, r.level));
+        Some(ClientResult::Reply(Reply::Bulk("driver".into())))
+    });
+    let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+    let key = KeyRef::new(0, b"k").unwrap();
+    let (here, driver) = (Ok(Reply::Bulk("v".into())), Ok(Reply::Bulk("driver".into())));
+    let age = ReadLevel::Bounded(Duration::from_secs(600));
+    let get = |level| cache.read(Op::Get { key }, level);
+    // Neither leader nor known to be fresh.
+    assert_eq!(get(ReadLevel::Linearizable).await, driver);
+    assert_eq!(get(age).await, driver);
+    assert_eq!(get(ReadLevel::Local).await, here);
+    published.set_fresh(crate::clock::mono());
+    assert_eq!(get(ReadLevel::Linearizable).await, driver);
+    assert_eq!(get(age).await, here);
+    published.set_fresh(MonoTime(1));
+    published.cell().open(1, 1, u64::MAX);
+    assert_eq!(get(ReadLevel::Linearizable).await, here);
+    assert_eq!(get(ReadLevel::Bounded(Duration::ZERO)).await, here, "under the lease");
+    assert_eq!(cache.read(Op::Exists { key }, ReadLevel::Linearizable).await, Ok(Reply::Int(1)));
+    // What no cell answers.
+    assert_eq!(cache.read(Op::Pttl { key }, ReadLevel::Linearizable).await, driver);
+    published.retire();
+    assert_eq!(get(ReadLevel::Local).await, driver);
+    let levels = [ReadLevel::Linearizable, age, ReadLevel::Linearizable, ReadLevel::Linearizable, ReadLevel::Local];
+    assert_eq!(*asked.lock().unwrap(), levels.map(|level| (false, level)));
+    // A table that is still there is no cache that has stopped.
+    cache.close();
+    published.cell().open(2, 1, u64::MAX);
+    assert_eq!(get(ReadLevel::Local).await, Err(CacheError::Stopped));
+    assert_eq!(get(ReadLevel::Linearizable).await, Err(CacheError::Stopped));
+}
+
+#[tokio::test]
+async fn a_caller_that_only_reads_here_lets_others_run() {
+    let (view, published, _table) = with_replica();
+    published.cell().open(1, 1, u64::MAX);
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view)), |_| None);
+    let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let other = tokio::spawn({
+        let done = done.clone();
+        async move { done.store(true, Ordering::Release) }
+    });
+    let key = KeyRef::new(0, b"k").unwrap();
+    // One thread: without a pause in between this loop would never end.
+    while !done.load(Ordering::Acquire) {
+        cache.read(Op::Get { key }, ReadLevel::Linearizable).await.unwrap();
+    }
+    other.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_moved_slot_is_asked_for_again_with_the_new_view() {
+    let shared_view = Arc::new(ArcSwap::from_pointee(view(1)));
+    let in_driver = shared_view.clone();
+    let (client, _driver) = fake_driver(shared_view, move |r| {
+        if in_driver.load().shards.len() == 1 {
+            in_driver.store(Arc::new(view(2)));
+            return Some(ClientResult::NotApplied(Refusal::WrongShard));
+        }
+        Some(ClientResult::Reply(Reply::Int(i64::from(r.shard.0))))
+    });
+    let cache = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+    assert_eq!(cache.execute_encoded(Slot(16_000), true, Bytes::new()).await, Ok(Reply::Int(1)));
+}
+
+#[tokio::test]
+async fn without_a_placement_requests_wait_until_their_deadline() {
+    let empty = RoutingView { not_ready: Some("founding".into()), ..RoutingView::default() };
+    let shared_view = Arc::new(ArcSwap::from_pointee(empty));
+    let (client, _driver) = fake_driver(shared_view.clone(), echo);
+    let impatient = CacheClient::open(client.clone(), Duration::from_millis(50)).await.unwrap();
+    let error = impatient.execute_encoded(Slot(0), false, Bytes::new()).await.unwrap_err();
+    assert_eq!(error, CacheError::NotApplied { reason: "founding".into() });
+    let patient = CacheClient::open(client, Duration::from_secs(30)).await.unwrap();
+    let asked = patient.execute_encoded(Slot(0), false, Bytes::new());
+    // `join` polls in this order, so the request finds no placement at first.
+    let placed = async { shared_view.store(Arc::new(view(1))) };
+    assert_eq!(tokio::join!(asked, placed).0, Ok(Reply::Bulk(Bytes::new())));
+}
+
+#[tokio::test]
+async fn when_the_node_stops_writes_in_flight_are_unknown_and_reads_are_not_done() {
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);
+    let cache = CacheClient::open(client, Duration::from_secs(60)).await.unwrap();
+    let write = cache.execute_encoded(Slot(0), true, Bytes::new());
+    let read = cache.execute_encoded(Slot(0), false, Bytes::new());
+    let stop = async {
+        while cache.shared.lanes.iter().map(|l| l.lock().waiting.len).sum::<usize>() < 2 {
+            tokio::task::yield_now().await;
+        }
+        cache.close();
+    };
+    let (write, read, ()) = tokio::join!(write, read, stop);
+    assert_eq!((write, read), (Err(CacheError::OutcomeUnknown), Err(CacheError::Stopped)));
+    assert_eq!(cache.execute_encoded(Slot(0), true, Bytes::new()).await, Err(CacheError::Stopped));
+}
+
+#[tokio::test]
+async fn what_is_in_flight_is_bounded_even_when_callers_lose_patience() {
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);
+    let cache = CacheClient::open(client, Duration::from_millis(200)).await.unwrap();
+    // Four requests of a quarter of the budget; their callers go away.
+    let quarter = Bytes::from(vec![0; (BUDGET_UNITS / 4 - 1) * 1024]);
+    for _ in 0..4 {
+        let call = cache.execute_encoded(Slot(0), true, quarter.clone());
+        assert!(tokio::time::timeout(Duration::from_millis(1), call).await.is_err());
+    }
+    assert_eq!(cache.shared.budget.available_permits(), 0);
+    let error = cache.execute_encoded(Slot(0), false, Bytes::new()).await.unwrap_err();
+    assert!(matches!(error, CacheError::NotApplied { .. }), "a full budget is a definite no: {error}");
+}
+
+#[test]
+fn a_late_answer_never_reaches_the_next_user_of_a_place() {
+    let budget = Arc::new(Semaphore::new(8));
+    let mut slab = Slab::default();
+    let insert = |slab: &mut Slab, deadline| {
+        let (answer, answered) = oneshot::channel();
+        let permit = budget.clone().try_acquire_owned().unwrap();
+        (slab.insert(Waiting { answer, deadline: MonoTime(deadline), _permit: permit }), answered)
+    };
+    let (first, mut first_answer) = insert(&mut slab, 0);
+    let (kept, _kept_answer) = insert(&mut slab, u64::MAX);
+    slab.drop_overdue(MonoTime(OVERDUE.as_nanos() as u64));
+    assert!(slab.remove(kept).is_some(), "not overdue");
+    slab.drop_overdue(MonoTime(OVERDUE.as_nanos() as u64 + 1));
+    assert_eq!(first_answer.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+    let (second, _second_answer) = insert(&mut slab, 0);
+    let (third, _third_answer) = insert(&mut slab, 0);
+    assert!(first != second && first != third);
+    assert!(slab.remove(first).is_none());
+    assert!(slab.remove(second).is_some() && slab.remove(second).is_none());
+    assert_eq!(slab.len, 1);
+}
+
+/// Free ports. Others may take them before we do, which is why the test below tries again.
+fn free_addrs<const N: usize>() -> [SocketAddr; N] {
+    let held = [(); N].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    held.each_ref().map(|listener| listener.local_addr().unwrap())
+}
+
+async fn three_nodes() -> Vec<DistributedCache> {
+    'again: loop {
+        let addrs = free_addrs::<3>();
+        let all: Vec<_> = (1..).zip(addrs).collect();
+        let mut nodes = Vec::new();
+        for (id, addr) in &all {
+            let config = CacheConfig::new(*id, *addr).with_seed_nodes(all.clone()).with_stop_grace(Duration::ZERO);
+            match DistributedCache::new(config).await {
+                Ok(node) => nodes.push(node),
+                Err(CacheError::Start(StartError::Bind { .. })) => continue 'again,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        return nodes;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_embedded_nodes_are_one_cache() {
+    let nodes = three_nodes().await;
+    for node in &nodes {
+        node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    }
+    let [a, b, c] = &nodes[..] else { panic!("three") };
+    for i in 0..64 {
+        let key = format!("key {i}");
+        assert_eq!(a.get(&key).await, Ok(None));
+        a.put(key.clone(), format!("value {i}")).await.unwrap();
+        assert_eq!(b.get(&key).await, Ok(Some(format!("value {i}").into())));
+        // Three replicas: each node has one of each shard, and a round to the leader makes it fresh.
+        let level = if i % 2 == 0 { ReadLevel::Bounded(Duration::ZERO) } else { ReadLevel::Linearizable };
+        assert_eq!(c.get_with(&key, level).await, Ok(Some(format!("value {i}").into())), "{level:?}");
+        assert_eq!((a.contains(&key).await, a.contains("no such key").await), (Ok(true), Ok(false)));
+        assert_eq!(c.delete(&key).await, Ok(true));
+        assert_eq!((b.delete(&key).await, a.get(&key).await), (Ok(false), Ok(None)));
+    }
+    // Every node hears of everything in the end, and none asks another for it.
+    a.put("local", "v").await.unwrap();
+    for node in &nodes {
+        let heard = async {
+            while node.get_with("local", ReadLevel::Local).await != Ok(Some("v".into())) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), heard).await.expect("replicas follow");
+    }
+    let long = vec![0; limits::MAX_KEY_BYTES + 1];
+    assert!(matches!(a.get(&long).await, Err(CacheError::Invalid(_))));
+    assert!(matches!(a.put("k", vec![0; limits::MAX_VALUE_BYTES + 1]).await, Err(CacheError::Invalid(_))));
+    a.shutdown().await.unwrap();
+    for level in [ReadLevel::Linearizable, ReadLevel::Bounded(Duration::from_secs(600)), ReadLevel::Local] {
+        assert_eq!(a.get_with("local", level).await, Err(CacheError::Stopped));
+    }
+    // The others go on: a majority is left.
+    b.put("k", "v").await.unwrap();
+    assert_eq!(c.get("k").await, Ok(Some("v".into())));
+}
+
+#[test]
+fn configurations_that_cannot_work_are_refused() {
+    let addr = |s: &str| s.parse::<SocketAddr>().unwrap();
+    let base = || CacheConfig::new(1, addr("127.0.0.1:9001"));
+    let ok = base().with_seed_nodes(vec![(2, addr("127.0.0.1:9002")), (1, addr("127.0.0.1:9001"))]).resolve().unwrap();
+    assert_eq!(ok.initial_members, [crema_core::NodeId(1), crema_core::NodeId(2)]);
+    assert_eq!(ok.static_peers.len(), 1);
+    assert_eq!(ok.reads, ReadMode::Lease);
+    assert_eq!(base().with_reads(ReadMode::ReadIndex).resolve().unwrap().reads, ReadMode::ReadIndex);
+    assert_eq!(
+        ok.bind,
+        BindAddrs { raft: addr("127.0.0.1:9001"), gossip: None, redis: None, redis_cluster: None, http: None }
+    );
+    for (config, word) in [
+        (CacheConfig::new(0, addr("127.0.0.1:1")), "begin at 1"),
+        (base().with_seed_nodes(vec![(1, addr("127.0.0.1:9002"))]), "not its address"),
+        (base().with_seed_nodes(vec![(2, addr("127.0.0.1:1")), (2, addr("127.0.0.1:2"))]), "twice"),
+        (base().with_seed_nodes(vec![(2, addr("127.0.0.1:0"))]), "no address"),
+        (base().with_shards(0), "shards"),
+        (base().with_replicas(8), "replicas"),
+        (base().with_request_deadline(Duration::ZERO), "deadline"),
+        (base().with_cluster_name("a b"), "cluster"),
+        (CacheConfig::new(1, addr("10.0.0.1:9001")), "with_insecure"),
+        (CacheConfig::new(1, addr("0.0.0.0:9001")).with_insecure(true), "connect to"),
+    ] {
+        let error = config.resolve().unwrap_err();
+        assert!(matches!(&error, CacheError::Invalid(text) if text.contains(word)), "{word}: {error}");
+    }
+}
