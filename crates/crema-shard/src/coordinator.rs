@@ -44,6 +44,8 @@ const FILLING_AT_ONCE: usize = 2;
 /// Most replicas of one node that write their states to files at a time: this bounds what waits for the disk, and what is
 /// kept aside of records that are overwritten meanwhile.
 const CHECKPOINTS_AT_ONCE: usize = 2;
+/// The same of replicas that begin their groups anew and serve nobody before: more, since there may be thousands.
+const BEGINNINGS_AT_ONCE: usize = 16;
 
 /// What all replicas of a node have in common.
 #[derive(Clone, Copy, Debug)]
@@ -624,7 +626,8 @@ impl Coordinator {
             let work = self.with(shard, |r, out| {
                 let before = (r.transfer_status().to.is_some(), r.checkpoints());
                 let waits = table_waits && r.begins();
-                let checkpoint = shard.is_meta() || (checkpoints < CHECKPOINTS_AT_ONCE && !waits);
+                let most = if r.begins() { BEGINNINGS_AT_ONCE } else { CHECKPOINTS_AT_ONCE };
+                let checkpoint = shard.is_meta() || (checkpoints < most && !waits);
                 let may = MayBegin { fill: filling < FILLING_AT_ONCE, checkpoint };
                 r.tick(now, |v| present.get(&v.node) == Some(&v.incarnation), may, out);
                 filling += usize::from(!before.0 && r.transfer_status().to.is_some());
