@@ -218,8 +218,8 @@ impl Coordinator {
     fn init(&self, shard: ShardId, id: ReplicaId, machine: Machine, shards: usize) -> ReplicaInit {
         let o = &self.options;
         let groups = 1 + shards as u64;
-        // With a limit of memory, an eighth of it.
-        let most = if o.memory.max_memory == 0 { u64::MAX } else { o.memory.max_memory / 8 };
+        // With a limit of memory, a sixteenth of it: an entry keeps up to as much again with it, of the frame that it came in.
+        let most = if o.memory.max_memory == 0 { u64::MAX } else { o.memory.max_memory / 16 };
         let max_log_bytes = o.max_log_bytes.min(usize::try_from(most).unwrap_or(usize::MAX));
         ReplicaInit {
             shard,

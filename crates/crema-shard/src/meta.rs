@@ -30,8 +30,8 @@ pub const MAX_REPLICAS: usize = 7;
 pub const MAX_ADDR_BYTES: usize = 260;
 /// Longest cluster name in bytes.
 pub const MAX_NAME_BYTES: usize = 255;
-/// How much of a node's memory is for keys and values: so many parts of so many. An eighth may be the logs' (they take no
-/// more), an eighth remains for buffers and for states in transit.
+/// How much of a node's memory is for keys and values: so many parts of so many. A sixteenth is the logs'; what
+/// remains is for buffers, for states in transit, and for what an allocator cannot give back.
 pub const DATA_PARTS: (u64, u64) = (3, 4);
 /// All of a node's memory, as [`MetaState::budgets`] is told.
 pub const WHOLE_SHARE: u8 = 64;
