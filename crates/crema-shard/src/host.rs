@@ -384,6 +384,10 @@ impl Host {
     /// elsewhere.
     fn node_lost(&mut self, now: Now, node: NodeId) {
         self.coordinator.node_down(node);
+        // Where it is short of memory it will say so again.
+        if let Some(state) = &self.state {
+            self.coordinator.set_share(node, WHOLE_SHARE, state);
+        }
         self.router.node_gone(node);
         self.gateway.peer_lost(node, now.mono);
         // Rounds that it was asked for have no answer; of the others little is lost.
