@@ -1,14 +1,15 @@
 //! One registry a node, and how the node's counters reach it.
 //!
 //! ```text
-//!   driver: HostStatus ---set_host()---> Scrape --+
-//!   peers, RESP, gossip, driver atomics --Source--+--> registry --> OpenMetrics text of GET /metrics
-//!   /proc of this process ------------------------+
+//!   driver: HostStatus ---set_host()---> Scrape -------+
+//!   peers, RESP, gossip, driver, log atomics --Source--+--> registry --> OpenMetrics text of GET /metrics
+//!   /proc of this process -----------------------------+
 //! ```
 //!
 //! A registry of the process would mix the nodes of a dev cluster and of embedders. Nothing is counted here: each part
 //! keeps its own atomics, and a scrape reads them.
 
+use crate::disk::LogStats;
 use crate::driver::DriverStats;
 use crate::peers::PeerStats;
 use crate::resp::FrontStats;
@@ -162,6 +163,14 @@ pub fn peer_samples(stats: &PeerStats, into: &mut Vec<Sample>) {
     count("peer_reconnects", "Links to peers that came to stand again", &stats.reconnects);
     count("peer_driver_full", "Times a peer connection found the driver's queue full", &stats.driver_full);
     into.push(gauge("peer_incoming", "Incoming peer connections at present", stats.incoming.load(Relaxed) as f64));
+}
+
+/// What the log on disk has counted; absent where nothing is kept on disk.
+pub fn log_samples(stats: &LogStats, into: &mut Vec<Sample>) {
+    let mut count = |name, help, value: &AtomicU64| into.push(counter(name, help, value.load(Relaxed)));
+    count("log_syncs", "Writes to the log on disk, each synced once", &stats.syncs);
+    count("log_batches", "Batches of driver rounds that these syncs made durable", &stats.batches);
+    count("log_entries_written", "Entries of all replicas that these syncs made durable", &stats.entries);
 }
 
 /// What the RESP front has counted.

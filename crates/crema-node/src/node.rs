@@ -17,7 +17,7 @@
 use crate::admin::{self, AdminServer, AdminSource, BoxFuture, Facts, GossipMember, MemberBody};
 use crate::client::{Client, Stopped};
 use crate::config::Secret;
-use crate::disk::{DataDir, Mode};
+use crate::disk::{DataDir, LogStats, Mode};
 use crate::driver::{Driver, DriverHandle, Input, NodeEvent, Recover};
 use crate::membership::{AddressBook, Membership, Surroundings, update_addresses};
 use crate::metrics::{self, Metrics};
@@ -25,7 +25,7 @@ use crate::peers::{PeerOptions, Peers, PeersConfig, PeersHandle};
 use crate::pressure::{self, Pressure};
 use crate::recover::RECOVER_TIMEOUT;
 use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
-use crate::storage::{Opened, StorageError};
+use crate::storage::{Opened, Storage, StorageError};
 use crema_core::{ClusterUuid, Incarnation, NodeId};
 use crema_gossip::{GossipConfig, GossipError, Member};
 use crema_shard::meta::{NO_LIFE, WHOLE_SHARE};
@@ -518,6 +518,7 @@ impl Node {
             }
             None => (None, state_dir.map(|dir| Arc::new(Mutex::new(dir)))),
         };
+        let log_stats = storage.as_ref().and_then(Storage::log_stats);
         let driver = Driver::start(host, peers.clone(), inputs, storage, Some(on_view));
         let (driver, outputs) = driver.map_err(|e| failed("the driver's thread", &e))?;
         update_addresses(&book, &peers, |book| book.set_configured(config.static_peers.clone()));
@@ -541,7 +542,10 @@ impl Node {
                 gossip_addr: gossip_addr.map(|addr| addr.to_string()),
                 metadata: config.metadata.clone(),
             },
-            metrics: Metrics::new(config.node_id, metric_sources(&driver, &peers, membership.as_ref(), &front)),
+            metrics: Metrics::new(
+                config.node_id,
+                metric_sources(&driver, &peers, membership.as_ref(), &front, log_stats),
+            ),
             driver,
             membership,
             draining: AtomicBool::new(false),
@@ -1007,6 +1011,7 @@ fn metric_sources(
     peers: &PeersHandle,
     membership: Option<&Arc<Membership>>,
     front: &Arc<FrontConfig>,
+    log: Option<Arc<LogStats>>,
 ) -> Vec<metrics::Source> {
     let view = driver.client();
     let (driver_stats, peer_stats) = (driver.stats().clone(), peers.stats().clone());
@@ -1022,6 +1027,9 @@ fn metric_sources(
             let gossip = membership.gossip();
             metrics::gossip_samples(&gossip.stats(), gossip.tracker().conflicts(), into)
         }));
+    }
+    if let Some(log) = log {
+        sources.push(Box::new(move |into| metrics::log_samples(&log, into)));
     }
     sources
 }

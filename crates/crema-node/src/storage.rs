@@ -17,7 +17,7 @@
 use crate::clock;
 use crate::disk::checkpoint::{self, CheckpointError, CheckpointReader, CheckpointWriter};
 use crate::disk::{
-    Batch, CheckpointId, DataDir, DirError, Identity, LogEngine, LogOptions, LogWriter, Mode, SubmitError,
+    Batch, CheckpointId, DataDir, DirError, Identity, LogEngine, LogOptions, LogStats, LogWriter, Mode, SubmitError,
 };
 use crate::driver::Input;
 use bytes::Bytes;
@@ -298,6 +298,11 @@ enum Job {
 }
 
 impl Storage {
+    /// What the log counts; `None` once it was given up.
+    pub(crate) fn log_stats(&self) -> Option<Arc<LogStats>> {
+        self.log.as_ref().map(|log| log.stats().clone())
+    }
+
     /// Queues a batch; waits while the disk is too far behind, up to [`PATIENCE`].
     pub(crate) fn persist(&mut self, batch: PersistBatch) {
         let mut writes = Vec::with_capacity(batch.writes.len());

@@ -12,7 +12,7 @@ use super::log_engine::{Batch, LogEngine, LogError, Purger};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -57,6 +57,17 @@ impl Reporter {
     }
 }
 
+/// What has been written and synced so far.
+#[derive(Debug, Default)]
+pub struct LogStats {
+    /// Writes that ended with a sync.
+    pub syncs: AtomicU64,
+    /// Batches that they made durable.
+    pub batches: AtomicU64,
+    /// Entries in these.
+    pub entries: AtomicU64,
+}
+
 struct Job {
     batch: Batch,
     bytes: usize,
@@ -68,6 +79,7 @@ struct Job {
 pub struct LogWriter {
     queue: Option<Sender<Job>>,
     waiting: Arc<AtomicUsize>,
+    stats: Arc<LogStats>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -89,7 +101,9 @@ impl LogWriter {
         let waiting = Arc::new(AtomicUsize::new(0));
         let reporter = Arc::new(Reporter(Mutex::new(Some(Box::new(done)))));
         let purger = engine.purger();
-        let mut writer = LogWriter { queue: Some(queue), waiting: waiting.clone(), threads: Vec::new() };
+        let stats = Arc::new(LogStats::default());
+        let mut writer =
+            LogWriter { queue: Some(queue), waiting: waiting.clone(), stats: stats.clone(), threads: Vec::new() };
         let report = reporter.clone();
         writer.threads.push(
             std::thread::Builder::new()
@@ -97,7 +111,7 @@ impl LogWriter {
                 .spawn(move || guarded(&purger.clone(), &report, || purge_loop(&purger, &nudges, &report, &compact)))?,
         );
         let purger = engine.purger();
-        let mut worker = Worker { engine, jobs, nudge, waiting, reporter, unpurged: 0 };
+        let mut worker = Worker { engine, jobs, nudge, waiting, stats, reporter, unpurged: 0 };
         writer.threads.push(std::thread::Builder::new().name("crema-log".into()).spawn(move || {
             let report = worker.reporter.clone();
             guarded(&purger, &report, || worker.run());
@@ -124,6 +138,11 @@ impl LogWriter {
                 TrySendError::Disconnected(job) => SubmitError::Closed(job.batch),
             }
         })
+    }
+
+    /// What it counts.
+    pub fn stats(&self) -> &Arc<LogStats> {
+        &self.stats
     }
 
     /// Writes and reports what waits, then ends the threads and closes the log.
@@ -160,6 +179,7 @@ struct Worker {
     jobs: Receiver<Job>,
     nudge: Sender<()>,
     waiting: Arc<AtomicUsize>,
+    stats: Arc<LogStats>,
     reporter: Arc<Reporter>,
     /// Bytes written since the purge thread was last nudged.
     unpurged: u64,
@@ -182,12 +202,25 @@ impl Worker {
             let result = self.engine.write(&batches);
             self.waiting.fetch_sub(bytes, Ordering::Relaxed);
             match result {
-                Ok(()) => self.reporter.durable(number),
+                Ok(()) => {
+                    self.count(&batches);
+                    self.reporter.durable(number);
+                }
                 Err(LogError::Stopped(why)) => return self.reporter.failed(why),
                 Err(e) => return self.reporter.failed(e.to_string()),
             }
             self.look_after_space(bytes as u64);
         }
+    }
+
+    fn count(&self, batches: &[Batch]) {
+        // A batch without writes only passes its number on: nothing is synced for it.
+        let written = batches.iter().filter(|batch| !batch.writes.is_empty());
+        let entries = written.clone().flat_map(|batch| &batch.writes).map(|w| w.entries.len() as u64).sum();
+        let written = written.count() as u64;
+        self.stats.syncs.fetch_add(u64::from(written > 0), Ordering::Relaxed);
+        self.stats.batches.fetch_add(written, Ordering::Relaxed);
+        self.stats.entries.fetch_add(entries, Ordering::Relaxed);
     }
 
     /// Wakes the purge thread for each file's worth of bytes, and waits for it when it has fallen far behind, which bounds

@@ -27,7 +27,7 @@ mod marker;
 pub use checkpoint::{CheckpointError, CheckpointId, CheckpointReader, CheckpointWriter};
 pub use directory::{DataDir, DirError, Identity, Mode};
 pub use log_engine::{Batch, LogEngine, LogError, LogOptions, LogWrite, Purger, RecoveredGroup};
-pub use log_writer::{LogWriter, SubmitError};
+pub use log_writer::{LogStats, LogWriter, SubmitError};
 
 use std::fs::{DirBuilder, File};
 use std::io;

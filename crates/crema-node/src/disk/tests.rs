@@ -443,10 +443,16 @@ fn the_writer_reports_in_order_and_finishes_what_waits() {
         let write = LogWrite { group: number % 7, entries, ..Default::default() };
         writer.submit(batch(number, vec![write])).unwrap();
     }
+    writer.submit(batch(501, vec![])).unwrap();
+    let stats = writer.stats().clone();
     writer.close();
     let numbers: Vec<u64> = reports.iter().map(Result::unwrap).collect();
     assert!(numbers.windows(2).all(|w| w[0] < w[1]), "{numbers:?}");
-    assert_eq!(numbers.last(), Some(&500));
+    assert_eq!(numbers.last(), Some(&501));
+    let [syncs, batches, entries] = [&stats.syncs, &stats.batches, &stats.entries].map(|n| n.load(Ordering::Relaxed));
+    assert_eq!((batches, entries), (500, 500), "a batch without writes is none for the disk");
+    let reported = numbers.len() as u64;
+    assert!(syncs == reported || syncs == reported - 1 && numbers.contains(&500), "{syncs} of {reported}");
     assert_eq!(open(dir.path()).unwrap().1.iter().map(|g| g.entries.len()).sum::<usize>(), 500);
 }
 
