@@ -1,7 +1,8 @@
 //! Clients that keep a fixed number of requests in flight over loopback TCP.
 //!
 //! Each client sends a batch of `pipeline` requests for uniformly random keys and reads all replies before the next.
-//! A request's latency runs from the sending of its batch to the reading of its reply.
+//! A request's latency runs from the sending of its batch to the reading of its reply. Values are noise: neither a log on
+//! disk nor a state on its way to another node gets smaller by compression.
 
 use crate::replies::{Reply, parse};
 use hdrhistogram::Histogram;
@@ -69,6 +70,8 @@ pub(crate) struct Measured {
     pub p50_ms: f64,
     /// 99th percentile of latency in milliseconds.
     pub p99_ms: f64,
+    /// Longest latency in milliseconds.
+    pub max_ms: f64,
     /// Errors, missing values and values of a wrong length.
     pub wrong: u64,
     /// How long it took.
@@ -121,7 +124,7 @@ pub(crate) async fn run(plan: &Plan, operation: Operation) -> io::Result<Measure
     }
     let ms = |quantile| total.latency_us.value_at_quantile(quantile) as f64 / 1e3;
     let per_second = total.right as f64 / seconds;
-    Ok(Measured { per_second, p50_ms: ms(0.5), p99_ms: ms(0.99), wrong: total.wrong, seconds })
+    Ok(Measured { per_second, p50_ms: ms(0.5), p99_ms: ms(0.99), max_ms: ms(1.0), wrong: total.wrong, seconds })
 }
 
 async fn client(
@@ -133,7 +136,7 @@ async fn client(
 ) -> io::Result<Tally> {
     let mut tally = Tally::new();
     let mut random = Random::new(u64::from(number) + 1);
-    let value = vec![b'x'; plan.value_bytes as usize];
+    let mut value = vec![0; plan.value_bytes as usize];
     let own = plan.targets[number as usize % plan.targets.len()].keys.clone();
     // Client i of n fills the keys i, i + n, i + 2n, …
     let mut fill = (number..plan.keys).step_by(plan.clients as usize);
@@ -150,6 +153,11 @@ async fn client(
                 }),
             };
             let Some(key) = key else { break };
+            match operation {
+                Operation::Fill => fill_value(key, &mut value),
+                Operation::Set => random.fill(&mut value),
+                Operation::Get => {}
+            }
             encode(&mut requests, operation, key, &value);
             sent += 1;
         }
@@ -206,6 +214,11 @@ pub(crate) fn key_name(key: u32) -> String {
     format!("key:{key:012}")
 }
 
+/// The value that [`Operation::Fill`] sets the key numbered `key` to.
+pub(crate) fn fill_value(key: u32, value: &mut [u8]) {
+    Random::new(u64::from(key)).fill(value);
+}
+
 fn encode(into: &mut Vec<u8>, operation: Operation, key: u32, value: &[u8]) {
     use std::io::Write;
     // As `key_name`, without an allocation. Writing to a vector cannot fail.
@@ -228,13 +241,22 @@ impl Random {
     pub(crate) fn new(seed: u64) -> Self {
         Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
-    /// A number below `bound`, nearly uniform.
-    pub(crate) fn below(&mut self, bound: u32) -> u32 {
+    fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
-        let high = self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+    /// A number below `bound`, nearly uniform.
+    pub(crate) fn below(&mut self, bound: u32) -> u32 {
+        let high = self.next() >> 32;
         ((high * u64::from(bound)) >> 32) as u32
+    }
+    /// Noise.
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
+        }
     }
 }
 
@@ -253,6 +275,18 @@ mod tests {
             "*3\r\n$3\r\nSET\r\n$16\r\nkey:000000000007\r\n$2\r\nxy\r\n*2\r\n$3\r\nGET\r\n$16\r\nkey:000000000007\r\n";
         assert_eq!(String::from_utf8(bytes).unwrap(), expected);
         assert_eq!(key_name(7), "key:000000000007");
+    }
+
+    #[test]
+    fn values_are_noise_of_their_keys() {
+        let value = |key| {
+            let mut value = [0; 13];
+            fill_value(key, &mut value);
+            value
+        };
+        assert_eq!(value(7), value(7));
+        assert_eq!((0..1_000).map(value).collect::<std::collections::BTreeSet<_>>().len(), 1_000);
+        assert!(value(0).iter().filter(|byte| **byte == 0).count() < 3);
     }
 
     #[test]
@@ -293,7 +327,8 @@ mod tests {
                 gets += 1;
                 match held.get(&args[1]) {
                     Some(value) if gets % 10 != 0 => {
-                        write!(writer, "${}\r\n{}\r\n", value.len(), String::from_utf8_lossy(value))?;
+                        write!(writer, "${}\r\n", value.len())?;
+                        writer.write_all(&[value.as_slice(), b"\r\n"].concat())?;
                     }
                     _ => writer.write_all(b"-ERR no\r\n")?,
                 }
