@@ -5,8 +5,10 @@
 //!   reads     crema dev --reads lease | read_index, redis-server     GET: throughput, latency, ratios, in turn
 //!   failover  crema start × 3       <--writers, kill -9---- survivors   longest pause, failed requests, lost writes
 //!   memory    a state machine in this process                         resident and accounted bytes per key
+//!   churn     a full state machine in this process                  resident memory while values change their sizes
 //!   evict     a state machine in this process, moka, exact LRU        hit ratios, nanoseconds an access
 //!   snapshot  a state machine in this process                         times of steps, writes meanwhile, restoring
+//!   transfer  crema start × 3       <--writers, kill -9---- followers   writes while a large shard fills a node again
 //!   soak      crema start --max-memory × 3  <--mixed load, kill -9    resident memory, by phase, against the limit
 //! ```
 //!
@@ -27,6 +29,7 @@ mod shards;
 mod snapshot;
 mod soak;
 mod stats;
+mod transfer;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -59,6 +62,8 @@ enum Bench {
     Evict(evict::Args),
     /// What a snapshot of a large shard costs its writer while it is written to, and restoring it.
     Snapshot(snapshot::Args),
+    /// Throughput and latency of writes while a large shard fills a node again, and what filling it takes.
+    Transfer(transfer::Args),
     /// Resident memory of each node at its limit, under mixed load with restarts, for an hour.
     Soak(soak::Args),
 }
@@ -76,6 +81,7 @@ fn main() -> ExitCode {
         Bench::Churn(args) => churn::run(args),
         Bench::Evict(args) => evict::run(args),
         Bench::Snapshot(args) => snapshot::run(args),
+        Bench::Transfer(args) => transfer::run(args),
         Bench::Soak(args) => soak::run(args),
     };
     match result {

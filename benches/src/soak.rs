@@ -463,17 +463,18 @@ fn parse_status(text: &str) -> Option<Status> {
 }
 
 /// The value of a metric without labels.
-fn gauge(page: &str, name: &str) -> Option<f64> {
+pub(crate) fn gauge(page: &str, name: &str) -> Option<f64> {
     page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')).and_then(|value| value.trim().parse().ok())
 }
 
 /// Bytes of a size like `256mb`.
-fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let units = [("kb", 1 << 10), ("mb", 1 << 20), ("gb", 1 << 30)];
     units.iter().find_map(|(unit, bytes)| text.strip_suffix(unit)?.trim().parse::<u64>().ok()?.checked_mul(*bytes))
 }
 
-fn mb(bytes: u64) -> String {
+/// Megabytes of 2^20 bytes.
+pub(crate) fn mb(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
 
