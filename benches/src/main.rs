@@ -9,6 +9,7 @@
 //!   evict     a state machine in this process, moka, exact LRU        hit ratios, nanoseconds an access
 //!   snapshot  a state machine in this process                         times of steps, writes meanwhile, restoring
 //!   transfer  crema start × 3       <--writers, kill -9---- followers   writes while a large shard fills a node again
+//!   durable   crema dev --data-dir  <--RESP over loopback-- clients     SET against memory alone, writes a sync
 //!   soak      crema start --max-memory × 3  <--mixed load, kill -9    resident memory, by phase, against the limit
 //! ```
 //!
@@ -18,6 +19,7 @@
 
 mod churn;
 mod dev;
+mod durable;
 mod evict;
 mod failover;
 mod fill;
@@ -64,6 +66,8 @@ enum Bench {
     Snapshot(snapshot::Args),
     /// Throughput and latency of writes while a large shard fills a node again, and what filling it takes.
     Transfer(transfer::Args),
+    /// SET with logs and data on disk against memory alone, in turn over rounds, ratios and writes a sync printed.
+    Durable(durable::Args),
     /// Resident memory of each node at its limit, under mixed load with restarts, for an hour.
     Soak(soak::Args),
 }
@@ -82,6 +86,7 @@ fn main() -> ExitCode {
         Bench::Evict(args) => evict::run(args),
         Bench::Snapshot(args) => snapshot::run(args),
         Bench::Transfer(args) => transfer::run(args),
+        Bench::Durable(args) => durable::run(args),
         Bench::Soak(args) => soak::run(args),
     };
     match result {
