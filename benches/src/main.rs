@@ -1,15 +1,16 @@
 //! Benchmarks of Crema: from the outside, real processes and real sockets; and of the state machine alone.
 //!
 //! ```text
-//!   shards    crema dev --shards N  <--RESP over loopback-- clients     requests a second, percentiles per N
-//!   reads     crema dev --reads lease | read_index, redis-server     GET: throughput, latency, ratios, in turn
-//!   failover  crema start × 3       <--writers, kill -9---- survivors   longest pause, failed requests, lost writes
+//!   shards    crema dev --shards N  <--RESP over loopback-- clients   requests a second, percentiles per N
+//!   reads     crema dev --reads lease | read_index, redis-server      GET: throughput, latency, ratios, in turn
+//!   failover  crema start × 3       <--writers, kill -9--- survivors   longest pause, failed requests, lost writes
 //!   memory    a state machine in this process                         resident and accounted bytes per key
-//!   churn     a full state machine in this process                  resident memory while values change their sizes
+//!   churn     a full state machine in this process                    resident memory while values change their sizes
 //!   evict     a state machine in this process, moka, exact LRU        hit ratios, nanoseconds an access
 //!   snapshot  a state machine in this process                         times of steps, writes meanwhile, restoring
-//!   transfer  crema start × 3       <--writers, kill -9---- followers   writes while a large shard fills a node again
-//!   durable   crema dev --data-dir  <--RESP over loopback-- clients     SET against memory alone, writes a sync
+//!   transfer  crema start × 3       <--writers, kill -9--- followers   writes while a large shard fills a node again
+//!   durable   crema dev --data-dir  <--RESP over loopback-- clients   SET against memory alone, writes a sync
+//!   restart   crema start --data-dir × 3  <--kill -9, start           time to ready, to a write on every shard
 //!   soak      crema start --max-memory × 3  <--mixed load, kill -9    resident memory, by phase, against the limit
 //! ```
 //!
@@ -27,6 +28,7 @@ mod load;
 mod memory;
 mod reads;
 mod replies;
+mod restart;
 mod shards;
 mod snapshot;
 mod soak;
@@ -68,6 +70,8 @@ enum Bench {
     Transfer(transfer::Args),
     /// SET with logs and data on disk against memory alone, in turn over rounds, ratios and writes a sync printed.
     Durable(durable::Args),
+    /// Time from kill -9 of nodes full of data on disk to ready, and to a write on every shard.
+    Restart(restart::Args),
     /// Resident memory of each node at its limit, under mixed load with restarts, for an hour.
     Soak(soak::Args),
 }
@@ -87,6 +91,7 @@ fn main() -> ExitCode {
         Bench::Snapshot(args) => snapshot::run(args),
         Bench::Transfer(args) => transfer::run(args),
         Bench::Durable(args) => durable::run(args),
+        Bench::Restart(args) => restart::run(args),
         Bench::Soak(args) => soak::run(args),
     };
     match result {
