@@ -56,16 +56,19 @@ const MAX_QUEUED: usize = 16 * 1024;
 const MAX_QUEUED_BYTES: usize = 4 * MAX_REQUEST_BYTES;
 /// Most bytes of entries that a leader has appended but not committed.
 const MAX_UNCOMMITTED_BYTES: u64 = 64 * 1024 * 1024;
-/// Most bytes of entries in one message to a voter (TiKV's value).
-const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
-/// Most messages to a voter without an answer. Small, since raft-rs allocates for all of them ahead.
-const MAX_INFLIGHT_MESSAGES: usize = 128;
+/// Most bytes of entries in one message to a voter, and most messages without an answer: together 8 MiB. raft-rs sends all
+/// that the window allows in one step, so this bounds a round of a leader whose member catches up, and stays far below what
+/// the queue to a peer takes. With a window of 128 MiB a round took 0.7 s, longer than a follower waits for its leader.
+const MAX_MESSAGE_BYTES: u64 = 128 * 1024;
+const MAX_INFLIGHT_MESSAGES: usize = 64;
 /// Most bytes of committed entries handed out at once.
 const MAX_COMMITTED_BYTES_PER_READY: u64 = 16 * 1024 * 1024;
 /// Entries behind the floor that are kept even if every voter has them, so that probes still match.
 const LOG_MARGIN: u64 = 64;
 /// The log is cut only when this many entries go at once.
 const LOG_CUT: u64 = 256;
+/// Most entries that go at once: what was kept for a member that was being filled would take a tenth of a second to free.
+const MAX_LOG_CUT: u64 = 4096;
 /// Times the usual bytes of log that are kept while a state is on its way to a member.
 const FILLING_LOG: usize = 4;
 /// Context of the vote requests of a forced transfer, as raft-rs writes it (raft.rs, CAMPAIGN_TRANSFER).
@@ -849,6 +852,7 @@ impl Replica {
         let over = store.bytes() > self.max_log_bytes;
         let (to, least) = if over { (floor, 1) } else { (floor.saturating_sub(LOG_MARGIN), LOG_CUT) };
         if to >= store.truncated() + least {
+            let to = to.min(store.truncated() + MAX_LOG_CUT);
             self.raw.mut_store().compact(to);
         }
     }

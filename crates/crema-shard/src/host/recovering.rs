@@ -24,6 +24,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Most groups without a leader that one look writes into the log.
+const MOST_TOLD: usize = 4;
 /// Period of looking for groups without a leader.
 const LOOK: Duration = Duration::from_secs(1);
 /// A group without a leader for this long does not merely elect one.
@@ -217,10 +219,12 @@ impl Host {
             self.recovering.newer = None;
         }
         if down != self.recovering.down {
-            for (shard, d) in &down {
-                if self.recovering.down.get(shard) != Some(d) {
-                    tracing::warn!(%shard, lost = d.lost, "{}", d.reason);
-                }
+            let news = || down.iter().filter(|(shard, d)| self.recovering.down.get(shard) != Some(*d));
+            for (_, d) in news().take(MOST_TOLD) {
+                tracing::warn!(lost = d.lost, "{}", d.reason);
+            }
+            if let Some(more) = news().count().checked_sub(MOST_TOLD).filter(|more| *more > 0) {
+                tracing::warn!("and {more} groups more have no leader");
             }
             self.recovering.down = down;
             self.view_stale = true;
