@@ -41,11 +41,11 @@ impl Pressure {
 
     /// So much is resident; returns the share for data, in parts of [`WHOLE_SHARE`].
     ///
-    /// Above the limit and base less a sixteenth, it is cut by what is over, at once; two parts below that it is raised
+    /// Above the limit and base less three thirty-seconds, it is cut by what is over, at once; two parts below that it is raised
     /// slowly.
     pub fn look(&mut self, resident: u64) -> u8 {
         let part = (self.limit / u64::from(WHOLE_SHARE)).max(1);
-        let goal = self.limit + BASE - self.limit / 16;
+        let goal = self.limit + BASE - self.limit / 32 * 3;
         self.since_cut = self.since_cut.saturating_add(1);
         if resident > goal {
             self.calm = 0;
@@ -103,7 +103,7 @@ mod tests {
         let mut steady = Pressure::new(LIMIT);
         steady.look(over);
         let share = steady.share;
-        (0..1000).for_each(|_| _ = steady.look(LIMIT + BASE - LIMIT / 16));
+        (0..1000).for_each(|_| _ = steady.look(LIMIT + BASE - LIMIT / 32 * 3));
         assert_eq!(steady.share, share);
     }
 
