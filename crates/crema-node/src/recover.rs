@@ -202,6 +202,9 @@ fn in_words(answer: &RecoverBody, accepted: bool) -> String {
         );
     }
     match (answer.done, answer.lost.is_empty() && !answer.anew) {
+        (true, _) if answer.lost.iter().any(|l| l.founder.is_none()) => {
+            text.push_str("done, but for what cannot begin")
+        }
         (true, _) => text.push_str("done: the cluster takes writes again"),
         (false, true) if answer.waiting.is_empty() => text.push_str("nothing is lost, nothing was changed"),
         (false, true) => text.push_str("nothing was changed"),

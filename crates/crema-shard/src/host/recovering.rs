@@ -9,8 +9,8 @@
 //!
 //! Why one generation has one table. A record becomes active only at its proposer, only within [`PROPOSAL`] of its proposal
 //! and with the acceptance of every node that the census has reached, all of which still answer; and whoever has accepted one
-//! accepts none of anybody else for [`LOCK`], which is longer, and never one of that generation. Who was not reached is a node that was stopped by the
-//! operator's word, or holds nothing of the groups.
+//! accepts none of anybody else for [`LOCK`], which is longer, and none of that generation while its process lives. Who was
+//! not reached is a node that was stopped by the operator's word, or holds nothing of the groups.
 
 use super::Host;
 use crate::effect::{Note, Refusal};

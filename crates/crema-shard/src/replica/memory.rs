@@ -221,13 +221,22 @@ impl Replica {
         Some(room.saturating_sub(machine.used() + self.memory.flight_bytes))
     }
 
-    /// Takes what may be proposed out of the queue: commands, for which nobody waits and one of which may make room, and as
-    /// many writes as there is room for, in their order.
+    /// Takes what may be proposed out of the queue: whatever takes no room, as an entry that makes some, and as many writes
+    /// as there is room for, in their order.
     pub(super) fn take_proposable(&mut self) -> Vec<Queued> {
         let Some(allowance) = self.allowance() else {
             self.queue_bytes = 0;
             return std::mem::take(&mut self.queue);
         };
+        let under_way = !self.memory.flight.is_empty() || self.memory.making_room.is_some();
+        let fits = |q: &Queued| match q {
+            Queued::Write { ops, .. } => ops.len() as u64 + WRITE_OVERHEAD <= allowance,
+            _ => true,
+        };
+        // A full queue would otherwise be taken apart and put together again with every message that comes meanwhile.
+        if under_way && !self.queue.iter().any(fits) {
+            return Vec::new();
+        }
         let (mut taken, mut left, mut bytes) = (Vec::with_capacity(self.queue.len()), Vec::new(), 0);
         for item in std::mem::take(&mut self.queue) {
             let Queued::Write { ops, .. } = &item else {
@@ -235,7 +244,7 @@ impl Replica {
                 continue;
             };
             let size = ops.len() as u64 + WRITE_OVERHEAD;
-            let alone = bytes == 0 && self.memory.flight.is_empty() && self.memory.making_room.is_none();
+            let alone = bytes == 0 && !under_way;
             if left.is_empty() && (alone || bytes + size <= allowance) {
                 bytes += size;
                 self.queue_bytes -= ops.len();
