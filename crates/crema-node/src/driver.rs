@@ -121,8 +121,6 @@ pub enum NodeEvent {
         generation: u32,
         /// Whether this node took part in the founding.
         founded: bool,
-        /// Whether all previous contents are lost.
-        anew: bool,
     },
     /// A newer life of this node is registered: stop the process.
     Fenced {
@@ -860,7 +858,7 @@ impl<E: Engine> Loop<E> {
                 if anew {
                     tracing::warn!(%uuid, generation, "founded anew: previous contents lost");
                 }
-                self.tell(NodeEvent::Joined { uuid, generation, founded, anew });
+                self.tell(NodeEvent::Joined { uuid, generation, founded });
             }
             Note::Fenced { by } => {
                 tracing::error!(%by, "this life of the node is over for the cluster");

@@ -824,7 +824,7 @@ async fn follow_events(
     let node = watch.facts.node;
     while let Some(event) = events.recv().await {
         match event {
-            NodeEvent::Joined { uuid, generation, founded, anew: _ } => {
+            NodeEvent::Joined { uuid, generation, founded } => {
                 let how = if founded { "founded" } else { "joined" };
                 tracing::debug!("node {node} has {how} cluster {} {uuid}", watch.facts.cluster);
                 if let Some(dir) = data_dir.clone() {

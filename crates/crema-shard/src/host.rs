@@ -763,6 +763,8 @@ impl Host {
                 self.gateway.refounded(shard, &mut self.out.completions);
             }
         }
+        // What was said before a table was known.
+        self.coordinator.set_share(self.config.node, self.share, &state);
         self.state = Some(state);
         self.view_stale = true;
         self.next_ask = now.mono;
