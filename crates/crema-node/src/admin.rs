@@ -1,10 +1,10 @@
-//! The HTTP side of a node: health, metrics and the admin API. All but one path only look.
+//! The HTTP side of a node: health, metrics and the admin API. All but two paths only look.
 //!
 //! ```text
 //!   GET /livez  /readyz ----------> AdminSource: is the process fit, is the node ready
 //!   GET /v1/status /v1/members ---> RoutingView + HostStatus + gossip's members --pure--> the bodies below --> JSON
 //!       /v1/shards /v1/voters
-//!   POST /v1/recover -------------> see `recover`: the one path that changes something
+//!   POST /v1/recover /v1/voters --> see `recover` and `voters`: the paths that change something
 //!   GET /metrics -----------------> the node's own registry as OpenMetrics text
 //! ```
 //!
@@ -13,13 +13,14 @@
 
 use crate::driver::Recover;
 use crate::recover;
+use crate::voters;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use crema_core::{NodeId, ShardId};
-use crema_shard::{Down, HostStatus, RecoverResult, RoutingView, Standing};
+use crema_shard::{Down, HostStatus, RecoverResult, RoutingView, Standing, VoterResult};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -80,6 +81,8 @@ pub trait AdminSource: Send + Sync + 'static {
     fn metrics(&self) -> BoxFuture<'_, String>;
     /// Facts of this node that never change.
     fn facts(&self) -> &Facts;
+    /// Lets a node hold replicas, or no longer.
+    fn change_voters(&self, node: NodeId, approved: bool) -> BoxFuture<'_, VoterResult>;
     /// Founds groups anew that are lost; an error in the outer place says why the node cannot be asked.
     fn recover(&self, what: Recover) -> BoxFuture<'_, Result<RecoverResult, String>>;
 }
@@ -237,8 +240,9 @@ pub struct ReplicaBody {
     pub node: u64,
     /// Its id.
     pub replica: u64,
-    /// `voter`; `learner` while it is being filled, as far as the node that answers holds a replica of the shard and can
-    /// know; `outgoing` if the node's present life does not hold it, so that it is about to be replaced.
+    /// `voter`; `learner` while it is being filled again, `incoming` while it is filled in the place of another, as far as the
+    /// node that answers holds a replica of the shard and can know; `outgoing` if it goes once others have taken its place, or
+    /// if the node's present life does not hold it.
     pub role: String,
 }
 
@@ -275,9 +279,9 @@ fn replication(view: &RoutingView, wanted: u32) -> Vec<ReplicationLine> {
     let mut lines: BTreeMap<(u32, u32), u32> = BTreeMap::new();
     for shard in &view.shards {
         let live = |node: &NodeId| view.nodes.get(node).is_some_and(|n| n.live);
+        let counts = |standing| matches!(standing, Standing::Voter | Standing::Outgoing);
         let standing =
-            shard.replicas.iter().filter(|(node, _, standing)| *standing == Standing::Voter && live(node)).count()
-                as u32;
+            shard.replicas.iter().filter(|(node, _, standing)| counts(*standing) && live(node)).count() as u32;
         // During a move, placement may name more replicas than are wanted in the end.
         *lines.entry((standing.min(wanted), wanted)).or_default() += 1;
     }
@@ -409,7 +413,8 @@ pub fn shards_body(status: &HostStatus, view: &RoutingView) -> Vec<ShardBody> {
                     role: match standing {
                         Standing::Voter => "voter",
                         Standing::Learner => "learner",
-                        Standing::Lost => "outgoing",
+                        Standing::Incoming => "incoming",
+                        Standing::Outgoing | Standing::Lost => "outgoing",
                     }
                     .to_owned(),
                 })
@@ -495,7 +500,13 @@ pub fn router(source: Arc<dyn AdminSource>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/status", get(|State(source): Source| async move { Json(status_body(&*source)) }))
         .route("/v1/members", get(|State(source): Source| async move { Json(members_body(&*source)) }))
-        .route("/v1/voters", get(|State(source): Source| async move { Json(voters_body(&source.view())) }))
+        .route(
+            "/v1/voters",
+            get(|State(source): Source| async move { Json(voters_body(&source.view())) })
+                .post(voters::change)
+                .layer(DefaultBodyLimit::max(MAX_BODY_BYTES)),
+        )
+        .route("/v1/moves", get(voters::moves))
         .route("/v1/shards", get(shards))
         .route("/v1/recover", post(recover::handle).layer(DefaultBodyLimit::max(MAX_BODY_BYTES)))
         .fallback(not_found)
@@ -611,6 +622,10 @@ pub(crate) mod tests {
         fn facts(&self) -> &Facts {
             &self.facts
         }
+        fn change_voters(&self, node: NodeId, _: bool) -> BoxFuture<'_, VoterResult> {
+            let refusal = crema_shard::VoterError::Refused(format!("node {node} is the last voter"));
+            Box::pin(std::future::ready(if node == NodeId(1) { Err(refusal) } else { Ok(()) }))
+        }
         fn recover(&self, what: Recover) -> BoxFuture<'_, Result<RecoverResult, String>> {
             let nothing =
                 crema_shard::recovery::Recovered { missing: what.stopped.into_iter().collect(), ..Default::default() };
@@ -665,12 +680,15 @@ pub(crate) mod tests {
             term: Term(3),
             own,
             replicas: shards[shard as usize].replicas.clone(),
+            sent_bytes: None,
         };
         let status = HostStatus {
             uuid: Some(ClusterUuid(7)),
             epoch: Epoch(4),
             shards: vec![status(0, Some(own)), status(1, None)],
             meta_leader: Some(NodeId(2)),
+            meta: vec![],
+            moves_open: 0,
             counters: vec![("proposals", 12)],
         };
         let heard = |n: u64, state| GossipMember {

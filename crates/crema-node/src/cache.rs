@@ -22,7 +22,9 @@ use crema_core::Op;
 use crema_core::{
     EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits,
 };
-use crema_shard::{ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token};
+use crema_shard::{
+    AutoVoters, ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token,
+};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -271,6 +273,7 @@ impl CacheConfig {
             stop_grace: self.stop_grace,
             max_log_bytes: 256 << 20,
             memory: MemoryOptions { max_memory: self.max_memory, eviction: self.eviction },
+            auto_voters: AutoVoters::default(),
             bound_resident: false,
             data_dir: self.data_dir,
             state_dir: None,

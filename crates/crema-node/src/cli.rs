@@ -3,7 +3,7 @@
 //! ```text
 //!   crema dev | start ------------------> dev.rs, node.rs           (run until told to stop)
 //!   crema status | members | shards ----> GET over a plain TCP stream -> admin.rs's bodies -> table or JSON
-//!   crema recover ----------------------> POST, likewise -> recover.rs
+//!   crema recover | voters -------------> POST, likewise -> recover.rs, voters.rs
 //! ```
 //!
 //! Exit codes: 0 done, 1 it failed while running (also: the node cannot be reached), 2 a flag, file, address or other
@@ -12,6 +12,7 @@
 use crate::admin::{MemberBody, ShardBody, StatusBody};
 use crate::config::{Reads, StartArgs};
 use crate::recover::RecoverArgs;
+use crate::voters::VotersCommand;
 use clap::{Args, Parser, Subcommand};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use std::io::{Read, Write};
@@ -47,8 +48,11 @@ pub enum Command {
     Status(AskArgs),
     /// Show the nodes.
     Members(AskArgs),
-    /// Show every shard, its leader and replicas.
-    Shards(AskArgs),
+    /// Show every shard, its leader and replicas, or those that move.
+    Shards(ShardsArgs),
+    /// Show who may hold replicas, and change it.
+    #[command(subcommand)]
+    Voters(VotersCommand),
     /// Say which groups have lost their majority for good, and make them writable again with what is left.
     Recover(RecoverArgs),
 }
@@ -97,6 +101,20 @@ pub struct AskArgs {
     /// Print the API's JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Flags of `crema shards`.
+#[derive(Clone, Debug, Args)]
+pub struct ShardsArgs {
+    /// What they have in common.
+    #[command(flatten)]
+    pub ask: AskArgs,
+    /// Show the shards whose replicas move, and how many are still to.
+    #[arg(long)]
+    pub moves: bool,
+    /// Follow the moves to their end.
+    #[arg(long, conflicts_with = "json")]
+    pub watch: bool,
 }
 
 /// Why a command ended without success: what to print, and the exit code.
@@ -277,7 +295,7 @@ pub(crate) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
-fn table(header: &[&str], right: &[usize]) -> Table {
+pub(crate) fn table(header: &[&str], right: &[usize]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     table.set_header(header);
@@ -295,7 +313,7 @@ pub(crate) fn table_text(table: &Table) -> String {
     table.lines().map(edge).collect::<Vec<_>>().join("\n")
 }
 
-fn or_dash(value: Option<impl std::fmt::Display>) -> String {
+pub(crate) fn or_dash(value: Option<impl std::fmt::Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |v| v.to_string())
 }
 

@@ -14,7 +14,8 @@ use clap::ArgAction;
 use confique::{Config as _, Layer as _};
 use crema_core::EvictionPolicy;
 use crema_core::NodeId;
-use crema_shard::{MemoryOptions, ReadMode};
+use crema_shard::meta::MAX_ZONE_BYTES;
+use crema_shard::{AutoVoters, MemoryOptions, ReadMode};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -100,7 +101,8 @@ pub struct Config {
     #[config(env = "CREMA_ADVERTISE_HOST", layer_attr(arg(long, value_name = "HOST")))]
     pub advertise_host: Option<String>,
 
-    /// Free description of this node, told to all others; for example { zone = "a" }.
+    /// Free description of this node, told to all others; for example { zone = "a" }. Of a shard's replicas no two are in
+    /// one zone while there are enough zones.
     /// In the environment: zone=a,rack=7. As a flag, repeated: --metadata zone=a --metadata rack=7.
     #[config(env = "CREMA_METADATA", parse_env = key_values, default = {})]
     #[config(layer_attr(arg(skip)))]
@@ -151,6 +153,25 @@ pub struct Config {
     /// lru: those not used for longest, about. none: nothing; writes that take more memory are refused.
     #[config(env = "CREMA_EVICTION", default = "s3-fifo", layer_attr(arg(long, value_name = "HOW", value_enum)))]
     pub eviction: Eviction,
+
+    /// Whether a node that has joined gets replicas by itself, after auto_voters_after_s, unless an operator has removed it.
+    /// The leader of the cluster's own group decides; set it alike on all nodes.
+    /// Off: `crema voters add` does it. Do not turn this on in production without understanding what a cluster does that
+    /// reshapes itself while the network is in trouble.
+    #[config(env = "CREMA_AUTO_ADD_VOTERS", default = false)]
+    #[config(layer_attr(arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")))]
+    pub auto_add_voters: bool,
+
+    /// Whether a node that is away for auto_voters_after_s loses its replicas to others: one at a time, only while enough
+    /// others answer to take all of them over, and never a majority of anything. Off: it is only reported, and
+    /// `crema voters remove` does it. The same warning.
+    #[config(env = "CREMA_AUTO_REMOVE_VOTERS", default = false)]
+    #[config(layer_attr(arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")))]
+    pub auto_remove_voters: bool,
+
+    /// Seconds after which those two act, 5 to 86400.
+    #[config(env = "CREMA_AUTO_VOTERS_AFTER_S", default = 300, layer_attr(arg(long, value_name = "S")))]
+    pub auto_voters_after_s: u64,
 
     /// Directory in which this node keeps its log and its data, so that they survive a restart, of this node or of all.
     /// A command is then acknowledged when it is on the disks of a majority. Without, all is in memory alone.
@@ -229,6 +250,7 @@ impl Config {
         range("request_deadline_ms", self.request_deadline_ms, 10, 600_000)?;
         range("max_clients", self.max_clients as u64, 1, 1_000_000)?;
         range("stop_grace_ms", self.stop_grace_ms, 0, 600_000)?;
+        range("auto_voters_after_s", self.auto_voters_after_s, 5, 86_400)?;
         if !(1 << 20..=1 << 40).contains(&self.max_log_bytes.0) {
             return bad(format!("max_log_bytes must be between 1mb and 1tb, not {}", self.max_log_bytes));
         }
@@ -276,6 +298,11 @@ impl Config {
                 memory: MemoryOptions {
                     max_memory: self.max_memory.map_or(0, |size| size.0),
                     eviction: self.eviction.into(),
+                },
+                auto_voters: AutoVoters {
+                    add: self.auto_add_voters,
+                    remove: self.auto_remove_voters,
+                    after: Duration::from_secs(self.auto_voters_after_s),
                 },
                 bound_resident: true,
                 data_dir: self.data_dir.clone(),
@@ -443,6 +470,9 @@ fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), ConfigError
         }
         if value.len() > 1024 || !value.chars().all(|c| c.is_ascii_graphic() || c == ' ') {
             return bad(format!("metadata: the value of {key:?} must be at most 1024 printable ASCII characters"));
+        }
+        if key == "zone" && value.len() > MAX_ZONE_BYTES {
+            return bad(format!("metadata: a zone may have at most {MAX_ZONE_BYTES} bytes"));
         }
     }
     Ok(())

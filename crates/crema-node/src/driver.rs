@@ -28,7 +28,7 @@ use crema_core::store::Table;
 use crema_core::{ClusterUuid, CodecError, Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId};
 use crema_shard::{
     Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, Host, HostStatus, LeaderHint, LedShard, Note,
-    RecoverRequest, RecoverResult, RoutingView, Token,
+    RecoverRequest, RecoverResult, RoutingView, Token, VoterRequest, VoterResult,
 };
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use std::collections::{BTreeMap, HashMap};
@@ -88,6 +88,8 @@ pub enum Input {
     Status(oneshot::Sender<HostStatus>),
     /// By an operator: see [`DriverHandle::recover`].
     Recover(Recover, oneshot::Sender<RecoverResult>),
+    /// By an operator: see [`DriverHandle::change_voters`].
+    Voters(NodeId, bool, oneshot::Sender<VoterResult>),
     /// Groups that would lose their quorum without this node.
     NeededBy(oneshot::Sender<Vec<ShardId>>),
     /// End the thread after this round.
@@ -282,7 +284,8 @@ impl Driver {
             effects: Effects::default(),
             log: LogLimit::default(),
             recoveries: HashMap::new(),
-            next_recovery: 0,
+            voter_changes: HashMap::new(),
+            last_mark: 0,
             stopping: false,
         };
         let guard = DeathGuard { events, feed: feed.clone(), done: false };
@@ -422,6 +425,14 @@ impl DriverHandle {
         told.await.map_err(|_| Stopped)
     }
 
+    /// Lets a node hold replicas, or no longer: ends once that is committed, refused, or has taken too long. What it holds
+    /// moves afterwards.
+    pub async fn change_voters(&self, node: NodeId, approved: bool) -> Result<VoterResult, Stopped> {
+        let (tell, told) = oneshot::channel();
+        self.send(Input::Voters(node, approved, tell)).await?;
+        told.await.map_err(|_| Stopped)
+    }
+
     /// Begins a planned stop: leaderships are handed over, then [`NodeEvent::Drained`] comes.
     pub async fn drain(&self) -> Result<(), Stopped> {
         self.send(Input::Drain).await
@@ -461,6 +472,7 @@ trait Engine {
     fn drain(&mut self, now: Now);
     fn set_memory_share(&mut self, now: Now, share: u8);
     fn recover(&mut self, now: Now, request: RecoverRequest);
+    fn change_voters(&mut self, now: Now, request: VoterRequest);
     fn needed_by(&self) -> Vec<ShardId>;
     fn tick(&mut self, now: Now);
     fn next_tick(&self) -> MonoTime;
@@ -511,6 +523,9 @@ impl Engine for Host {
     }
     fn recover(&mut self, now: Now, request: RecoverRequest) {
         Host::recover(self, now, request);
+    }
+    fn change_voters(&mut self, now: Now, request: VoterRequest) {
+        Host::change_voters(self, now, request);
     }
     fn needed_by(&self) -> Vec<ShardId> {
         Host::needed_by(self)
@@ -590,7 +605,10 @@ struct Loop<E> {
     log: LogLimit,
     /// Who waits for the end of a recovery.
     recoveries: HashMap<u64, oneshot::Sender<RecoverResult>>,
-    next_recovery: u64,
+    /// Who waits for the end of a change of voters.
+    voter_changes: HashMap<u64, oneshot::Sender<VoterResult>>,
+    /// Mark of the last operator's request.
+    last_mark: u64,
     stopping: bool,
 }
 
@@ -689,11 +707,17 @@ impl<E: Engine> Loop<E> {
                 let _ = tell.send(self.engine.status());
             }
             Input::Recover(Recover { accept_data_loss, stopped }, tell) => {
-                self.next_recovery += 1;
-                let id = self.next_recovery;
+                self.last_mark += 1;
+                let id = self.last_mark;
                 // Each ends within the time that the host gives it, whoever still waits.
                 self.recoveries.insert(id, tell);
                 self.engine.recover(now, RecoverRequest { id, accept_data_loss, stopped });
+            }
+            Input::Voters(node, approved, tell) => {
+                self.last_mark += 1;
+                let id = self.last_mark;
+                self.voter_changes.insert(id, tell);
+                self.engine.change_voters(now, VoterRequest { id, node, approved });
             }
             Input::NeededBy(tell) => {
                 let _ = tell.send(self.engine.needed_by());
@@ -802,6 +826,11 @@ impl<E: Engine> Loop<E> {
         }
         for (id, result) in effects.recoveries.drain(..) {
             if let Some(tell) = self.recoveries.remove(&id) {
+                let _ = tell.send(result);
+            }
+        }
+        for (id, result) in effects.voters.drain(..) {
+            if let Some(tell) = self.voter_changes.remove(&id) {
                 let _ = tell.send(result);
             }
         }

@@ -19,6 +19,7 @@ pub mod recover;
 pub mod resp;
 pub mod run;
 pub mod storage;
+pub mod voters;
 
 pub use cache::{CacheConfig, CacheError, DistributedCache, NodeId};
 pub use crema_shard::{ReadLevel, ReadMode};

@@ -3,6 +3,7 @@
 use clap::Parser;
 use crema_node::cli::{Ask, Cli, CliError, Command, ask};
 use crema_node::recover::recover;
+use crema_node::voters::{show_moves, voters};
 use crema_node::{dev, run};
 use std::process::ExitCode;
 
@@ -18,7 +19,9 @@ fn main() -> ExitCode {
         Command::Start(args) => run::block_on(run::start(&args)),
         Command::Status(args) => ask(Ask::Status, &args),
         Command::Members(args) => ask(Ask::Members, &args),
-        Command::Shards(args) => ask(Ask::Shards, &args),
+        Command::Shards(args) if args.moves || args.watch => show_moves(&args.ask, args.watch),
+        Command::Shards(args) => ask(Ask::Shards, &args.ask),
+        Command::Voters(command) => voters(&command),
         Command::Recover(args) => recover(&args),
     };
     match result {

@@ -30,7 +30,8 @@ use crema_core::{ClusterUuid, Incarnation, NodeId};
 use crema_gossip::{GossipConfig, GossipError, Member};
 use crema_shard::meta::{NO_LIFE, WHOLE_SHARE};
 use crema_shard::{
-    Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
+    AutoVoters, Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
+    VoterError, VoterResult,
 };
 use std::collections::BTreeMap;
 use std::fmt;
@@ -119,6 +120,8 @@ pub struct NodeConfig {
     pub max_log_bytes: usize,
     /// Limits of memory.
     pub memory: MemoryOptions,
+    /// When voters change without an operator.
+    pub auto_voters: AutoVoters,
     /// Whether the limit is one of what the process has resident: not where it has other things to do than to be this node.
     pub bound_resident: bool,
     /// Where the log is kept on disk; in memory alone without.
@@ -293,6 +296,9 @@ impl AdminSource for Watch {
     fn facts(&self) -> &Facts {
         &self.facts
     }
+    fn change_voters(&self, node: NodeId, approved: bool) -> BoxFuture<'_, VoterResult> {
+        Box::pin(change_voters(&self.driver, node, approved))
+    }
     fn recover(&self, what: Recover) -> BoxFuture<'_, Result<RecoverResult, String>> {
         Box::pin(async {
             match tokio::time::timeout(RECOVER_TIMEOUT, self.driver.recover(what)).await {
@@ -300,6 +306,14 @@ impl AdminSource for Watch {
                 Err(_) => Err("the driver did not answer: look whether it was done".to_owned()),
             }
         })
+    }
+}
+
+async fn change_voters(driver: &DriverHandle, node: NodeId, approved: bool) -> VoterResult {
+    match driver.change_voters(node, approved).await {
+        Ok(result) => result,
+        // The driver has ended with the question in it.
+        Err(Stopped) => Err(VoterError::Unknown),
     }
 }
 
@@ -437,6 +451,7 @@ impl Node {
             redis: told(&redis),
             redis_cluster: told(&redis_cluster),
             http: told(&http),
+            zone: config.metadata.get("zone").cloned(),
         };
         let mut storage = open_storage(&config).await?;
         let state_dir = open_state(&config).await?;
@@ -458,6 +473,7 @@ impl Node {
             snapshot_chunk_bytes: SNAPSHOT_CHUNK_BYTES,
             process: entropy()?,
             memory: config.memory,
+            auto_voters: config.auto_voters,
             checkpoint_log_bytes: storage.as_ref().map(|_| config.checkpoint_log_bytes),
         };
         let host = loop {
@@ -657,6 +673,20 @@ impl Node {
                 std::future::pending::<()>().await;
             }
         }
+    }
+
+    /// Lets a node hold replicas, or no longer. Returns once that is committed; what it holds moves afterwards. Doing again
+    /// what is done already succeeds.
+    ///
+    /// Errors: [`VoterError`] says whether anything may have changed.
+    pub async fn change_voters(&self, node: NodeId, approved: bool) -> VoterResult {
+        change_voters(&self.inner.watch.driver, node, approved).await
+    }
+
+    /// The nodes that may hold replicas, ascending, as this node knows; nobody before the cluster is known.
+    pub fn voters(&self) -> Vec<NodeId> {
+        let view = self.inner.watch.driver.view();
+        view.nodes.iter().filter(|(_, route)| route.approved).map(|(node, _)| *node).collect()
     }
 
     /// From now on a shutdown, also one under way, waits for nobody: the whole cluster stops, or this node is of no use.
@@ -1099,6 +1129,7 @@ mod tests {
             max_clients: 10,
             stop_grace: Duration::from_secs(10),
             max_log_bytes: 1 << 20,
+            auto_voters: AutoVoters::default(),
             memory: MemoryOptions::default(),
             bound_resident: false,
             data_dir: None,

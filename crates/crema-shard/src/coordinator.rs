@@ -263,7 +263,12 @@ impl Coordinator {
             let begins = state.refounded(shard);
             let mine = placed.iter().find(|r| r.node == self.options.node && r.incarnation == self.options.incarnation);
             let wanted = mine.filter(|own| self.replica(shard).is_none_or(|r| r.id() < own.id));
-            let void = begins.is_some_and(|b| self.replica(shard).is_some_and(|r| r.id() < b.founder));
+            // It is a member no more: of a group before, or since others have taken its place. A table that was made before the
+            // replica says nothing of it.
+            let kept = |id| placed.iter().chain(state.leaving(shard)).any(|r| r.id == id);
+            let void = self.replica(shard).is_some_and(|r| {
+                begins.is_some_and(|b| r.id() < b.founder) || (state.was_given(r.id()) && !kept(r.id()))
+            });
             if wanted.is_some() || void {
                 let old = self.take(shard);
                 let forget = old.as_ref().map(|r| r.on_disk()).unwrap_or_default();
@@ -733,9 +738,8 @@ impl Coordinator {
         self.replicas()
             .filter(|r| r.members().is_voter(r.id()))
             .filter(|r| {
-                let others = r.voters().iter().filter(|v| v.id != r.id());
-                let living = others.clone().filter(|v| live(v)).count();
-                others.count() > 0 && living < r.voters().len() / 2 + 1
+                let others = r.members().voting().any(|v| v.id != r.id());
+                others && !r.members().has_quorum(|v| v.id != r.id() && live(v))
             })
             .map(Replica::shard)
             .collect()

@@ -218,7 +218,7 @@ mod tests {
 
     fn members() -> Members {
         let one = Member { id: ReplicaId(1), node: NodeId(1), incarnation: Incarnation(1) };
-        Members { voters: vec![one], learners: Vec::new(), epoch: Epoch(1) }
+        Members { voters: vec![one], epoch: Epoch(1), ..Members::default() }
     }
 
     fn founded() -> GroupRecord {

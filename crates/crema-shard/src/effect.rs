@@ -1,5 +1,6 @@
 //! What goes into a [`crate::Host`] from clients and what comes out of it, as data.
 
+use crate::host::VoterResult;
 use crate::recovery::RecoverResult;
 use crate::router::RoutingView;
 use bytes::Bytes;
@@ -248,6 +249,8 @@ pub struct Effects {
     pub garbage: Vec<Arc<Table>>,
     /// Recoveries that have ended, by the mark of their request.
     pub recoveries: Vec<(u64, RecoverResult)>,
+    /// Changes of voters that have ended, by the mark of their request.
+    pub voters: Vec<(u64, VoterResult)>,
 }
 
 impl Effects {
@@ -262,6 +265,7 @@ impl Effects {
         self.notes.clear();
         self.garbage.clear();
         self.recoveries.clear();
+        self.voters.clear();
     }
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
@@ -274,5 +278,6 @@ impl Effects {
             && self.notes.is_empty()
             && self.garbage.is_empty()
             && self.recoveries.is_empty()
+            && self.voters.is_empty()
     }
 }

@@ -183,17 +183,8 @@ impl Founding {
                 Some(a) => (Vec::new(), Some(self.decide(Decision::Activate(Box::new(a.state))))),
                 None => (Vec::new(), None),
             },
-            Control::Beat { .. }
-            | Control::TakeCensus { .. }
-            | Control::Census { .. }
-            | Control::Refound { .. }
-            | Control::RefoundRefused { .. }
-            | Control::ProposeRecovery { .. }
-            | Control::AcceptRecovery { .. }
-            | Control::RefuseRecovery { .. }
-            | Control::Register { .. }
-            | Control::RegisterRefused { .. }
-            | Control::SetDraining { .. } => (Vec::new(), None),
+            // For members of a cluster.
+            _ => (Vec::new(), None),
         }
     }
 

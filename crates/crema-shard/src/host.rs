@@ -37,8 +37,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+mod placing;
 mod recovering;
 
+use placing::Placing;
+pub use placing::{AutoVoters, VoterError, VoterRequest, VoterResult};
 use recovering::Recovering;
 
 /// A node must have been live this long before leaderships move back to it.
@@ -93,6 +96,8 @@ pub struct HostConfig {
     pub checkpoint_log_bytes: Option<u64>,
     /// Limits of memory.
     pub memory: MemoryOptions,
+    /// When voters change without an operator, should this node lead the meta group; set it alike on all nodes.
+    pub auto_voters: AutoVoters,
 }
 
 /// A claim of leadership heard by gossip. A hint: the highest term wins, Raft decides.
@@ -119,6 +124,8 @@ pub struct ShardStatus {
     pub own: Option<OwnReplica>,
     /// By placement: node, replica id, how it stands.
     pub replicas: Vec<(NodeId, ReplicaId, Standing)>,
+    /// Bytes of its state that this node, which leads it, has sent so far to the member that it fills.
+    pub sent_bytes: Option<u64>,
 }
 
 /// State of a replica on this node.
@@ -151,6 +158,10 @@ pub struct HostStatus {
     pub shards: Vec<ShardStatus>,
     /// Leader of the meta group.
     pub meta_leader: Option<NodeId>,
+    /// The meta group's replicas.
+    pub meta: Vec<(NodeId, ReplicaId, Standing)>,
+    /// Groups, the meta group included, that are not where they should be.
+    pub moves_open: usize,
     /// Counters for metrics: name and value, monotonic.
     pub counters: Vec<(&'static str, u64)>,
 }
@@ -193,6 +204,7 @@ pub struct Host {
     digest_mismatches: u64,
     replicas_failed: u64,
     recovering: Recovering,
+    placing: Placing,
     /// How much of its memory this node can use for data at present, in parts of [`WHOLE_SHARE`].
     share: u8,
 }
@@ -256,6 +268,7 @@ impl Host {
             digest_mismatches: 0,
             replicas_failed: 0,
             recovering: Recovering::default(),
+            placing: Placing::default(),
             share: WHOLE_SHARE,
             config,
         }
@@ -527,17 +540,28 @@ impl Host {
             self.gateway.answer(shard, id, answer, now.mono, &mut self.out.completions)
         };
         if let Some((leader, term)) = hint {
-            if self.router.claim(shard).leader == Some(from) && term >= self.router.claim(shard).term {
-                self.doubt(shard);
-            }
-            let changed = match leader {
-                // Whoever names another does not lead.
-                Some(l) if l != from => self.router.disown(shard, from, term) | self.learn(shard, Some(l), term),
-                _ => self.router.disown(shard, from, term),
-            };
-            if changed {
-                self.route_changed(shard, now);
-            }
+            self.refused(shard, from, leader, term, now);
+        }
+    }
+
+    /// `from` was asked and does not lead; perhaps it knows who does.
+    fn refused(&mut self, shard: ShardId, from: NodeId, leader: Option<NodeId>, term: Term, now: Now) {
+        let before = self.router.claim(shard);
+        let own = self.coordinator.replica(shard).filter(|r| !r.is_empty() && !r.failed()).map(|r| r.leadership());
+        if before.leader == Some(from) && term >= before.term {
+            self.doubt(shard);
+        }
+        self.router.disown(shard, from, term);
+        // Whoever names another does not lead.
+        if let Some(l) = leader.filter(|l| *l != from) {
+            self.learn(shard, Some(l), term);
+        }
+        if let Some(l) = own {
+            let known = if l.leads { Some(self.config.node) } else { l.leader.filter(|n| self.is_live(*n)) };
+            self.router.learn(shard, known, l.term);
+        }
+        if self.router.claim(shard) != before {
+            self.route_changed(shard, now);
         }
     }
 
@@ -575,7 +599,10 @@ impl Host {
 
     /// Takes a hint from gossip.
     pub fn leader_hint(&mut self, now: Now, hint: LeaderHint) {
-        if self.learn(hint.shard, Some(hint.leader), hint.term) {
+        if hint.leader != self.config.node
+            && self.is_live(hint.leader)
+            && self.router.hear(hint.shard, hint.leader, hint.term)
+        {
             self.route_changed(hint.shard, now);
         }
     }
@@ -612,7 +639,7 @@ impl Host {
     #[cfg(feature = "mutants")]
     pub fn transfer_leader(&mut self, shard: ShardId, to: NodeId) -> bool {
         let Some(replica) = self.coordinator.replica(shard) else { return false };
-        let Some(id) = replica.voters().iter().find(|v| v.node == to).map(|v| v.id) else { return false };
+        let Some(id) = replica.members().voting().find(|v| v.node == to).map(|v| v.id) else { return false };
         self.coordinator.transfer(shard, id)
     }
 
@@ -685,18 +712,11 @@ impl Host {
                 }
             }
             Control::SetDraining { draining } => self.set_draining(from, incarnation, draining),
-            Control::Answer { state: None, .. }
-            | Control::Accept { .. }
-            | Control::Refuse { .. }
-            | Control::Found { .. }
-            | Control::Beat { .. }
-            | Control::TakeCensus { .. }
-            | Control::Census { .. }
-            | Control::Refound { .. }
-            | Control::RefoundRefused { .. }
-            | Control::ProposeRecovery { .. }
-            | Control::AcceptRecovery { .. }
-            | Control::RefuseRecovery { .. } => {}
+            Control::Approve { round, node, approved } => self.take_approve(from, round, node, approved, now),
+            Control::ApproveRefused { round, reason } => self.take_approve_refused(round, reason),
+            Control::Settled { shard, members } => self.settle(shard, members),
+            // Of foundings and recoveries that are over.
+            _ => {}
         }
     }
 
@@ -724,7 +744,7 @@ impl Host {
         self.retarget_all(now);
     }
 
-    /// Takes a placement that came from outside the log; one's own replica of the meta group knows better.
+    /// Takes a placement that came from outside the log.
     fn take_placement(&mut self, bytes: &[u8], now: Now) {
         let Some(mine) = &self.state else { return };
         let Ok(state) = MetaState::decode(bytes) else { return };
@@ -741,7 +761,8 @@ impl Host {
             return;
         }
         let later = state.generation > mine.generation;
-        let newer = later || (state.version() > mine.version() && !self.coordinator.keeps_meta());
+        // Also where there is a replica of the meta group: one that is a member no more hears nothing.
+        let newer = later || state.version() > mine.version();
         if newer && state.shards.len() == mine.shards.len() && state.check().is_ok() {
             self.adopt(Arc::new(state), now);
         }
@@ -782,7 +803,7 @@ impl Host {
         let has_replica = self
             .coordinator
             .replica(ShardId::META)
-            .is_some_and(|r| r.voters().iter().any(|v| v.node == to && v.incarnation == peer.incarnation));
+            .is_some_and(|r| r.members().voting().any(|v| v.node == to && v.incarnation == peer.incarnation));
         if peer.epoch < state.epoch && !has_replica {
             let c = Control::Placement { state: state.encode() };
             self.control(to, &c);
@@ -861,9 +882,11 @@ impl Host {
                 self.control_to_all(&Control::Register { addrs, max_memory });
             }
         }
-        if self.draining && me.is_some_and(|r| r.incarnation == self.config.incarnation && !r.draining) {
-            self.set_draining(self.config.node, self.config.incarnation, true);
-            self.control_to_all(&Control::SetDraining { draining: true });
+        // Also after a stop whose process has come back in the same life.
+        let draining = self.draining;
+        if me.is_some_and(|r| r.incarnation == self.config.incarnation && r.draining != draining) {
+            self.set_draining(self.config.node, self.config.incarnation, draining);
+            self.control_to_all(&Control::SetDraining { draining });
         }
     }
 
@@ -934,17 +957,23 @@ impl Host {
     fn balance(&mut self, now: Now) {
         let Some(state) = self.state.clone() else { return };
         let due = now.mono >= self.next_balance;
-        if !due && !self.draining {
+        // Where a replica of ours is to go, its move waits for another leader.
+        let unwanted = |s: &ShardId| state.leaving(*s).iter().any(|r| r.node == self.config.node);
+        if !due && !self.draining && !state.groups().any(|s| unwanted(&s)) {
             return;
         }
         if due {
             self.next_balance = now.mono.after(BALANCE);
+            self.router.forget_refuted();
         }
         let led: Vec<ShardId> =
             self.coordinator.replicas().filter(|r| r.leadership().leads).map(Replica::shard).collect();
         let mut moves = 0;
         let mut stuck = false;
         for shard in led {
+            if !due && !self.draining && !unwanted(&shard) {
+                continue;
+            }
             let to = self.wanted_leader(&state, shard, now);
             stuck |= to.is_some();
             if let Some(to) = to
@@ -999,6 +1028,7 @@ impl Host {
             self.settle_relaxed(due);
             self.check_beats(now);
             self.keep_recovering(now);
+            self.keep_placement(now);
             self.balance(now);
         }
         if now.mono >= self.next_beat {
@@ -1153,6 +1183,7 @@ impl Host {
         effects.notes.append(&mut out.notes);
         effects.garbage.append(&mut out.garbage);
         effects.recoveries.append(&mut out.recoveries);
+        effects.voters.append(&mut out.voters);
         if out.view.is_some() {
             effects.view = out.view.take();
         }
@@ -1184,13 +1215,16 @@ impl Host {
         let members = self.coordinator.replica(shard).filter(|r| !r.is_empty()).map(|r| r.members());
         let own =
             |r: &ReplicaPlacement| self.coordinator.replica(shard).is_some_and(|o| o.id() == r.id && o.is_empty());
+        let fills = if state.moving(shard).is_some() { Standing::Incoming } else { Standing::Learner };
         let standing = |r: &ReplicaPlacement| match members {
             _ if !state.replica_is_present(r) => Standing::Lost,
-            Some(members) if !members.is_voter(r.id) => Standing::Learner,
-            None if own(r) => Standing::Learner,
+            Some(members) if !members.is_voter(r.id) => fills,
+            None if own(r) => fills,
             _ => Standing::Voter,
         };
-        state.replicas(shard).iter().map(|r| (r.node, r.id, standing(r))).collect()
+        let goes = |r: &ReplicaPlacement| if state.replica_is_present(r) { Standing::Outgoing } else { Standing::Lost };
+        let placed = state.replicas(shard).iter().map(|r| (r.node, r.id, standing(r)));
+        placed.chain(state.leaving(shard).iter().map(|r| (r.node, r.id, goes(r)))).collect()
     }
 
     fn build_view(&self) -> RoutingView {
@@ -1290,9 +1324,11 @@ impl Host {
             uuid: self.state.as_ref().map(|s| s.uuid),
             epoch: self.epoch(),
             meta_leader: self.router.claim(ShardId::META).leader,
+            moves_open: self.moves_open(),
             ..HostStatus::default()
         };
         let state = self.state.as_ref();
+        status.meta = state.map_or_else(Vec::new, |s| self.placed(s, ShardId::META));
         for (i, state) in state.iter().flat_map(|s| (0..s.shards.len()).map(move |i| (i, s))) {
             let shard = ShardId(i as u32);
             let claim = self.router.claim(shard);
@@ -1312,7 +1348,16 @@ impl Host {
                 }
             });
             let replicas = self.placed(state, shard);
-            status.shards.push(ShardStatus { shard, leader: claim.leader, term: claim.term, own, replicas });
+            let fills = self.coordinator.replica(shard).map(Replica::transfer_status).filter(|t| t.to.is_some());
+            let sent_bytes = fills.map(|t| t.sent_bytes);
+            status.shards.push(ShardStatus {
+                shard,
+                leader: claim.leader,
+                term: claim.term,
+                own,
+                replicas,
+                sent_bytes,
+            });
         }
         let reads = self.coordinator.read_counts();
         status.counters = vec![

@@ -36,7 +36,9 @@ pub use effect::{
     Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, LogWrite, Note, PersistBatch,
     ReadLevel, Refusal, Send, StateWrite, Token,
 };
-pub use host::{Host, HostConfig, HostStatus, LeaderHint, ShardStatus};
+pub use host::{
+    AutoVoters, Host, HostConfig, HostStatus, LeaderHint, ShardStatus, VoterError, VoterRequest, VoterResult,
+};
 pub use meta::{MetaState, NodeAddrs, NodeRecord, ReplicaPlacement, ShardPlacement};
 pub use recovery::{RecoverRequest, RecoverResult};
 pub use replica::{MemoryOptions, ReadMode};

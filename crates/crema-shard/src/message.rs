@@ -10,7 +10,7 @@
 //! cannot be trusted; the shell closes the connection.
 
 use crate::members::Members;
-use crate::meta::{NodeAddrs, bounded_vec};
+use crate::meta::{MAX_REPLICAS, NodeAddrs, bounded_vec};
 use crate::placement::MAX_SHARDS;
 use crate::recovery::Report;
 use crate::transfer::{Chunk, ChunkAck};
@@ -445,6 +445,30 @@ pub enum Control {
         hash: u64,
         /// Why, for the operator.
         reason: String,
+    },
+    /// For the leader of the meta group, by an operator's word: a node may hold replicas, or no longer.
+    Approve {
+        /// Tells the questions of whoever asks apart.
+        round: u64,
+        /// The node.
+        node: NodeId,
+        /// Which of both.
+        approved: bool,
+    },
+    /// The leader of the meta group does not do that.
+    ApproveRefused {
+        /// Of the question.
+        round: u64,
+        /// Why, for the operator.
+        reason: String,
+    },
+    /// For the leader of the meta group: I lead this group, and its members are these and no others.
+    Settled {
+        /// The group.
+        shard: ShardId,
+        /// Its voters.
+        #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
+        members: Vec<ReplicaId>,
     },
 }
 

@@ -9,7 +9,7 @@
 //! `apply` is total and depends on nothing but the state and the entry: what the state does not allow changes nothing.
 //! The bounds here keep an encoded table below [`MAX_STATE_BYTES`] for ever, whatever is registered.
 
-use crate::placement::{MAX_SHARDS, arcs, assign};
+use crate::placement::{MAX_SHARDS, arcs, assign, meta_nodes};
 use crema_core::{
     ClusterUuid, CodecError, CorruptEntry, Epoch, Incarnation, LogIndex, NodeId, ReplicaId, SLOT_COUNT, ShardId,
     SlotRange, Term, WallTime,
@@ -30,6 +30,8 @@ pub const MAX_REPLICAS: usize = 7;
 pub const MAX_ADDR_BYTES: usize = 260;
 /// Longest cluster name in bytes.
 pub const MAX_NAME_BYTES: usize = 255;
+/// Longest name of a zone in bytes.
+pub const MAX_ZONE_BYTES: usize = 256;
 /// How much of a node's memory is for keys and values: so many parts of so many. A sixteenth is the logs'; what
 /// remains is for buffers, for states in transit, and for what an allocator cannot give back.
 pub const DATA_PARTS: (u64, u64) = (3, 4);
@@ -40,11 +42,12 @@ const MAX_EPOCH: Epoch = Epoch(1 << 62);
 /// Highest index and term of a group's beginning that is believed of a peer, likewise.
 const MAX_BEGINNING: u64 = 1 << 60;
 /// First byte of an encoded state.
-const STATE_VERSION: u8 = 2;
+const STATE_VERSION: u8 = 3;
 /// First byte of an encoded command.
-const COMMAND_VERSION: u8 = 1;
+const COMMAND_VERSION: u8 = 2;
 
-/// Where a node is reached. Host and port as text: a name may resolve differently for others.
+/// Where a node is: how it is reached, and what it fails together with. Host and port as text: a name may resolve
+/// differently for others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeAddrs {
     /// Peers connect here.
@@ -55,13 +58,15 @@ pub struct NodeAddrs {
     pub redis_cluster: Option<String>,
     /// HTTP admin API.
     pub http: Option<String>,
+    /// Its zone: no shard has two replicas in one while there are enough of them. Nodes without one are a zone together.
+    pub zone: Option<String>,
 }
 
 impl NodeAddrs {
     /// Whether the addresses can be registered; the error says what is wrong. Ask before proposing
     /// [`MetaCommand::Register`]: apply ignores addresses that break a bound.
     pub fn check(&self) -> Result<(), String> {
-        let Self { raft, redis, redis_cluster, http } = self;
+        let Self { raft, redis, redis_cluster, http, zone } = self;
         let all = [
             ("raft", Some(raft)),
             ("redis", redis.as_ref()),
@@ -72,6 +77,9 @@ impl NodeAddrs {
             if addr.is_some_and(|a| a.len() > MAX_ADDR_BYTES) {
                 return Err(format!("the {what} address is longer than {MAX_ADDR_BYTES} bytes"));
             }
+        }
+        if zone.as_ref().is_some_and(|z| z.len() > MAX_ZONE_BYTES) {
+            return Err(format!("the zone is longer than {MAX_ZONE_BYTES} bytes"));
         }
         Ok(())
     }
@@ -89,6 +97,8 @@ pub struct NodeRecord {
     pub addrs: NodeAddrs,
     /// Whether it may hold replicas.
     pub approved: bool,
+    /// Whether an operator has taken that away: nothing automatic gives it back.
+    pub declined: bool,
     /// Whether this life is about to stop: it leads nothing and is given nothing.
     pub draining: bool,
     /// Most bytes of memory that it may use, as it registered them; 0 for no limit, or not known yet.
@@ -96,6 +106,19 @@ pub struct NodeRecord {
 }
 
 impl NodeRecord {
+    /// Of a node that nobody has decided anything about.
+    fn new(incarnation: Incarnation) -> Self {
+        NodeRecord {
+            incarnation,
+            past: Vec::new(),
+            addrs: NodeAddrs::default(),
+            approved: false,
+            declined: false,
+            draining: false,
+            max_memory: 0,
+        }
+    }
+
     /// Its life is over, and fenced.
     fn end_life(&mut self) {
         if self.incarnation == NO_LIFE {
@@ -173,6 +196,20 @@ pub struct Recovery {
     pub mark: u64,
 }
 
+/// A group on its way to other nodes: which of its replicas go. Cleared when its leader has no other members any more than
+/// placement wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moving {
+    /// Replicas that are members until others have taken their places, and are kept until then.
+    #[serde(deserialize_with = "bounded_vec::<_, _, MAX_LEAVING>")]
+    pub leaving: Vec<ReplicaPlacement>,
+}
+
+/// Most replicas of a group that leave at a time: a move that would make it more has to wait.
+pub const MAX_LEAVING: usize = MAX_REPLICAS;
+/// Most groups that move at a time.
+pub const MAX_MOVING: usize = 1024;
+
 /// One shard as placement wants it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardPlacement {
@@ -185,6 +222,8 @@ pub struct ShardPlacement {
     pub replicas: Vec<ReplicaPlacement>,
     /// Where it begins, if it was founded anew.
     pub refounded: Option<Refounded>,
+    /// Whether its members are still becoming what `replicas` says.
+    pub moving: Option<Moving>,
 }
 
 /// The cluster's own table; also the record that founds it.
@@ -206,6 +245,8 @@ pub struct MetaState {
     pub epoch: Epoch,
     /// Behaviour version that all members support and the operator has finalised.
     pub cluster_version: u32,
+    /// Replicas of each data shard that are wanted, 1 to [`MAX_REPLICAS`]; with fewer approved nodes there is one on each.
+    pub replication: u32,
     /// Nodes by id.
     #[serde(deserialize_with = "bounded_map::<_, _, _, MAX_NODES>")]
     pub nodes: BTreeMap<NodeId, NodeRecord>,
@@ -215,6 +256,8 @@ pub struct MetaState {
     /// The meta group's own replicas.
     #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
     pub meta: Vec<ReplicaPlacement>,
+    /// Whether the meta group's members are still becoming that.
+    pub meta_moving: Option<Moving>,
     /// Where the meta group begins, if it was founded anew.
     pub meta_refounded: Option<Refounded>,
     /// How this generation came about, if it is not the first.
@@ -223,8 +266,8 @@ pub struct MetaState {
 
 impl MetaState {
     /// The record of a new cluster: generation 1, epoch 1, behaviour version 1, replica ids counted from 1, every member
-    /// approved. Each shard gets `replication` replicas, or one a member if there are fewer; the meta group one on each
-    /// member, up to [`MAX_REPLICAS`], lowest ids first. Ids of a group ascend in the order of preference.
+    /// approved. Each shard gets `replication` replicas, or one a member if there are fewer; the meta group as
+    /// [`meta_nodes`] says. Ids of a group ascend in the order of preference.
     ///
     /// Texts are taken as they are: [`MetaState::check`] says whether others would accept the record.
     ///
@@ -248,10 +291,7 @@ impl MetaState {
             .iter()
             .map(|(id, incarnation, addrs)| {
                 let (incarnation, addrs) = (*incarnation, addrs.clone());
-                (
-                    *id,
-                    NodeRecord { incarnation, past: Vec::new(), addrs, approved: true, draining: false, max_memory: 0 },
-                )
+                (*id, NodeRecord { addrs, approved: true, ..NodeRecord::new(incarnation) })
             })
             .collect();
         let generation = 1;
@@ -261,8 +301,8 @@ impl MetaState {
             next_replica += 1;
             ReplicaPlacement { id, node, incarnation: nodes[&node].incarnation }
         };
-        let meta = nodes.keys().take(MAX_REPLICAS).map(|n| place(*n)).collect();
-        let hosts: Vec<(NodeId, Option<&str>)> = nodes.keys().map(|n| (*n, None)).collect();
+        let hosts: Vec<(NodeId, Option<&str>)> = nodes.iter().map(|(n, r)| (*n, r.addrs.zone.as_deref())).collect();
+        let meta = meta_nodes(&[], &hosts).into_iter().map(&mut place).collect();
         let epoch = Epoch(1);
         let shards = arcs(shards)
             .into_iter()
@@ -272,6 +312,7 @@ impl MetaState {
                 epoch,
                 replicas: on.into_iter().map(&mut place).collect(),
                 refounded: None,
+                moving: None,
             })
             .collect();
         MetaState {
@@ -283,9 +324,11 @@ impl MetaState {
             next_replica,
             epoch,
             cluster_version: 1,
+            replication,
             nodes,
             shards,
             meta,
+            meta_moving: None,
             meta_refounded: None,
             recovery: None,
         }
@@ -313,7 +356,10 @@ impl MetaState {
         }
         ensure((1..=MAX_SHARDS as usize).contains(&self.shards.len()), &|| format!("{} shards", self.shards.len()))?;
         let mut ids = BTreeSet::new();
-        self.check_group("the meta group", &self.meta, &mut ids)?;
+        ensure((1..=MAX_REPLICAS as u32).contains(&self.replication), &|| {
+            format!("{} replicas are wanted of each shard", self.replication)
+        })?;
+        self.check_group("the meta group", &self.meta, self.meta_moving.as_ref(), &mut ids)?;
         let mut end = 0;
         for (i, shard) in self.shards.iter().enumerate() {
             ensure(shard.range.start == end && !shard.range.is_empty(), &|| {
@@ -326,10 +372,12 @@ impl MetaState {
             ensure((Epoch(1)..=self.epoch).contains(&shard.epoch), &|| {
                 format!("shard {i} has epoch {} in a table of epoch {}", shard.epoch, self.epoch)
             })?;
-            self.check_group(&format!("shard {i}"), &shard.replicas, &mut ids)?;
+            self.check_group(&format!("shard {i}"), &shard.replicas, shard.moving.as_ref(), &mut ids)?;
             self.check_beginning(&format!("shard {i}"), shard.refounded)?;
         }
         self.check_beginning("the meta group", self.meta_refounded)?;
+        let moving = self.groups().filter(|s| self.moving(*s).is_some()).count();
+        ensure(moving <= MAX_MOVING, &|| format!("{moving} groups move"))?;
         ensure(end == SLOT_COUNT, &|| format!("the shards end at slot {end} of {SLOT_COUNT}"))
     }
 
@@ -344,7 +392,8 @@ impl MetaState {
         }
     }
 
-    fn was_given(&self, id: ReplicaId) -> bool {
+    /// Whether this table or an earlier one has given the id away.
+    pub fn was_given(&self, id: ReplicaId) -> bool {
         let (generation, counter) = ((id.0 >> 32) as u32, id.0 as u32);
         let given = generation < self.generation || generation == self.generation && counter < self.next_replica;
         generation != 0 && counter != 0 && given
@@ -355,12 +404,17 @@ impl MetaState {
         &self,
         group: &str,
         replicas: &[ReplicaPlacement],
+        moving: Option<&Moving>,
         ids: &mut BTreeSet<ReplicaId>,
     ) -> Result<(), String> {
         if !(1..=MAX_REPLICAS).contains(&replicas.len()) {
             return Err(format!("{group} has {} replicas", replicas.len()));
         }
-        for (i, r) in replicas.iter().enumerate() {
+        let leaving = moving.map_or(&[][..], |m| &m.leaving);
+        if leaving.len() > MAX_LEAVING {
+            return Err(format!("{group} has {} replicas that leave", leaving.len()));
+        }
+        for (i, r) in replicas.iter().chain(leaving).enumerate() {
             if !self.was_given(r.id) {
                 return Err(format!("{group} has replica {:#x}, an id that was never given", r.id.0));
             }
@@ -375,7 +429,8 @@ impl MetaState {
             if !known && node.past.len() < MAX_PAST_INCARNATIONS {
                 return Err(format!("{group} has a replica in a life of node {} that never was", r.node));
             }
-            if replicas[..i].iter().any(|other| other.node == r.node) {
+            // One that leaves may be followed by another on the same node.
+            if i < replicas.len() && replicas[..i].iter().any(|other| other.node == r.node) {
                 return Err(format!("{group} has two replicas on node {}", r.node));
             }
         }
@@ -423,8 +478,9 @@ impl MetaState {
         match self.shards.get_mut(g.shard.0 as usize) {
             Some(shard) => {
                 (shard.replicas, shard.refounded, shard.epoch) = (replicas, Some(refounded), epoch);
+                shard.moving = None;
             }
-            None => (self.meta, self.meta_refounded) = (replicas, Some(refounded)),
+            None => (self.meta, self.meta_refounded, self.meta_moving) = (replicas, Some(refounded), None),
         }
         true
     }
@@ -477,6 +533,26 @@ impl MetaState {
         if shard.is_meta() { &self.meta } else { self.shards.get(shard.0 as usize).map_or(&[], |s| &s.replicas) }
     }
 
+    /// Whether a group's members are still becoming what placement says, and what goes then.
+    pub fn moving(&self, shard: ShardId) -> Option<&Moving> {
+        if shard.is_meta() {
+            self.meta_moving.as_ref()
+        } else {
+            self.shards.get(shard.0 as usize).and_then(|s| s.moving.as_ref())
+        }
+    }
+
+    /// A group's replicas that others are about to take the places of.
+    pub fn leaving(&self, shard: ShardId) -> &[ReplicaPlacement] {
+        self.moving(shard).map_or(&[], |m| &m.leaving)
+    }
+
+    /// The nodes that may hold replicas, with their zones.
+    pub fn approved(&self) -> Vec<(NodeId, Option<&str>)> {
+        let approved = self.nodes.iter().filter(|(_, r)| r.approved);
+        approved.map(|(id, r)| (*id, r.addrs.zone.as_deref())).collect()
+    }
+
     /// All groups, the meta group last.
     pub fn groups(&self) -> impl Iterator<Item = ShardId> + use<> {
         (0..self.shards.len() as u32).map(ShardId).chain([ShardId::META])
@@ -502,8 +578,10 @@ impl MetaState {
     /// `share_of` says how much of its memory a node can use for data at present, in parts of [`WHOLE_SHARE`].
     pub fn budgets(&self, share_of: impl Fn(NodeId) -> u8) -> Vec<u64> {
         let mut held: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for r in self.shards.iter().flat_map(|s| &s.replicas) {
-            *held.entry(r.node).or_default() += 1;
+        for (i, s) in self.shards.iter().enumerate() {
+            for r in s.replicas.iter().chain(self.leaving(ShardId(i as u32))) {
+                *held.entry(r.node).or_default() += 1;
+            }
         }
         let share = |node: &NodeId| {
             let limit = self.nodes.get(node).map_or(0, |n| n.max_memory);
@@ -564,6 +642,34 @@ pub enum MetaCommand {
         /// Lives that are over by the operator's word: their nodes do not answer and shall never speak for them again.
         #[serde(deserialize_with = "bounded_vec::<_, _, MAX_NODES>")]
         stopped: Vec<(NodeId, Incarnation)>,
+    },
+    /// A node may hold replicas from now on, or no longer. What it holds moves away by [`MetaCommand::Place`].
+    Approve {
+        /// The node; unknown ones are left alone.
+        node: NodeId,
+        /// Which of both. The last approved node stays one.
+        approved: bool,
+        /// Whether an operator says so: what one has taken away nothing automatic gives back.
+        operator: bool,
+    },
+    /// A group's replicas shall be on these nodes.
+    Place {
+        /// The group.
+        shard: ShardId,
+        /// Its replicas by placement as of the decision: void once they are others.
+        #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
+        was: Vec<ReplicaId>,
+        /// Approved nodes, in the order in which they are wanted as leaders.
+        #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
+        nodes: Vec<NodeId>,
+    },
+    /// A group's members are what placement says, by its leader's word: what leaves has left.
+    Settled {
+        /// The group.
+        shard: ShardId,
+        /// Its members: void unless placement says the same.
+        #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
+        members: Vec<ReplicaId>,
     },
 }
 
@@ -632,6 +738,9 @@ impl MetaMachine {
                 self.set_draining(node, incarnation, draining)
             }
             Some(MetaCommand::Refound { groups, stopped }) => self.refound(&groups, &stopped),
+            Some(MetaCommand::Approve { node, approved, operator }) => self.approve(node, approved, operator),
+            Some(MetaCommand::Place { shard, was, nodes }) => self.place(shard, &was, &nodes),
+            Some(MetaCommand::Settled { shard, members }) => self.settled(shard, members),
             None => false,
         };
         self.applied = index;
@@ -654,14 +763,7 @@ impl MetaMachine {
             Some(known) if known.past.contains(&incarnation) => return false,
             _ => {}
         }
-        let record = self.change().nodes.entry(node).or_insert_with(|| NodeRecord {
-            incarnation,
-            past: Vec::new(),
-            addrs: NodeAddrs::default(),
-            approved: false,
-            draining: false,
-            max_memory: 0,
-        });
+        let record = self.change().nodes.entry(node).or_insert_with(|| NodeRecord::new(incarnation));
         record.addrs = addrs;
         record.max_memory = max_memory;
         if record.incarnation != incarnation {
@@ -717,6 +819,77 @@ impl MetaMachine {
         }
         for group in &groups {
             state.refound_group(group);
+        }
+        true
+    }
+
+    fn approve(&mut self, node: NodeId, approved: bool, operator: bool) -> bool {
+        let Some(record) = self.state.nodes.get(&node) else { return false };
+        let declined = if approved { false } else { operator || record.declined };
+        let last = record.approved && !approved && self.state.approved().len() == 1;
+        if last || (record.approved == approved && record.declined == declined) {
+            return false;
+        }
+        if let Some(record) = self.change().nodes.get_mut(&node) {
+            (record.approved, record.declined) = (approved, declined);
+        }
+        true
+    }
+
+    /// Changes the intent of one group. Replicas that stay keep their ids, as do those that were about to leave and shall
+    /// stay after all; others get new ones. What is not wanted any more leaves.
+    fn place(&mut self, shard: ShardId, was: &[ReplicaId], nodes: &[NodeId]) -> bool {
+        let state = &*self.state;
+        let present = state.replicas(shard);
+        let distinct: BTreeSet<_> = nodes.iter().collect();
+        let usable = |n: &NodeId| state.nodes.get(n).is_some_and(|r| r.approved && r.incarnation != NO_LIFE);
+        let sound = (1..=MAX_REPLICAS).contains(&nodes.len()) && distinct.len() == nodes.len();
+        let as_decided = present.iter().map(|r| r.id).eq(was.iter().copied());
+        if !sound || !as_decided || present.is_empty() || !nodes.iter().all(usable) {
+            return false;
+        }
+        let known: Vec<ReplicaPlacement> = present.iter().chain(state.leaving(shard)).copied().collect();
+        let mut next = state.next_replica;
+        let mut replicas = Vec::with_capacity(nodes.len());
+        for node in nodes {
+            let incarnation = state.nodes[node].incarnation;
+            // The first: one that is wanted now comes before one that leaves.
+            let kept = known.iter().find(|r| r.node == *node && r.incarnation == incarnation).copied();
+            let Some(after) = (if kept.is_some() { Some(next) } else { next.checked_add(1) }) else { return false };
+            let id = ReplicaId::new(state.generation, next);
+            replicas.push(kept.unwrap_or(ReplicaPlacement { id, node: *node, incarnation }));
+            next = after;
+        }
+        let gone = |r: &&ReplicaPlacement| replicas.iter().all(|kept| kept.id != r.id);
+        let leaving: Vec<ReplicaPlacement> = known.iter().filter(gone).copied().collect();
+        let many = || state.groups().filter(|s| state.moving(*s).is_some()).count() >= MAX_MOVING;
+        if present == replicas || leaving.len() > MAX_LEAVING || (state.moving(shard).is_none() && many()) {
+            return false;
+        }
+        // Only another order, which needs no members to change.
+        let same = next == state.next_replica && leaving.is_empty();
+        let moving = if same { state.moving(shard).map(|_| Moving::default()) } else { Some(Moving { leaving }) };
+        let state = self.change();
+        state.next_replica = next;
+        let epoch = state.epoch;
+        match state.shards.get_mut(shard.0 as usize) {
+            Some(s) => (s.replicas, s.moving, s.epoch) = (replicas, moving, epoch),
+            None => (state.meta, state.meta_moving) = (replicas, moving),
+        }
+        true
+    }
+
+    fn settled(&mut self, shard: ShardId, mut members: Vec<ReplicaId>) -> bool {
+        members.sort_unstable();
+        let mut wanted: Vec<ReplicaId> = self.state.replicas(shard).iter().map(|r| r.id).collect();
+        wanted.sort_unstable();
+        if members != wanted || self.state.moving(shard).is_none() {
+            return false;
+        }
+        let state = self.change();
+        match state.shards.get_mut(shard.0 as usize) {
+            Some(s) => s.moving = None,
+            None => state.meta_moving = None,
         }
         true
     }

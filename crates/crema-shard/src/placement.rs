@@ -6,13 +6,15 @@
 //!            -> first choices, even -> second choices, even if the first is gone -> the rest by hash
 //! ```
 //!
+//! `Plan` compares that with what is, and says which groups should change next: a few at a time, see [`Plan::next`].
+//!
 //! Rendezvous hashing (Thaler and Ravishankar 1998) gives a shard to the nodes with the highest hash of (shard, node), so
 //! that a further node takes replicas over and none move between the others. Chance alone would load some nodes well
 //! above the mean; what lies above a bound is moved to where it costs the least hash. Leaders are then chosen by
 //! shifting along alternating paths until no shift makes them more even (optimal semi-matching, Harvey et al. 2003).
 
-use crate::meta::ReplicaPlacement;
-use crema_core::{Incarnation, NodeId, SLOT_COUNT, SlotRange};
+use crate::meta::{MAX_REPLICAS, MetaState, ReplicaPlacement};
+use crema_core::{Incarnation, NodeId, ReplicaId, SLOT_COUNT, ShardId, SlotRange};
 use std::cmp::Reverse;
 use std::collections::VecDeque;
 
@@ -69,6 +71,125 @@ pub fn assign(shards: u32, replication: u32, nodes: &[(NodeId, Option<&str>)]) -
 /// The node that should lead now: the first in order of preference that `usable` says yes to.
 pub fn preferred_leader(replicas: &[ReplicaPlacement], usable: impl Fn(NodeId, Incarnation) -> bool) -> Option<NodeId> {
     replicas.iter().find(|r| usable(r.node, r.incarnation)).map(|r| r.node)
+}
+
+/// Gives the meta group its nodes, ascending: all up to two, else the largest odd number up to [`MAX_REPLICAS`], since an
+/// even one costs a vote more and survives no failure more. Spread over the zones as evenly as these allow; then those
+/// that are `present`, then the lowest ids.
+pub fn meta_nodes(present: &[NodeId], nodes: &[(NodeId, Option<&str>)]) -> Vec<NodeId> {
+    let count = match nodes.len().min(MAX_REPLICAS) {
+        n @ 0..=2 => n,
+        n => n - (n + 1) % 2,
+    };
+    let mut chosen: Vec<(NodeId, Option<&str>)> = Vec::new();
+    while chosen.len() < count {
+        let free = nodes.iter().filter(|(id, _)| chosen.iter().all(|(c, _)| c != id));
+        let in_zone = |zone| chosen.iter().filter(|(_, z)| *z == zone).count();
+        let Some(next) = free.min_by_key(|(id, zone)| (in_zone(*zone), !present.contains(id), *id)) else { break };
+        chosen.push(*next);
+    }
+    let mut ids: Vec<NodeId> = chosen.into_iter().map(|(id, _)| id).collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// What the placement of a group should become.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Move {
+    /// The group.
+    pub shard: ShardId,
+    /// Its replicas by placement as of the decision.
+    pub was: Vec<ReplicaId>,
+    /// Its nodes, in the order in which they are wanted as leaders.
+    pub nodes: Vec<NodeId>,
+}
+
+/// Where all replicas should be by the approved nodes and their zones.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// What it was made of: the approved nodes and their zones.
+    approved: Vec<(NodeId, Option<String>)>,
+    /// Replicas of each shard.
+    replication: u32,
+    /// Where the meta group was.
+    meta_before: Vec<NodeId>,
+    data: Vec<Vec<NodeId>>,
+    meta: Vec<NodeId>,
+}
+
+impl Plan {
+    /// The plan for a table, with `without` as if it were not approved. Takes time with the number of shards: keep it while
+    /// [`Plan::is_of`] says so.
+    pub fn new(state: &MetaState, without: Option<NodeId>) -> Plan {
+        let mut nodes = state.approved();
+        nodes.retain(|(id, _)| Some(*id) != without);
+        let present: Vec<NodeId> = state.meta.iter().map(|r| r.node).collect();
+        Plan {
+            data: assign(state.shards.len() as u32, state.replication, &nodes),
+            meta: meta_nodes(&present, &nodes),
+            approved: nodes.iter().map(|(id, zone)| (*id, zone.map(str::to_owned))).collect(),
+            replication: state.replication,
+            meta_before: present,
+        }
+    }
+
+    /// Whether a table has the same plan.
+    pub fn is_of(&self, state: &MetaState) -> bool {
+        let approved = self.approved.iter().map(|(id, zone)| (*id, zone.as_deref()));
+        state.approved().into_iter().eq(approved)
+            && self.replication == state.replication
+            && self.data.len() == state.shards.len()
+            && state.meta.iter().map(|r| r.node).eq(self.meta_before.iter().copied())
+    }
+
+    /// The nodes that a group should be on, in the order in which they are wanted as leaders.
+    pub fn nodes(&self, shard: ShardId) -> &[NodeId] {
+        if shard.is_meta() { &self.meta } else { self.data.get(shard.0 as usize).map_or(&[], Vec::as_slice) }
+    }
+
+    /// How many groups are not where they should be, or on their way.
+    pub fn open(&self, state: &MetaState) -> usize {
+        state.groups().filter(|s| state.moving(*s).is_some() || self.differs(state, *s)).count()
+    }
+
+    fn differs(&self, state: &MetaState, shard: ShardId) -> bool {
+        let wanted = self.nodes(shard);
+        let present = state.replicas(shard);
+        present.len() != wanted.len() || present.iter().any(|r| !wanted.contains(&r.node))
+    }
+
+    /// The groups whose placement should change next. A group moves only to nodes that `live`, and only `most` of them at a
+    /// time; one under way is left to arrive, unless it is on its way to a node that is not approved any more. A mere
+    /// change of order moves nothing and is not counted, but there are at most `most` of those at a time, too.
+    pub fn next(&self, state: &MetaState, live: impl Fn(NodeId) -> bool, most: usize) -> Vec<Move> {
+        let mut under_way = state.groups().filter(|s| state.moving(*s).is_some()).count();
+        let (mut moves, mut reordered) = (Vec::new(), 0);
+        // The meta group first: it has to outlive the others.
+        for shard in std::iter::once(ShardId::META).chain(state.groups().filter(|s| !s.is_meta())) {
+            let (wanted, present) = (self.nodes(shard), state.replicas(shard));
+            if wanted.is_empty() || present.iter().map(|r| r.node).eq(wanted.iter().copied()) {
+                continue;
+            }
+            let arrives = wanted.iter().all(|n| present.iter().any(|r| r.node == *n) || live(*n));
+            let approved = |n: NodeId| state.nodes.get(&n).is_some_and(|r| r.approved);
+            let due = if !self.differs(state, shard) {
+                reordered += 1;
+                reordered <= most && state.moving(shard).is_none()
+            } else if state.moving(shard).is_some() {
+                arrives && present.iter().any(|r| !approved(r.node))
+            } else if arrives && under_way < most {
+                under_way += 1;
+                true
+            } else {
+                false
+            };
+            if due {
+                let was = present.iter().map(|r| r.id).collect();
+                moves.push(Move { shard, was, nodes: wanted.to_vec() });
+            }
+        }
+        moves
+    }
 }
 
 /// The nodes to choose from, ascending by id; below, a node is its position here.
@@ -391,9 +512,11 @@ impl Choice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crema_core::ReplicaId;
+    use crate::meta::{MetaCommand, MetaMachine, NodeAddrs};
+    use crema_core::{ClusterUuid, LogIndex, WallTime};
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
+    use std::sync::Arc;
 
     type Assignment = Vec<Vec<NodeId>>;
 
@@ -580,6 +703,109 @@ mod tests {
         assert_eq!(preferred_leader(&replicas, |_, _| true), Some(NodeId(1)));
         assert_eq!(preferred_leader(&replicas, |_, i| i != Incarnation(10)), Some(NodeId(2)));
         assert_eq!(preferred_leader(&replicas, |_, _| false), None);
+    }
+
+    fn state(members: u64, shards: u32) -> MetaState {
+        let life = |n| Incarnation(u128::from(n));
+        let members: Vec<_> = (1..=members).map(|n| (NodeId(n), life(n), NodeAddrs::default())).collect();
+        MetaState::found(ClusterUuid(1), "t".into(), 1, WallTime(1), &members, shards, 3)
+    }
+
+    fn apply(m: &mut MetaMachine, command: MetaCommand) -> bool {
+        m.apply(LogIndex(m.applied().0 + 1), &command.encode()).unwrap()
+    }
+
+    /// Works a plan off, all moves arriving at once; returns how many groups moved.
+    fn work_off(m: &mut MetaMachine, most: usize) -> usize {
+        let (mut moved, mut rounds) = (0, 0);
+        loop {
+            let plan = Plan::new(m.state(), None);
+            let moves = plan.next(m.state(), |_| true, most);
+            if moves.is_empty() {
+                assert_eq!(plan.open(m.state()), 0);
+                return moved;
+            }
+            for Move { shard, was, nodes } in moves {
+                assert!(apply(m, MetaCommand::Place { shard, was, nodes }));
+            }
+            let moving: Vec<ShardId> = m.state().groups().filter(|s| m.state().moving(*s).is_some()).collect();
+            assert!(moving.len() <= most, "{} at a time", moving.len());
+            moved += moving.len();
+            for shard in moving {
+                let members = m.state().replicas(shard).iter().map(|r| r.id).collect();
+                assert!(apply(m, MetaCommand::Settled { shard, members }));
+            }
+            rounds += 1;
+            assert!(rounds < 10_000);
+        }
+    }
+
+    #[test]
+    fn a_plan_grows_and_shrinks_a_cluster_a_few_groups_at_a_time() {
+        let mut m = MetaMachine::new(Arc::new(state(3, 64)), LogIndex(1));
+        assert_eq!(work_off(&mut m, 4), 0, "nothing to do at first");
+        for n in 4..=5 {
+            let addrs = NodeAddrs::default();
+            apply(
+                &mut m,
+                MetaCommand::Register { node: NodeId(n), incarnation: Incarnation(n.into()), addrs, max_memory: 0 },
+            );
+            apply(&mut m, MetaCommand::Approve { node: NodeId(n), approved: true, operator: true });
+        }
+        let grown = work_off(&mut m, 4);
+        assert!((50..=66).contains(&grown), "{grown} groups moved");
+        let on = |m: &MetaMachine, s| m.state().replicas(s).iter().map(|r| r.node.0).collect::<Vec<_>>();
+        assert_eq!(on(&m, ShardId::META), [1, 2, 3, 4, 5]);
+        let mut load = [0; 6];
+        (0..64).for_each(|s| on(&m, ShardId(s)).into_iter().for_each(|n| load[n as usize] += 1));
+        assert!(load[1..].iter().all(|l| (35..=40).contains(l)), "{load:?}");
+        for n in 4..=5 {
+            apply(&mut m, MetaCommand::Approve { node: NodeId(n), approved: false, operator: true });
+        }
+        work_off(&mut m, 4);
+        assert!(m.state().groups().all(|s| on(&m, s).iter().all(|n| *n <= 3)));
+        assert_eq!(on(&m, ShardId::META), [1, 2, 3]);
+        assert_eq!(m.state().check(), Ok(()));
+    }
+
+    #[test]
+    fn a_group_does_not_leave_for_a_node_that_is_away_and_turns_round_when_it_is_taken_back() {
+        let mut m = MetaMachine::new(Arc::new(state(3, 8)), LogIndex(1));
+        let addrs = NodeAddrs::default();
+        apply(&mut m, MetaCommand::Register { node: NodeId(4), incarnation: Incarnation(4), addrs, max_memory: 0 });
+        apply(&mut m, MetaCommand::Approve { node: NodeId(4), approved: true, operator: true });
+        let plan = Plan::new(m.state(), None);
+        let moves_to_4 = |moves: &[Move]| moves.iter().any(|m| m.nodes.contains(&NodeId(4)));
+        assert!(!moves_to_4(&plan.next(m.state(), |n| n != NodeId(4), 8)));
+        let moves = plan.next(m.state(), |_| true, 2);
+        assert!(moves_to_4(&moves) && moves.len() <= 4);
+        for Move { shard, was, nodes } in moves {
+            apply(&mut m, MetaCommand::Place { shard, was, nodes });
+        }
+        let under_way: Vec<ShardId> = m.state().groups().filter(|s| m.state().moving(*s).is_some()).collect();
+        assert_eq!(under_way.len(), 2);
+        // Left to arrive, and no others begin.
+        assert!(plan.next(m.state(), |_| true, 2).iter().all(|m| !m.nodes.contains(&NodeId(4))));
+        apply(&mut m, MetaCommand::Approve { node: NodeId(4), approved: false, operator: true });
+        assert!(!plan.is_of(m.state()));
+        let plan = Plan::new(m.state(), None);
+        let back: Vec<ShardId> = plan.next(m.state(), |n| n != NodeId(4), 2).iter().map(|m| m.shard).collect();
+        assert!(under_way.iter().all(|s| back.contains(s)), "{back:?} {under_way:?}");
+    }
+
+    #[test]
+    fn the_meta_group_is_odd_spread_and_stays_where_it_is() {
+        let on = |present: &[u64], nodes: &[(u64, Option<&'static str>)]| {
+            let present: Vec<NodeId> = present.iter().map(|n| NodeId(*n)).collect();
+            let nodes: Vec<_> = nodes.iter().map(|(n, z)| (NodeId(*n), *z)).collect();
+            meta_nodes(&present, &nodes).iter().map(|n| n.0).collect::<Vec<_>>()
+        };
+        let plain = |n: u64| (1..=n).map(|n| (n, None)).collect::<Vec<_>>();
+        for (nodes, count) in [(1, 1), (2, 2), (3, 3), (4, 3), (5, 5), (6, 5), (7, 7), (8, 7), (20, 7)] {
+            assert_eq!(on(&[], &plain(nodes)).len(), count, "{nodes} nodes");
+        }
+        assert_eq!(on(&[2, 3, 4], &plain(4)), [2, 3, 4]);
+        assert_eq!(on(&[1, 2, 3], &[(1, Some("a")), (2, Some("a")), (3, Some("b")), (4, Some("c"))]), [1, 3, 4]);
     }
 
     proptest! {

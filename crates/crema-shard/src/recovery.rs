@@ -50,6 +50,9 @@ pub struct ReplicaReport {
     /// The voters by its log; nobody, if it has no state yet.
     #[serde(deserialize_with = "bounded_vec::<_, _, { 2 * MAX_REPLICAS }>")]
     pub voters: Vec<Member>,
+    /// In a joint configuration the voters before it, whose majority counts as well.
+    #[serde(deserialize_with = "bounded_vec::<_, _, { 2 * MAX_REPLICAS }>")]
+    pub outgoing: Vec<Member>,
     /// Term of its last entry.
     pub last_term: Term,
     /// Index of its last entry.
@@ -149,12 +152,13 @@ impl Census<'_> {
             here.any(|(.., r)| !r.voters.is_empty())
         };
         let logs = || replicas().filter(|(.., r)| !r.voters.is_empty());
-        let quorum = |voters: &[Member]| voters.iter().filter(|v| has_log(v)).count() > voters.len() / 2;
-        if logs().any(|(.., r)| quorum(&r.voters)) {
+        let majority = |voters: &[Member]| voters.iter().filter(|v| has_log(v)).count() > voters.len() / 2;
+        let quorum = |r: &ReplicaReport| majority(&r.voters) && (r.outgoing.is_empty() || majority(&r.outgoing));
+        if logs().any(|(.., r)| quorum(r)) {
             return Hope::Election;
         }
         let placed = self.state.replicas(shard).iter().map(|r| (r.node, r.incarnation));
-        let named = logs().flat_map(|(.., r)| r.voters.iter().map(|v| (v.node, v.incarnation)));
+        let named = logs().flat_map(|(.., r)| r.voters.iter().chain(&r.outgoing).map(|v| (v.node, v.incarnation)));
         let all: BTreeSet<(NodeId, Incarnation)> = placed.chain(named).collect();
         let missing: BTreeSet<_> = all
             .into_iter()
@@ -164,7 +168,9 @@ impl Census<'_> {
             return Hope::Waiting { missing };
         }
         let best = logs().max_by_key(|(.., r)| (r.last_term, r.last));
-        let voters = best.map_or(&[][..], |(.., r)| &r.voters);
+        let mut voters: Vec<&Member> = best.iter().flat_map(|(.., r)| r.voters.iter().chain(&r.outgoing)).collect();
+        voters.sort_by_key(|v| v.id);
+        voters.dedup();
         Hope::Lost {
             lost: voters.iter().filter(|v| !has_log(v)).map(|v| v.node).collect(),
             voters: voters.len(),
@@ -279,8 +285,9 @@ mod tests {
     }
 
     fn report(placed: &ReplicaPlacement, voters: Vec<Member>, last: (u64, u64)) -> Report {
-        let replica = ReplicaReport { id: placed.id, voters, last_term: Term(last.0), last: LogIndex(last.1) };
-        let group = GroupReport { shard: S, term: Term(last.0), replica: Some(replica), ..GroupReport::default() };
+        let (last_term, last) = (Term(last.0), LogIndex(last.1));
+        let replica = ReplicaReport { id: placed.id, voters, outgoing: Vec::new(), last_term, last };
+        let group = GroupReport { shard: S, term: last_term, replica: Some(replica), ..GroupReport::default() };
         Report { groups: vec![group], ..Report::default() }
     }
 

@@ -398,10 +398,6 @@ impl Replica {
     pub fn members(&self) -> &Members {
         &self.members
     }
-    /// The voters of the group, likewise.
-    pub fn voters(&self) -> &[Member] {
-        &self.members.voters
-    }
     /// Whether it waits for its first state: it neither votes nor answers.
     pub fn is_empty(&self) -> bool {
         self.empty
@@ -509,7 +505,7 @@ impl Replica {
     /// raft-rs draws its election timeout from an unseeded generator at every change of role, and an equal redraw is
     /// invisible: ours replaces it after every call that may have drawn (no randomness: DESIGN, timings).
     fn fix_election_timeout(&mut self) {
-        let n = self.members.voters.len().max(1);
+        let n = self.members.voting().count().max(1);
         let turn = (self.rank as u64 + self.raw.raft.term) % n as u64;
         let ticks = self.timing.campaign_ticks + self.timing.campaign_step_ticks * turn as usize;
         self.raw.raft.set_randomized_election_timeout(ticks);
@@ -765,7 +761,7 @@ impl Replica {
         }
         self.quiet_ticks = 0;
         let mut waiting_for = BTreeSet::new();
-        for v in self.members.voters.iter().filter(|v| v.id != self.id) {
+        for v in self.members.voting().filter(|v| v.id != self.id) {
             waiting_for.insert(v.id);
             let body = Body::Sleep { from: self.id, to: v.id, term: self.term(), index: last, ok: false };
             out.envelopes.push((*v, Envelope { shard: self.shard, log_time: 0, floor: 0, body }));
@@ -881,11 +877,16 @@ impl Replica {
 
     /// Hands leadership to `to` if that voter is close behind; returns whether a transfer is under way.
     pub fn transfer(&mut self, to: ReplicaId) -> bool {
-        if !self.leads() || self.failed || to == self.id || !self.members.is_voter(to) {
+        // In a joint configuration it may be one that goes.
+        if !self.leads() || self.failed || to == self.id || !self.members.voters.iter().any(|v| v.id == to) {
             return false;
         }
         if self.raw.raft.lead_transferee.is_some() {
             return true;
+        }
+        // It may be one that takes `to`'s vote away.
+        if self.raw.raft.has_pending_conf() {
+            return false;
         }
         let last = self.raw.raft.raft_log.last_index();
         let close = self.raw.raft.prs().get(to.0).is_some_and(|p| p.recent_active && p.matched + 1024 >= last);

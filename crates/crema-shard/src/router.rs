@@ -5,12 +5,23 @@ use crema_core::{ClusterUuid, Epoch, Incarnation, NodeId, Published, ReplicaId, 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Where each group's leader is believed to be. Terms order the claims; who has the higher one wins, whatever its
-/// source: own replica, gossip, or a refusal.
+/// Where each group's leader is believed to be. Terms order the claims: who has the higher one wins.
+///
+/// What an own replica or a node that was asked says is *vouched* for. Gossip is *hearsay*: it counts while its term is
+/// higher, but leaves no trace once it turns out to be untrue. A made-up term would otherwise outrank every true claim.
 #[derive(Debug, Default)]
 pub struct Router {
-    data: Vec<Claim>,
-    meta: Claim,
+    data: Vec<Route>,
+    meta: Route,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Route {
+    vouched: Claim,
+    /// A later claim than that, by gossip.
+    hearsay: Option<(NodeId, Term)>,
+    /// The last such claim that was untrue, or too early: it is not believed again before [`Router::forget_refuted`].
+    refuted: Option<(NodeId, Term)>,
 }
 
 /// The best claim to a group's leadership.
@@ -22,49 +33,95 @@ pub struct Claim {
     pub term: Term,
 }
 
+impl Claim {
+    fn yields_to(&self, leader: Option<NodeId>, term: Term) -> bool {
+        term > self.term || (term == self.term && self.leader.is_none() && leader.is_some())
+    }
+}
+
+impl Route {
+    fn claim(&self) -> Claim {
+        self.hearsay.map_or(self.vouched, |(node, term)| Claim { leader: Some(node), term })
+    }
+
+    /// Changes it by `change` and says whether the claim has changed.
+    fn update(&mut self, change: impl FnOnce(&mut Self)) -> bool {
+        let before = self.claim();
+        change(self);
+        let vouched = self.vouched;
+        self.hearsay = self.hearsay.filter(|(node, term)| vouched.yields_to(Some(*node), *term));
+        self.claim() != before
+    }
+}
+
 impl Router {
     /// Routes to `shards` data shards and the meta group.
     pub fn set_shards(&mut self, shards: usize) {
-        self.data.resize_with(shards, Claim::default);
+        self.data.resize_with(shards, Route::default);
     }
 
     /// The claim for a group.
     pub fn claim(&self, shard: ShardId) -> Claim {
-        if shard.is_meta() { self.meta } else { self.data.get(shard.0 as usize).copied().unwrap_or_default() }
+        let route = if shard.is_meta() { Some(&self.meta) } else { self.data.get(shard.0 as usize) };
+        route.map_or_else(Claim::default, Route::claim)
     }
 
-    fn claim_mut(&mut self, shard: ShardId) -> Option<&mut Claim> {
+    fn route_mut(&mut self, shard: ShardId) -> Option<&mut Route> {
         if shard.is_meta() { Some(&mut self.meta) } else { self.data.get_mut(shard.0 as usize) }
     }
 
-    /// Somebody leads, or a term has begun without a known leader. Returns whether the route changed. A claim of the
-    /// present term fills a gap but displaces nobody: a term has one leader.
+    /// Somebody who knows says that `leader` leads, or that a term has begun without a known leader. Returns whether the
+    /// claim changed. A claim of the present term fills a gap but displaces nobody: a term has one leader.
     pub fn learn(&mut self, shard: ShardId, leader: Option<NodeId>, term: Term) -> bool {
-        let Some(claim) = self.claim_mut(shard) else { return false };
-        let better = term > claim.term || (term == claim.term && claim.leader.is_none() && leader.is_some());
-        if better {
-            *claim = Claim { leader, term };
-        }
-        better
+        let Some(route) = self.route_mut(shard) else { return false };
+        route.update(|r| {
+            if r.vouched.yields_to(leader, term) {
+                r.vouched = Claim { leader, term };
+            }
+        })
     }
 
-    /// `node` says itself, in `term`, that it does not lead: clears the route to it.
+    /// Gossip says that `node` leads. Returns whether the claim changed.
+    pub fn hear(&mut self, shard: ShardId, node: NodeId, term: Term) -> bool {
+        let Some(route) = self.route_mut(shard) else { return false };
+        let new = Some((node, term));
+        if route.refuted == new || !route.claim().yields_to(Some(node), term) {
+            return false;
+        }
+        route.update(|r| r.hearsay = new)
+    }
+
+    /// `node` says itself, in `term`, that it does not lead: clears the route to it. Hearsay goes even if it speaks of a
+    /// later term: should it have overtaken this answer, then whoever is asked next knows better.
     pub fn disown(&mut self, shard: ShardId, node: NodeId, term: Term) -> bool {
-        let Some(claim) = self.claim_mut(shard) else { return false };
-        let hit = claim.leader == Some(node) && term >= claim.term;
-        if hit {
-            *claim = Claim { leader: None, term };
-        }
-        hit
+        let Some(route) = self.route_mut(shard) else { return false };
+        route.update(|r| {
+            if let Some(untrue) = r.hearsay.take_if(|(n, _)| *n == node) {
+                r.refuted = Some(untrue);
+            }
+            if r.vouched.leader == Some(node) && term >= r.vouched.term {
+                r.vouched = Claim { leader: None, term };
+            }
+        })
     }
 
-    /// A node is gone: clears routes to it, keeps their terms. Returns the groups concerned.
+    /// What turned out to be untrue may be true by now. For every second or so: a lie that is repeated costs a hop each time.
+    pub fn forget_refuted(&mut self) {
+        self.data.iter_mut().chain([&mut self.meta]).for_each(|route| route.refuted = None);
+    }
+
+    /// A node is gone: clears routes to it, keeps the terms that somebody vouches for. Returns the groups concerned.
     pub fn node_gone(&mut self, node: NodeId) -> Vec<ShardId> {
         let mut gone = Vec::new();
         let meta = std::iter::once((ShardId::META, &mut self.meta));
-        for (shard, claim) in self.data.iter_mut().enumerate().map(|(i, c)| (ShardId(i as u32), c)).chain(meta) {
-            if claim.leader == Some(node) {
-                claim.leader = None;
+        for (shard, route) in self.data.iter_mut().enumerate().map(|(i, c)| (ShardId(i as u32), c)).chain(meta) {
+            let changed = route.update(|r| {
+                r.hearsay.take_if(|(n, _)| *n == node);
+                if r.vouched.leader == Some(node) {
+                    r.vouched.leader = None;
+                }
+            });
+            if changed {
                 gone.push(shard);
             }
         }
@@ -107,6 +164,10 @@ pub enum Standing {
     Voter,
     /// It is being filled. Only nodes with a replica of the group know.
     Learner,
+    /// So is this one, in the place of another that goes, or beside the others.
+    Incoming,
+    /// It counts until others have taken its place.
+    Outgoing,
     /// The life of the node that held it is over.
     Lost,
 }
@@ -226,6 +287,35 @@ mod tests {
             nodes: BTreeMap::from([(NodeId(2), node)]),
             ..RoutingView::default()
         }
+    }
+
+    #[test]
+    fn hearsay_counts_until_it_turns_out_to_be_untrue() {
+        let mut r = Router::default();
+        r.set_shards(1);
+        let s = ShardId(0);
+        let claim = |leader, term| Claim { leader, term: Term(term) };
+        assert!(r.learn(s, A, Term(5)));
+        assert!(!r.hear(s, NodeId(2), Term(5)), "not later");
+        assert!(r.hear(s, NodeId(2), Term(1_000)));
+        assert_eq!(r.claim(s), claim(B, 1_000));
+        assert!(!r.learn(s, A, Term(6)), "not later");
+        // It was asked: what is true counts again, and the same is not believed twice.
+        assert!(r.disown(s, NodeId(2), Term(5)));
+        assert_eq!(r.claim(s), claim(A, 6));
+        assert!(!r.hear(s, NodeId(2), Term(1_000)));
+        r.forget_refuted();
+        assert!(r.hear(s, NodeId(2), Term(1_000)));
+        assert!(r.disown(s, NodeId(2), Term(5)));
+        assert!(r.hear(s, NodeId(2), Term(7)), "it may lead later");
+        assert!(!r.learn(s, B, Term(7)), "confirmed");
+        assert!(!r.disown(s, NodeId(2), Term(6)), "an old refusal");
+        assert!(r.hear(s, NodeId(3), Term(8)));
+        assert_eq!(r.node_gone(NodeId(3)), [s]);
+        assert_eq!(r.claim(s), claim(B, 7));
+        assert!(r.hear(s, NodeId(1), Term(9)));
+        assert!(r.learn(s, B, Term(10)), "later than hearsay");
+        assert_eq!(r.claim(s), claim(B, 10));
     }
 
     #[test]

@@ -327,7 +327,7 @@ mod tests {
 
     fn transfer() -> Outgoing {
         let to = Member { id: ReplicaId(9), node: NodeId(2), incarnation: Incarnation(1) };
-        let members = Members { voters: vec![to], learners: Vec::new(), epoch: Epoch(1) };
+        let members = Members { voters: vec![to], epoch: Epoch(1), ..Members::default() };
         Outgoing::new(ShardId(1), ReplicaId(8), to, 5, Point { index: 7, term: 2, members }, at(0))
     }
 

@@ -109,7 +109,7 @@ impl Member for Ours {
         let init = ReplicaInit {
             shard: ShardId(0),
             id: ReplicaId(id),
-            members: Members { voters: (1..=of).map(voter).collect(), learners: Vec::new(), epoch: Epoch(1) },
+            members: Members { voters: (1..=of).map(voter).collect(), epoch: Epoch(1), ..Members::default() },
             machine: Machine::Data(Box::new(machine)),
             log_time,
             timing: timing(),

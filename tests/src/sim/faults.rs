@@ -57,11 +57,15 @@ pub enum Fault {
     Eio,
     /// A bit flips in what is at rest on a disk: noticed by the next restart, which then begins another life, or of no account.
     BitFlip,
+    /// Nodes are given replicas, or have to give theirs away.
+    Voters,
+    /// Gossip names leaders that there never were, in terms that there never were.
+    Lie,
 }
 
 impl Fault {
     /// All of them that a seed chooses from unless others are named.
-    pub const ALL: [Fault; 23] = [
+    pub const ALL: [Fault; 25] = [
         Fault::Drop,
         Fault::Delay,
         Fault::Reorder,
@@ -85,6 +89,8 @@ impl Fault {
         Fault::Enospc,
         Fault::Eio,
         Fault::BitFlip,
+        Fault::Voters,
+        Fault::Lie,
     ];
 
     /// The name on the command line.
@@ -113,6 +119,8 @@ impl Fault {
             Fault::Enospc => "enospc",
             Fault::Eio => "eio",
             Fault::BitFlip => "bit-flip",
+            Fault::Voters => "voters",
+            Fault::Lie => "lie",
             Fault::Stall => "stall",
         }
     }

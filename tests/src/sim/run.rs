@@ -13,8 +13,8 @@ use super::rng::Rng;
 use super::workload::Workload;
 use super::world::{Conditions, DiskError, MS, Options, S, Step, World};
 use crema_core::mutant::Mutant;
-use crema_core::{NodeId, Reply, ShardId};
-use crema_shard::ReadMode;
+use crema_core::{NodeId, Reply, ShardId, Term};
+use crema_shard::{LeaderHint, ReadMode, ReplicaPlacement};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -30,6 +30,8 @@ const REFILLED_WITHIN: Duration = Duration::from_secs(20);
 const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(10);
 /// A group of which every voter lives sleeps after this: 40 quiet ticks, and some rounds that may fail.
 const ASLEEP_WITHIN: Duration = Duration::from_secs(12);
+/// What an operator has asked for is done after this, and its replicas are where they should be.
+const MOVED_WITHIN: Duration = Duration::from_secs(60);
 /// A sleeping group takes a write within this.
 const AWAKE_WITHIN: u64 = 2 * S;
 
@@ -204,10 +206,16 @@ impl<'a> Run<'a> {
         let chunk_bytes = *rng.pick(&[1, 64, 256, 4_096]);
         let durable = *rng.pick(&[0, 0, 500, 1_000, 1_000]);
         let checkpoint_log_bytes = *rng.pick(&[1_000, 10_000, 1 << 30]);
+        let spares = rng.range(1, 2);
+        let zones = *rng.pick(&[0, 0, 2, 3]);
         let nodes = plan.nodes.unwrap_or(nodes);
+        let moves = faults.has(Fault::Voters);
         let options = Options {
             seed: rng.next_u64(),
             nodes,
+            spares: if moves { spares } else { 0 },
+            zones: if moves { zones } else { 0 },
+            auto_voters: crema_shard::AutoVoters::default(),
             shards: plan.shards.unwrap_or(shards),
             replication: if five && nodes >= 5 { 5 } else { 3 },
             drift_ppm: if faults.has(Fault::Clock) { drift_ppm } else { 0 },
@@ -298,6 +306,9 @@ impl<'a> Run<'a> {
         self.reach(REFILLED_WITHIN, "every node is ready", |r| {
             r.world.ids().iter().all(|n| r.world.host(*n).is_some_and(|h| h.view().not_ready.is_none()))
         })?;
+        self.reach(MOVED_WITHIN, "replicas are where they should be", |r| {
+            r.world.ids().iter().all(|n| r.world.host(*n).is_some_and(|h| h.moves_open() == 0))
+        })?;
         self.final_reads()?;
         self.reach(CAUGHT_UP_WITHIN, "all replicas have caught up", |r| r.caught_up())?;
         self.world.check_logs();
@@ -366,12 +377,24 @@ impl<'a> Run<'a> {
             let Some(host) = self.world.host(id) else { continue };
             let view = host.view();
             out += &format!("  {id:?} in flight {}, {:?}\n", host.in_flight(), view.not_ready);
+            if let Some(state) = host.meta_state().filter(|_| host.moves_open() > 0) {
+                let nodes: Vec<_> = state.nodes.iter().map(|(n, r)| (n.0, r.approved, r.draining)).collect();
+                out += &format!("    {} to move at epoch {}: nodes {nodes:?}\n", host.moves_open(), state.epoch);
+                for s in state.groups() {
+                    let at = |of: &[ReplicaPlacement]| of.iter().map(|r| (r.node.0, r.id.0 as u32)).collect::<Vec<_>>();
+                    let leaving = state.moving(s).map(|m| at(&m.leaving));
+                    out += &format!("      {s:?} at {:?}, leaving {leaving:?}\n", at(state.replicas(s)));
+                }
+            }
             for r in host.coordinator().replicas() {
                 let l = r.leadership();
                 let route = view.shard(r.shard()).map(|s| (s.leader, s.term));
                 out += &format!(
-                    "    {:?} term {} leader {:?}{}{} {} applied {} committed {} log to {} route {route:?}\n",
+                    "    {:?} #{} of {:?}+{:?} term {} leader {:?}{}{} {} applied {} committed {} log to {} route {route:?}\n",
                     r.shard(),
+                    r.id().0 as u32,
+                    r.members().voting().map(|v| v.id.0 as u32).collect::<Vec<_>>(),
+                    r.members().learners.iter().map(|v| v.id.0 as u32).collect::<Vec<_>>(),
                     l.term,
                     l.leader,
                     if r.asleep() { " asleep" } else { "" },
@@ -553,6 +576,28 @@ impl<'a> Run<'a> {
                 self.stopping = Some(node);
                 Undo::Restart(node)
             }
+            Fault::Voters => {
+                // Of fewer than wanted, two could be gone at once.
+                let approved = self.world.approved();
+                let least = (self.world.options().replication as usize).max(3);
+                let which = *self.rng.pick(&self.world.ids());
+                let approve = !approved.contains(&which) || self.rng.permille(100);
+                let at = *self.rng.pick(&alive);
+                // Nor may two removals be under way.
+                if approve || (approved.len() > least && self.world.changes_ended()) {
+                    self.world.change_voters(at, which, approve);
+                    self.injected(fault);
+                }
+                return;
+            }
+            Fault::Lie => {
+                let leader = *self.rng.pick(&self.world.ids());
+                let known = self.world.host(node).map_or(0, |h| h.view().shard(shard).map_or(0, |s| s.term.0));
+                let term = Term(known + *self.rng.pick(&[0, 1, 3, 1_000_000]));
+                self.world.gossip_lie(node, LeaderHint { shard, leader, term });
+                self.injected(fault);
+                return;
+            }
             Fault::Kill | Fault::Stop | Fault::Wipe | Fault::Outage => return,
             Fault::Enospc | Fault::Eio | Fault::BitFlip => return,
             Fault::Transfer => {
@@ -603,11 +648,13 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Whether the cluster bears the loss of this node's memory: all others have theirs.
+    /// Whether the cluster bears the loss of this node's memory: all others have theirs, or, while replicas move, enough of
+    /// them.
     fn may_lose(&self, node: NodeId) -> bool {
+        let others = || self.world.ids().into_iter().all(|n| n == node || self.world.whole(n));
         self.stopping.is_none()
             && self.world.host(node).is_some()
-            && self.world.ids().into_iter().all(|n| n == node || self.world.whole(n))
+            && (others() || (self.faults.has(Fault::Voters) && self.world.bears_loss(node)))
     }
 
     /// Whether the cluster bears the end of all processes at once: all have their logs on disk, and at most one will find

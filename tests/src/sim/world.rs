@@ -18,9 +18,11 @@ use super::rng::Rng;
 use super::trace::Trace;
 use bytes::Bytes;
 use crema_core::{ClusterUuid, Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId, Term, WallTime, slot_of};
+use crema_shard::members::Member;
 use crema_shard::{
-    Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, MemoryOptions, NodeAddrs,
-    Note, ReadLevel, ReadMode, RecoverRequest, RecoverResult, StateWrite, Timing, Token,
+    AutoVoters, Channel, ClientRequest, ClientResult, ConnId, Effects, Host, HostConfig, LeaderHint, MemoryOptions,
+    NodeAddrs, Note, ReadLevel, ReadMode, RecoverRequest, RecoverResult, StateWrite, Timing, Token, VoterError,
+    VoterRequest, VoterResult,
 };
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
@@ -64,6 +66,12 @@ pub struct Options {
     pub seed: u64,
     /// Founding nodes, numbered from 1.
     pub nodes: u64,
+    /// Further nodes, which join and hold nothing until they are approved.
+    pub spares: u64,
+    /// Zones that the nodes are spread over in turn; 0 for none.
+    pub zones: u64,
+    /// When voters change without an operator.
+    pub auto_voters: AutoVoters,
     /// Data shards.
     pub shards: u32,
     /// Replicas of each.
@@ -93,6 +101,9 @@ impl Default for Options {
         Options {
             seed: 0,
             nodes: 3,
+            spares: 0,
+            zones: 0,
+            auto_voters: AutoVoters::default(),
             shards: 4,
             replication: 3,
             drift_ppm: 0,
@@ -191,6 +202,7 @@ enum Input {
     Transfer { shard: ShardId, to: NodeId },
     Drain,
     Recover(RecoverRequest),
+    Voters(VoterRequest),
     MemoryShare(u8),
 }
 
@@ -377,6 +389,9 @@ pub struct World {
     pub ended: Vec<(ConnId, Token)>,
     /// Recoveries that have ended, in order: where, and how.
     pub recoveries: Vec<(NodeId, RecoverResult)>,
+    /// Changes of voters that have ended, in order: where, which request, and how.
+    pub voters: Vec<(NodeId, u64, VoterResult)>,
+    next_voter_request: u64,
     /// Failures of disks that nobody has counted yet.
     pub disk_failures: Vec<DiskError>,
 }
@@ -385,7 +400,7 @@ impl World {
     /// A cluster whose nodes have just been started.
     pub fn new(options: Options) -> World {
         let mut rng = Rng::new(options.seed);
-        let ids: Vec<NodeId> = (1..=options.nodes).map(NodeId).collect();
+        let ids: Vec<NodeId> = (1..=options.nodes + options.spares).map(NodeId).collect();
         let clocks: Vec<Clock> = ids
             .iter()
             .map(|_| Clock {
@@ -426,6 +441,8 @@ impl World {
             pairs: Vec::new(),
             ended: Vec::new(),
             recoveries: Vec::new(),
+            voters: Vec::new(),
+            next_voter_request: 0,
             disk_failures: Vec::new(),
         };
         for (id, clock) in ids.into_iter().zip(clocks) {
@@ -495,6 +512,11 @@ impl World {
     /// What the node's clocks read.
     pub fn clock(&self, node: NodeId) -> Now {
         self.nodes[&node].clock.now(self.now)
+    }
+
+    /// The zone that the node is in.
+    pub fn zone(&self, node: NodeId) -> Option<String> {
+        (self.options.zones > 0).then(|| format!("zone{}", node.0 % self.options.zones))
     }
 
     /// The data shards.
@@ -779,6 +801,7 @@ impl World {
             Input::Transfer { shard, to } => _ = host.transfer_leader(shard, to),
             Input::Drain => host.drain(now),
             Input::Recover(request) => host.recover(now, request),
+            Input::Voters(request) => host.change_voters(now, request),
             Input::MemoryShare(share) => host.set_memory_share(now, share),
         }
     }
@@ -855,6 +878,10 @@ impl World {
             self.gossip_claim(LeaderHint { shard: led.shard, leader: id, term: led.term });
         }
         self.recoveries.extend(effects.recoveries.drain(..).map(|(_, result)| (id, result)));
+        for (request, result) in effects.voters.drain(..) {
+            self.trace.note(self.now, format!("change {request} of voters, at {id:?}: {result:?}"));
+            self.voters.push((id, request, result));
+        }
         for note in effects.notes.drain(..) {
             let text = format!("{id:?} notes {note:?}");
             self.trace.note(self.now, text.clone());
@@ -881,6 +908,47 @@ impl World {
     pub fn recover(&mut self, node: NodeId, accept_data_loss: bool, stopped: &[NodeId]) {
         self.trace.note(self.now, format!("{node:?} shall recover, {accept_data_loss}, without {stopped:?}"));
         self.input(node, Input::Recover(RecoverRequest { id: 0, accept_data_loss, stopped: stopped.to_vec() }));
+    }
+
+    /// An operator asks `at` to let `node` hold replicas, or no longer; the answer comes with [`World::voters`].
+    pub fn change_voters(&mut self, at: NodeId, node: NodeId, approved: bool) -> u64 {
+        self.next_voter_request += 1;
+        let id = self.next_voter_request;
+        self.trace.note(self.now, format!("{at:?} shall make {node:?} a voter: {approved}, change {id}"));
+        self.input(at, Input::Voters(VoterRequest { id, node, approved }));
+        id
+    }
+
+    /// Whether the end of every change of voters that was asked for is known. Of some it never will be: their gateways died.
+    pub fn changes_ended(&self) -> bool {
+        let known = self.voters.iter().filter(|(.., result)| *result != Err(VoterError::Unknown));
+        known.count() as u64 == self.next_voter_request
+    }
+
+    /// Gossip tells `to` of a leader that there never was.
+    pub fn gossip_lie(&mut self, to: NodeId, lie: LeaderHint) {
+        self.trace
+            .note(self.now, format!("{to:?} is told that {:?} leads {:?} in {}", lie.leader, lie.shard, lie.term));
+        self.input(to, Input::Hint(lie));
+    }
+
+    /// The nodes that may hold replicas, by the newest table that anybody has.
+    pub fn approved(&self) -> Vec<NodeId> {
+        let tables = self.alive().into_iter().filter_map(|n| self.host(n)?.meta_state().cloned());
+        let newest = tables.max_by_key(|s| s.version());
+        newest.map_or(Vec::new(), |s| s.approved().into_iter().map(|(n, _)| n).collect())
+    }
+
+    /// Whether every group, under any members that one of its replicas knows, has a majority of replicas with their states
+    /// without `node`.
+    pub fn bears_loss(&self, node: NodeId) -> bool {
+        let groups = self.shards().into_iter().chain([ShardId::META]);
+        groups.into_iter().all(|shard| {
+            let replica =
+                |n: NodeId| self.host(n)?.coordinator().replica(shard).filter(|r| !r.is_empty() && !r.failed());
+            let whole = |m: &Member| m.node != node && replica(m.node).is_some_and(|r| r.id() == m.id);
+            self.alive().into_iter().filter_map(replica).all(|r| r.members().has_quorum(whole))
+        })
     }
 
     /// The node sees that it can use only so much of its memory for data.
@@ -1130,7 +1198,8 @@ impl World {
             initial_members: (1..=self.options.nodes).map(NodeId).collect(),
             shards: self.options.shards,
             replication: self.options.replication,
-            addrs: NodeAddrs { raft: format!("node{id}:1"), ..NodeAddrs::default() },
+            addrs: NodeAddrs { raft: format!("node{id}:1"), zone: self.zone(id), ..NodeAddrs::default() },
+            auto_voters: self.options.auto_voters,
             entropy: std::array::from_fn(|_| self.rng.next_u64()),
             timing: Timing::default(),
             max_log_bytes: self.options.max_log_bytes,

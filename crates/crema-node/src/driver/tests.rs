@@ -94,6 +94,9 @@ impl Engine for Fake {
     fn recover(&mut self, _: Now, request: RecoverRequest) {
         self.call("recover", format!("{request:?}"));
     }
+    fn change_voters(&mut self, _: Now, request: VoterRequest) {
+        self.call("change_voters", format!("{request:?}"));
+    }
     fn needed_by(&self) -> Vec<ShardId> {
         vec![ShardId(7)]
     }
@@ -348,7 +351,8 @@ fn a_drop_holds_back_the_rest_of_its_round() {
         effects: Effects::default(),
         log: LogLimit::default(),
         recoveries: HashMap::new(),
-        next_recovery: 0,
+        voter_changes: HashMap::new(),
+        last_mark: 0,
         stopping: false,
     };
     for body in ["a", "b", "c"] {
@@ -570,6 +574,7 @@ fn real(node: u64, members: &[u64]) -> Real {
         snapshot_chunk_bytes: 1024,
         process: 1,
         checkpoint_log_bytes: None,
+        auto_voters: crema_shard::AutoVoters::default(),
         memory: crema_shard::MemoryOptions::default(),
         uuid: None,
         generation: 0,

@@ -31,6 +31,7 @@ pub(crate) fn view_of(arcs: &[(u16, u16)]) -> RoutingView {
             redis: Some(format!("10.0.0.{n}:{}", 6378 + n)),
             redis_cluster: Some(format!("10.0.0.{n}:{}", 7378 + n)),
             http: None,
+            zone: None,
         };
         let route = NodeRoute {
             incarnation: Incarnation(n.into()),

@@ -40,6 +40,7 @@ impl Net {
                     process: n,
                     checkpoint_log_bytes: None,
                     memory: MemoryOptions::default(),
+                    auto_voters: AutoVoters::default(),
                 };
                 (NodeId(n), Host::new(config, now))
             })

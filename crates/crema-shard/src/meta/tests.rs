@@ -99,7 +99,13 @@ fn every_broken_rule_is_named() {
 fn the_largest_table_fits_its_bound() {
     let mut s = founded(7, MAX_SHARDS, 7);
     let long = || Some("a".repeat(MAX_ADDR_BYTES));
-    let addrs = NodeAddrs { raft: long().unwrap(), redis: long(), redis_cluster: long(), http: long() };
+    let addrs = NodeAddrs {
+        raft: long().unwrap(),
+        redis: long(),
+        redis_cluster: long(),
+        http: long(),
+        zone: Some("z".repeat(MAX_ZONE_BYTES)),
+    };
     for n in 0..MAX_NODES as u64 {
         let past = (0..MAX_PAST_INCARNATIONS as u128).map(|i| Incarnation(u128::MAX - i)).collect();
         let record = NodeRecord {
@@ -107,6 +113,7 @@ fn the_largest_table_fits_its_bound() {
             past,
             addrs: addrs.clone(),
             approved: true,
+            declined: true,
             draining: true,
             max_memory: u64::MAX,
         };
@@ -425,4 +432,107 @@ fn the_table_of_the_next_generation_is_beyond_every_other() {
     let kept = |n: u64| s.shards[0].replicas.iter().find(|r| r.node == NodeId(n)).map(|r| r.id.0 >> 32);
     assert_eq!((kept(1), kept(3)), (Some(2), Some(1)));
     assert_eq!(MetaState::decode(&s.encode()), Ok(s));
+}
+
+fn place(m: &MetaMachine, shard: ShardId, nodes: &[u64]) -> MetaCommand {
+    let was = m.state().replicas(shard).iter().map(|r| r.id).collect();
+    MetaCommand::Place { shard, was, nodes: nodes.iter().map(|n| NodeId(*n)).collect() }
+}
+
+fn run_place(m: &mut MetaMachine, shard: ShardId, nodes: &[u64]) -> bool {
+    let command = place(m, shard, nodes);
+    run(m, command)
+}
+
+fn run_settled(m: &mut MetaMachine, shard: ShardId) -> bool {
+    let members = m.state().replicas(shard).iter().map(|r| r.id).collect();
+    run(m, MetaCommand::Settled { shard, members })
+}
+
+fn approve(node: u64, approved: bool) -> MetaCommand {
+    MetaCommand::Approve { node: NodeId(node), approved, operator: true }
+}
+
+fn on(m: &MetaMachine, shard: ShardId) -> Vec<(u64, u32)> {
+    m.state().replicas(shard).iter().map(|r| (r.node.0, r.id.0 as u32)).collect()
+}
+
+#[test]
+fn approval_is_given_and_taken_but_never_from_the_last() {
+    let mut m = machine();
+    assert!(!run(&mut m, approve(9, true)), "unknown");
+    assert!(run(&mut m, register(4, life(4))));
+    assert!(!m.state().nodes[&NodeId(4)].approved);
+    assert!(run(&mut m, approve(4, true)));
+    assert!(!run(&mut m, approve(4, true)), "already");
+    for node in 1..=3 {
+        assert!(run(&mut m, approve(node, false)));
+    }
+    assert!(!run(&mut m, approve(4, false)), "the last one");
+    assert!(m.state().nodes[&NodeId(1)].declined && !m.state().nodes[&NodeId(4)].declined);
+    // What an operator has taken away stays so for whatever is automatic, until an operator gives it back.
+    let auto = |approved| MetaCommand::Approve { node: NodeId(2), approved, operator: false };
+    assert!(!run(&mut m, auto(false)) && m.state().nodes[&NodeId(2)].declined);
+    assert!(run(&mut m, approve(2, true)) && !m.state().nodes[&NodeId(2)].declined);
+    assert!(run(&mut m, auto(false)) && !m.state().nodes[&NodeId(2)].declined);
+    assert_eq!(m.state().check(), Ok(()));
+}
+
+#[test]
+fn a_group_is_placed_elsewhere_and_settles() {
+    let mut m = machine();
+    run(&mut m, register(4, life(4)));
+    let s = ShardId(0);
+    let before = on(&m, s);
+    let nodes: Vec<u64> = before.iter().map(|(n, _)| *n).collect();
+    let next = m.state().next_replica;
+    assert!(!run_place(&mut m, s, &[nodes[0], nodes[1], 4]), "not approved");
+    run(&mut m, approve(4, true));
+    for bad in [&[][..], &[1, 1, 2], &[1, 2, 9]] {
+        assert!(!run_place(&mut m, s, bad), "{bad:?}");
+    }
+    let old = place(&m, s, &[nodes[0], nodes[1], 4]);
+    assert!(run(&mut m, old.clone()));
+    assert!(!run(&mut m, old), "decided upon what is no more");
+    assert_eq!(on(&m, s), [before[0], before[1], (4, next)]);
+    assert_eq!(m.state().leaving(s)[0].id.0 as u32, before[2].1);
+    assert_eq!(m.state().check(), Ok(()));
+    // Taken back: the one that was to go keeps its id, the other goes.
+    assert!(run_place(&mut m, s, &nodes));
+    assert_eq!(on(&m, s), before);
+    assert_eq!(m.state().leaving(s)[0].node, NodeId(4));
+    assert_eq!(m.state().check(), Ok(()));
+    // Arrived by its leader's word, which has to fit.
+    let other = MetaCommand::Settled { shard: s, members: vec![ReplicaId(1)] };
+    assert!(!run(&mut m, other));
+    assert!(run_settled(&mut m, s));
+    assert!(m.state().moving(s).is_none() && !run_settled(&mut m, s));
+    // Another order moves nobody.
+    let turned: Vec<u64> = nodes.iter().rev().copied().collect();
+    assert!(run_place(&mut m, s, &turned));
+    assert!(m.state().moving(s).is_none());
+    // Nor does the meta group's way differ.
+    assert!(run_place(&mut m, ShardId::META, &[1, 2, 4]));
+    assert_eq!(m.state().leaving(ShardId::META)[0].node, NodeId(3));
+    assert!(run_settled(&mut m, ShardId::META));
+    assert_eq!(MetaState::decode(&m.state().encode()).as_ref(), Ok(&**m.state()));
+}
+
+#[test]
+fn a_node_that_begins_anew_while_it_moves_is_nobody_that_stays() {
+    let mut m = machine();
+    run(&mut m, register(4, life(4)));
+    run(&mut m, approve(4, true));
+    let s = ShardId(0);
+    let nodes: Vec<u64> = on(&m, s).iter().map(|(n, _)| *n).collect();
+    run_place(&mut m, s, &[nodes[0], nodes[1], 4]);
+    // What leaves was in the memory of a life that is over: coming back it begins empty, under another id.
+    let gone = on(&m, s).len() as u64;
+    assert_eq!(gone, 3);
+    let leaves = m.state().leaving(s)[0];
+    run(&mut m, register(leaves.node.0, life(77)));
+    assert!(run_place(&mut m, s, &nodes));
+    assert!(m.state().replicas(s).iter().all(|r| r.id != leaves.id));
+    assert!(m.state().leaving(s).iter().any(|r| r.id == leaves.id));
+    assert_eq!(m.state().check(), Ok(()));
 }

@@ -590,7 +590,7 @@ mod tests {
     }
 
     fn members() -> Members {
-        Members { voters: vec![member(1), member(2)], learners: Vec::new(), epoch: Epoch(1) }
+        Members { voters: vec![member(1), member(2)], epoch: Epoch(1), ..Members::default() }
     }
 
     fn machine(applied: u64) -> StateMachine {

@@ -32,10 +32,7 @@ impl Replica {
 
     fn next_step(&self) -> Option<ConfStep> {
         let (wanted, epoch) = &self.intent;
-        if *epoch < self.members.epoch {
-            return None;
-        }
-        self.members.next_step(wanted, *epoch, |id| self.caught_up(id))
+        self.members.next_step(wanted, *epoch, self.id, |id| self.caught_up(id), |id| self.answers(id))
     }
 
     pub(super) fn caught_up(&self, id: ReplicaId) -> bool {
@@ -43,6 +40,27 @@ impl Replica {
         self.raw.raft.prs().get(id.0).is_some_and(|p| {
             p.state != ProgressState::Snapshot && p.recent_active && p.matched > 0 && p.matched + CAUGHT_UP >= last
         })
+    }
+
+    /// Whether a member has answered lately. raft-rs forgets it once an election time, so for a moment nobody has.
+    fn answers(&self, id: ReplicaId) -> bool {
+        id == self.id || self.raw.raft.prs().get(id.0).is_some_and(|p| p.recent_active)
+    }
+
+    /// Whether it leads and has applied whatever leaders before it committed.
+    pub fn leads_with_all_applied(&self) -> bool {
+        self.leads() && self.leadership.leads && self.applied_term == self.term() && !self.failed
+    }
+
+    /// Whether the group's members are those that placement wants, and nobody else.
+    pub fn is_settled(&self) -> bool {
+        let m = &self.members;
+        let wanted = |id: &ReplicaId| self.intent.0.iter().any(|w| w.id == *id);
+        !self.empty
+            && !m.is_joint()
+            && m.learners.is_empty()
+            && m.voters.len() == self.intent.0.len()
+            && m.voters.iter().all(|v| wanted(&v.id))
     }
 
     /// Proposes the next step towards the intent. One at a time, and none before this leader has applied what earlier
@@ -68,13 +86,19 @@ impl Replica {
         }
         self.members.apply(step);
         self.members_changed();
+        if self.leads() && !self.members.is_voter(self.id) {
+            // It was elected with the step on its way, which took its vote (Ongaro 2014, section 4.2.2).
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, 0);
+            self.fix_election_timeout();
+        }
         self.write_members(index, out);
         out.roles.push(self.shard);
     }
 
     /// Ranks, timeouts and acquaintances follow the members.
     pub(super) fn members_changed(&mut self) {
-        self.rank = self.members.voters.iter().position(|v| v.id == self.id).unwrap_or(0);
+        self.rank = self.members.voting().filter(|v| v.id < self.id).count();
         let Replica { strangers, members, filling, .. } = self;
         strangers.retain(|s| members.get(s.id).is_none());
         filling.keep_if(|to| members.get(to).is_some());

@@ -75,9 +75,10 @@ impl Replica {
             return None;
         }
         let log = &self.raw.raft.raft_log;
-        let voters = if self.empty { Vec::new() } else { self.members.voters.clone() };
+        let members = if self.empty { Members::default() } else { self.members.clone() };
+        let Members { voters, outgoing, .. } = members;
         let last = LogIndex(log.last_index());
-        Some(ReplicaReport { id: self.id, voters, last_term: Term(log.last_term()), last })
+        Some(ReplicaReport { id: self.id, voters, outgoing, last_term: Term(log.last_term()), last })
     }
 
     /// Goes on with the clock of the replica before it.

@@ -10,6 +10,7 @@ mod memory;
 mod recovery;
 mod requests;
 mod sleep;
+mod voters;
 
 use super::model::Command;
 use super::world::{Block, MS, Options, World};

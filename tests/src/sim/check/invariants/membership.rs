@@ -46,7 +46,7 @@ mod tests {
     #[test]
     fn members_that_differ_and_two_voters_of_a_node_are_found() {
         let member = |id, node| Member { id: ReplicaId(id), node: NodeId(node), incarnation: Incarnation(1) };
-        let two = Members { voters: vec![member(1, 1), member(2, 2)], learners: vec![], epoch: Epoch(1) };
+        let two = Members { voters: vec![member(1, 1), member(2, 2)], epoch: Epoch(1), ..Members::default() };
         let mut m = Membership::default();
         let mut bad = Vec::new();
         m.see(ShardId(0), NodeId(1), 5, &two, &mut bad);
