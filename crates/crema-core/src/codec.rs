@@ -122,6 +122,19 @@ fn put_op(out: &mut Vec<u8>, op: &Op<'_>) {
             put_key(out, key);
             put_bytes(out, value);
         }
+        Op::CompareAndSet { key, expected, value, expire } => {
+            out.push(17);
+            put_key(out, key);
+            match expected {
+                None => out.push(0),
+                Some(expected) => {
+                    out.push(1);
+                    put_bytes(out, expected);
+                }
+            }
+            put_bytes(out, value);
+            put(out, expire);
+        }
         other => put(out, other),
     }
 }
@@ -152,6 +165,11 @@ fn check_op(op: &Op<'_>) -> Result<(), CodecError> {
         }
         Op::Append { value, .. } if value.len() > MAX_VALUE_BYTES => Err(CodecError::TooLarge),
         Op::GetEx { expire, .. } => check_expire(expire),
+        Op::CompareAndSet { expected, value, expire, .. } => {
+            check_expire(expire)?;
+            let longest = value.len().max(expected.map_or(0, <[u8]>::len));
+            if longest > MAX_VALUE_BYTES { Err(CodecError::TooLarge) } else { Ok(()) }
+        }
         Op::IncrByFloat { by, .. } if !by.get().is_finite() => Err(CodecError::Malformed),
         Op::DbSize { db } | Op::Flush { db: Some(db) } if db >= DATABASES => Err(CodecError::Malformed),
         Op::Scan { db, count, pattern, .. } => {
@@ -195,6 +213,7 @@ pub fn encode_ops(ops: &[Op<'_>]) -> Result<Bytes, CodecError> {
         let payload = match *op {
             Op::Set { value, .. } | Op::Append { value, .. } => value.len(),
             Op::Scan { pattern: Some(pattern), .. } => pattern.len(),
+            Op::CompareAndSet { expected, value, .. } => value.len() + expected.map_or(0, <[u8]>::len),
             _ => 0,
         };
         // What is certainly too long is refused before room for it is made.
@@ -692,6 +711,9 @@ pub(crate) mod tests {
             Op::Scan { db: 1, cursor: 0, count: MAX_SCAN_COUNT, pattern: None },
             Op::Flush { db: None },
             Op::Flush { db: Some(15) },
+            Op::CompareAndSet { key, expected: Some(&[3; 200]), value: &[4; 300], expire: SetExpire::After(1 << 40) },
+            Op::CompareAndSet { key, expected: Some(b""), value: b"", expire: SetExpire::Keep },
+            Op::CompareAndSet { key, expected: None, value: b"v", expire: SetExpire::At(WallTime(u64::MAX)) },
         ]
     }
 
@@ -826,6 +848,7 @@ pub(crate) mod tests {
         let k = key(b"k");
         let set = |value, expire| Op::Set { key: k, value, cond: SetCond::Always, expire, get: false };
         let scan = |db, count, pattern| Op::Scan { db, cursor: 0, count, pattern };
+        let cas = |expected, value, expire| Op::CompareAndSet { key: k, expected, value, expire };
         let long_key = vec![b'k'; MAX_KEY_BYTES + 1];
         let long_value = vec![0; MAX_VALUE_BYTES + 1];
         let long_pattern = vec![b'*'; MAX_PATTERN_BYTES + 1];
@@ -838,6 +861,9 @@ pub(crate) mod tests {
             (Op::Append { key: k, value: &long_value }, TooLarge),
             (set(b"", SetExpire::After(0)), Malformed),
             (Op::GetEx { key: k, expire: SetExpire::After(0) }, Malformed),
+            (cas(None, b"", SetExpire::After(0)), Malformed),
+            (cas(None, &long_value, SetExpire::Keep), TooLarge),
+            (cas(Some(&long_value[..]), b"", SetExpire::Keep), TooLarge),
             (Op::IncrByFloat { key: k, by: f64::NAN.into() }, Malformed),
             (Op::IncrByFloat { key: k, by: f64::INFINITY.into() }, Malformed),
             (Op::DbSize { db: DATABASES }, Malformed),

@@ -187,6 +187,19 @@ pub enum Op<'a> {
         /// The database, or all.
         db: Option<u8>,
     },
+    /// Stores the value if the key holds exactly what is expected: `Int` 1 if it did, else 0 and nothing is changed.
+    CompareAndSet {
+        /// The key.
+        #[serde(borrow)]
+        key: KeyRef<'a>,
+        /// What the key must hold, byte by byte; none: the key must be absent.
+        #[serde(borrow)]
+        expected: Option<&'a [u8]>,
+        /// The new value.
+        value: &'a [u8],
+        /// Expiry of the new value.
+        expire: SetExpire,
+    },
 }
 
 /// The bits of an `f64`, so that operations can be compared and hashed.
@@ -231,7 +244,8 @@ impl<'a> Op<'a> {
             | Op::Append { .. }
             | Op::Expire { .. }
             | Op::Persist { .. }
-            | Op::Flush { .. } => true,
+            | Op::Flush { .. }
+            | Op::CompareAndSet { .. } => true,
         }
     }
 
@@ -251,7 +265,8 @@ impl<'a> Op<'a> {
             | Op::Expire { key, .. }
             | Op::Persist { key }
             | Op::Pttl { key }
-            | Op::Type { key } => Some(key),
+            | Op::Type { key }
+            | Op::CompareAndSet { key, .. } => Some(key),
             Op::DbSize { .. } | Op::Scan { .. } | Op::Flush { .. } => None,
         }
     }

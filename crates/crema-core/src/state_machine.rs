@@ -348,7 +348,8 @@ impl StateMachine {
                 | Op::Persist { .. }
                 | Op::DbSize { .. }
                 | Op::Scan { .. }
-                | Op::Flush { .. } => {
+                | Op::Flush { .. }
+                | Op::CompareAndSet { .. } => {
                     debug_assert!(false, "not a read of a key");
                     Err(OpError::WrongSlot { epoch: self.epoch })
                 }
@@ -452,6 +453,22 @@ impl StateMachine {
                         Expiry::Past => Edit::Delete,
                     };
                     Ok((before.unwrap_or(Reply::Ok), edit))
+                })
+            }
+            Op::CompareAndSet { key, expected, value, expire } => {
+                // As with SET: before the condition is looked at.
+                let expiry = self.expiry(expire, wall_offset)?;
+                self.try_edit(key, |old| {
+                    if old.map(|e| e.value) != expected {
+                        return Ok((Reply::Int(0), Edit::Keep));
+                    }
+                    let edit = match expiry {
+                        Expiry::Never => Edit::Put { value, expire_at: 0 },
+                        Expiry::Keep => Edit::Put { value, expire_at: old.map_or(0, |e| e.expire_at) },
+                        Expiry::At(expire_at) => Edit::Put { value, expire_at },
+                        Expiry::Past => Edit::Delete,
+                    };
+                    Ok((Reply::Int(1), edit))
                 })
             }
             Op::GetEx { key, expire } => {

@@ -202,6 +202,7 @@ fn keys_expire_at_their_point_of_log_time() {
 #[test]
 fn every_write_takes_an_expired_key_as_absent() {
     let k = key(b"k");
+    let cas = |expected, value| Op::CompareAndSet { key: k, expected, value, expire: SetExpire::Keep };
     for (op, reply, value) in [
         (Op::GetEx { key: k, expire: CLEAR }, Reply::Nil, Reply::Nil),
         (Op::GetDel { key: k }, Reply::Nil, Reply::Nil),
@@ -212,6 +213,8 @@ fn every_write_takes_an_expired_key_as_absent() {
         (Op::Append { key: k, value: b"" }, Reply::Int(0), bulk(b"")),
         (Op::Expire { key: k, at: ExpireAt::After(99), cond: ExpireCond::Always }, Reply::Int(0), Reply::Nil),
         (Op::Persist { key: k }, Reply::Int(0), Reply::Nil),
+        (cas(Some(b"7"), b"x"), Reply::Int(0), Reply::Nil),
+        (cas(None, b"x"), Reply::Int(1), bulk(b"x")),
     ] {
         let mut r = Rig::new();
         r.set(b"k", b"7", SetExpire::After(10));
@@ -244,6 +247,28 @@ fn getex_getdel_del_persist_type_strlen() {
     assert_eq!(r.op(Op::Del { key: k }), Reply::Int(0));
     r.set(b"k", b"v", CLEAR);
     assert_eq!((r.op(Op::Del { key: k }), r.m.bytes()), (Reply::Int(1), 0));
+}
+
+#[test]
+fn compare_and_set_changes_only_what_is_expected() {
+    let mut r = Rig::new();
+    let cas = |expected, value, expire| Op::CompareAndSet { key: key(b"k"), expected, value, expire };
+    let (keep, done, refused) = (SetExpire::Keep, Reply::Int(1), Reply::Int(0));
+    assert_eq!(r.op(cas(Some(b"a"), b"b", keep)), refused, "an absent key holds nothing, not even the empty string");
+    assert_eq!(r.op(cas(Some(b""), b"b", keep)), refused);
+    assert_eq!((r.m.keys(), r.op(cas(None, b"a", keep)), r.get(b"k"), r.pttl(b"k")), (0, done.clone(), bulk(b"a"), -1));
+    for other in [None, Some(&b""[..]), Some(b"aa"), Some(b"A")] {
+        assert_eq!((r.op(cas(other, b"b", CLEAR)), r.get(b"k")), (refused.clone(), bulk(b"a")), "{other:?}");
+    }
+    // Its expiry, as SET knows it.
+    assert_eq!((r.op(cas(Some(b"a"), b"b", SetExpire::After(50))), r.pttl(b"k")), (done.clone(), 50));
+    assert_eq!((r.op(cas(Some(b"a"), b"c", CLEAR)), r.pttl(b"k")), (refused, 50), "refused: the expiry stays too");
+    assert_eq!((r.op(cas(Some(b"b"), b"", keep)), r.pttl(b"k"), r.get(b"k")), (done.clone(), 50, bulk(b"")));
+    assert_eq!((r.op(cas(Some(b""), b"c", CLEAR)), r.pttl(b"k")), (done.clone(), -1));
+    let invalid = Reply::Error(OpError::InvalidExpire);
+    assert_eq!(r.op(cas(Some(b"no"), b"d", SetExpire::After(u64::MAX))), invalid, "before the comparison");
+    assert_eq!(r.op(cas(Some(b"c"), b"d", SetExpire::At(WallTime(T)))), done);
+    assert_eq!((r.get(b"k"), r.m.keys()), (Reply::Nil, 0), "a past point deletes");
 }
 
 #[test]
@@ -321,6 +346,7 @@ fn a_full_shard_refuses_what_takes_memory_and_nothing_else() {
         Op::Append { key: k, value: &[0; 60] },
         Op::Append { key: key(b"new"), value: b"" },
         Op::IncrBy { key: key(b"new"), by: 1 },
+        Op::CompareAndSet { key: key(b"new"), expected: None, value: b"v", expire: CLEAR },
         Op::IncrByFloat { key: key(b"new"), by: f64Bits::from(1.0) },
         // 52 digits and more.
         Op::IncrByFloat { key: key(b"f"), by: f64Bits::from(1e60) },
@@ -877,6 +903,7 @@ enum Step {
 enum Owned {
     Get,
     Set(Vec<u8>, SetCond, SetExpire, bool),
+    CompareAndSet(Option<Vec<u8>>, Vec<u8>, SetExpire),
     GetEx(SetExpire),
     GetDel,
     Del,
@@ -929,6 +956,7 @@ fn step() -> impl Strategy<Value = (u8, u8, Step)> {
     let op = prop_oneof![
         4 => Just(Owned::Get),
         8 => (value(), cond, set_expire(), any::<bool>()).prop_map(|(v, c, e, g)| Owned::Set(v, c, e, g)),
+        4 => (proptest::option::of(value()), value(), set_expire()).prop_map(|(o, v, e)| Owned::CompareAndSet(o, v, e)),
         2 => set_expire().prop_map(Owned::GetEx),
         1 => Just(Owned::GetDel),
         1 => Just(Owned::Del),
@@ -954,6 +982,9 @@ fn borrow<'a>(op: &'a Owned, key: KeyRef<'a>) -> Op<'a> {
     match op {
         Owned::Get => Op::Get { key },
         Owned::Set(value, cond, expire, get) => Op::Set { key, value, cond: *cond, expire: *expire, get: *get },
+        Owned::CompareAndSet(expected, value, expire) => {
+            Op::CompareAndSet { key, expected: expected.as_deref(), value, expire: *expire }
+        }
         Owned::GetEx(expire) => Op::GetEx { key, expire: *expire },
         Owned::GetDel => Op::GetDel { key },
         Owned::Del => Op::Del { key },
@@ -1003,6 +1034,14 @@ fn model(state: &mut Stored, now: u64, db: u8, name: &[u8], op: &Owned) -> Reply
             } else {
                 Reply::Nil
             }
+        }
+        Owned::CompareAndSet(expected, value, expire) => {
+            let Some(at) = target(*expire, old.as_ref().and_then(|o| o.1)) else { return invalid };
+            let equal = old.map(|(v, _)| v) == *expected;
+            if equal {
+                state.insert(id, (value.clone(), at));
+            }
+            Reply::Int(i64::from(equal))
         }
         Owned::GetEx(expire) => {
             let Some((value, keep)) = old else { return Reply::Nil };
