@@ -152,14 +152,16 @@ struct EventHubState {
     closed: bool,
 }
 
-/// Hands events to all receivers.
+/// Hands events to all receivers. [`crate::Gossip`] has one of its own; a node whose gossip may be started anew keeps another
+/// one for all runs.
 #[derive(Debug, Default)]
-pub(crate) struct EventHub {
+pub struct EventHub {
     state: Mutex<EventHubState>,
 }
 
 impl EventHub {
-    pub(crate) fn subscribe(&self) -> EventReceiver {
+    /// Events from now on, for this caller alone: first a Join for each present member, also after the end.
+    pub fn subscribe(&self) -> EventReceiver {
         let mut state = self.state.lock().expect("no panic while held");
         let channel = Arc::new(Channel::default());
         {
@@ -174,7 +176,8 @@ impl EventHub {
         EventReceiver { channel }
     }
 
-    pub(crate) fn publish(&self, events: &[MemberEvent]) {
+    /// Hands events to everybody who listens. For every node they must form the sequence that [`MemberEvent`] describes.
+    pub fn publish(&self, events: &[MemberEvent]) {
         if events.is_empty() {
             return;
         }
@@ -201,7 +204,8 @@ impl EventHub {
         });
     }
 
-    pub(crate) fn close(&self) {
+    /// Ends all receivers once they have read what waits for them.
+    pub fn close(&self) {
         let mut state = self.state.lock().expect("no panic while held");
         state.closed = true;
         for channel in state.readers.drain(..).filter_map(|reader| reader.upgrade()) {

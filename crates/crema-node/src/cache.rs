@@ -16,12 +16,12 @@
 
 use crate::client::{Client, Outbox, Stopped};
 use crate::config::is_loopback;
-use crate::node::{BindAddrs, Node, NodeConfig, StartError};
+use crate::coordinator::{Coordinator, MultiRaftCacheConfig};
+use crate::memberlist::{EventReceiver, Member, MemberState, MemberlistDiscovery, RaftNodeMetadata};
+use crate::node::{BindAddrs, GossipOptions, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
-use crema_core::{
-    EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, ShardId, Slot, encode_ops, limits,
-};
+use crema_core::{EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, Slot, encode_ops, limits};
 use crema_shard::{
     AutoVoters, ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token,
 };
@@ -35,6 +35,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// A node's id: an integer from 1 on that no other node of the cluster has.
 pub type NodeId = u64;
+/// A data shard's number, from 0 on.
+pub type ShardId = u32;
 /// What the operations of this module return.
 pub type Result<T, E = CacheError> = std::result::Result<T, E>;
 
@@ -90,8 +92,10 @@ pub struct CacheConfig {
     raft_addr: SocketAddr,
     seed_nodes: Vec<(NodeId, SocketAddr)>,
     cluster: String,
-    shards: u32,
-    replicas: u32,
+    multiraft: MultiRaftCacheConfig,
+    discovery: Option<MemberlistDiscovery>,
+    join: bool,
+    metadata: BTreeMap<String, String>,
     request_deadline: Duration,
     reads: ReadMode,
     stop_grace: Duration,
@@ -112,8 +116,10 @@ impl CacheConfig {
             raft_addr,
             seed_nodes: Vec::new(),
             cluster: "crema".to_owned(),
-            shards: 16,
-            replicas: 3,
+            multiraft: MultiRaftCacheConfig::default(),
+            discovery: None,
+            join: false,
+            metadata: BTreeMap::new(),
             request_deadline: Duration::from_secs(5),
             reads: ReadMode::default(),
             stop_grace: Duration::from_secs(10),
@@ -132,6 +138,29 @@ impl CacheConfig {
         self.seed_nodes = nodes;
         self
     }
+    /// Find the other nodes by gossip.
+    pub fn with_cluster_discovery(mut self, discovery: MemberlistDiscovery) -> Self {
+        self.discovery = Some(discovery);
+        self
+    }
+    /// Join a cluster that exists, and never found one. The seed nodes are then those who are asked; without any, whom
+    /// discovery finds. A node that joins serves every key at once, and holds data once the cluster approves it.
+    pub fn with_join(mut self, join: bool) -> Self {
+        self.join = join;
+        self
+    }
+    /// Adds an entry to the free description of this node that discovery tells all others, such as `zone`; a later one of the
+    /// same name replaces it. Bounds as for [`crate::MemberlistConfig::metadata`], which may not say otherwise.
+    pub fn with_metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.metadata.insert(name.into(), value.into());
+        self
+    }
+    /// Divides the data into shards, each a Raft group of its own; 16 of them in three replicas by default. Replaces what
+    /// [`CacheConfig::with_shards`] and [`CacheConfig::with_replicas`] have said before.
+    pub fn with_multiraft_config(mut self, multiraft: MultiRaftCacheConfig) -> Self {
+        self.multiraft = multiraft;
+        self
+    }
     /// The cluster's name, `crema` by default. Nodes of differently named clusters refuse each other.
     pub fn with_cluster_name(mut self, name: impl Into<String>) -> Self {
         self.cluster = name.into();
@@ -139,12 +168,12 @@ impl CacheConfig {
     }
     /// Data shards to found the cluster with, 1 to 16,384; 16 by default.
     pub fn with_shards(mut self, shards: u32) -> Self {
-        self.shards = shards;
+        (self.multiraft.enabled, self.multiraft.num_shards) = (true, shards);
         self
     }
     /// Replicas of each shard, 1 to 7; 3 by default, and never more than there are nodes.
     pub fn with_replicas(mut self, replicas: u32) -> Self {
-        self.replicas = replicas;
+        self.multiraft.replicas = replicas;
         self
     }
     /// Longest time an operation may take, 10 ms to 10 min; 5 s by default.
@@ -215,31 +244,36 @@ impl CacheConfig {
         if members.len() > crate::config::MAX_NAMED_NODES {
             return invalid(format!("more than {} initial members", crate::config::MAX_NAMED_NODES));
         }
-        // A node may name itself among the seeds, as a list shared by all nodes does, but only with its own address.
-        let own = self.seed_nodes.iter().find(|(id, addr)| *id == self.node_id && *addr != self.raft_addr);
-        if let Some((id, addr)) = own {
-            return invalid(format!("seed node {id} is this node, but {addr} is not its address {}", self.raft_addr));
-        }
-        let mut static_peers = BTreeMap::new();
-        for (id, addr) in &self.seed_nodes {
-            if *id == self.node_id {
-                continue;
-            }
-            if addr.port() == 0 || addr.ip().is_unspecified() {
-                return invalid(format!("{addr} of seed node {id} is no address to connect to"));
-            }
-            if static_peers.insert(crema_core::NodeId(*id), addr.to_string()).is_some() {
-                return invalid(format!("seed node {id} is named twice"));
-            }
-        }
+        let peers = self.peers()?;
         members.dedup();
-        if self.raft_addr.ip().is_unspecified() {
+        if self.join {
+            members.retain(|id| *id != self.node_id);
+        }
+        let gossip = match &self.discovery {
+            Some(discovery) => discovery.resolve(self.node_id, self.raft_addr, &peers).map_err(CacheError::Invalid)?,
+            None => None,
+        };
+        if self.join && peers.is_empty() && gossip.as_ref().is_none_or(|gossip| gossip.seeds.is_empty()) {
+            return invalid(
+                "to join, a node must know one of the cluster: name seed nodes or seed addresses".to_owned(),
+            );
+        }
+        let raft_host = gossip.as_ref().and_then(|gossip| gossip.raft_host);
+        if self.raft_addr.ip().is_unspecified() && raft_host.is_none() {
             return invalid(format!(
-                "{} is no address that others could connect to: name this machine's own",
+                "{} is no address that others could connect to: name this machine's own, or set advertise_addr of the \
+                 discovery",
                 self.raft_addr
             ));
         }
-        let doors = [Some(self.raft_addr), self.redis_addr, self.redis_cluster_addr, self.http_addr];
+        let mut metadata = gossip.as_ref().map(|gossip| gossip.metadata.clone()).unwrap_or_default();
+        for (name, value) in self.metadata {
+            if metadata.insert(name.clone(), value.clone()).is_some_and(|other| other != value) {
+                return invalid(format!("metadata {name:?} is {value:?} here and something else in the discovery"));
+            }
+        }
+        let gossip_bind = gossip.as_ref().map(|gossip| gossip.bind);
+        let doors = [Some(self.raft_addr), gossip_bind, self.redis_addr, self.redis_cluster_addr, self.http_addr];
         for addr in doors.into_iter().flatten().filter(|addr| !is_loopback(*addr)) {
             if !self.insecure {
                 return invalid(format!(
@@ -253,19 +287,20 @@ impl CacheConfig {
             node_id: crema_core::NodeId(self.node_id),
             cluster: self.cluster,
             initial_members: members.into_iter().map(crema_core::NodeId).collect(),
-            static_peers,
-            seeds: Vec::new(),
-            shards: self.shards,
-            replicas: self.replicas,
+            static_peers: peers.iter().map(|(id, addr)| (crema_core::NodeId(*id), addr.to_string())).collect(),
+            seeds: gossip.as_ref().map(|gossip| gossip.seeds.clone()).unwrap_or_default(),
+            gossip: gossip.as_ref().map_or_else(GossipOptions::default, |gossip| gossip.options),
+            shards: if self.multiraft.enabled { self.multiraft.num_shards } else { 1 },
+            replicas: self.multiraft.replicas,
             bind: BindAddrs {
                 raft: self.raft_addr,
-                gossip: None,
+                gossip: gossip_bind,
                 redis: self.redis_addr,
                 redis_cluster: self.redis_cluster_addr,
                 http: self.http_addr,
             },
-            advertise_host: None,
-            metadata: BTreeMap::new(),
+            advertise_host: raft_host.map(|ip| ip.to_string()),
+            metadata,
             requirepass: None,
             request_deadline: self.request_deadline,
             reads: self.reads,
@@ -283,6 +318,38 @@ impl CacheConfig {
         config.check().map_err(CacheError::Invalid)?;
         Ok(config)
     }
+
+    /// All other nodes that are known from the beginning, each once.
+    fn peers(&self) -> Result<Vec<(NodeId, SocketAddr)>> {
+        let discovered = self.discovery.as_ref().map_or(&[][..], |discovery| discovery.seed_nodes());
+        let mut peers: BTreeMap<NodeId, SocketAddr> = BTreeMap::new();
+        for (list, seeds) in [&self.seed_nodes[..], discovered].into_iter().enumerate() {
+            let mut named = std::collections::BTreeSet::new();
+            for &(id, addr) in seeds {
+                // A node may name itself among the seeds, as a list shared by all nodes does, but only with its own
+                // address. Where it listens everywhere, only the others know that.
+                let own = id == self.node_id;
+                let wrong = own && addr != self.raft_addr && !self.raft_addr.ip().is_unspecified();
+                let error = if wrong {
+                    format!("seed node {id} is this node, but {addr} is not its address {}", self.raft_addr)
+                } else if own {
+                    continue;
+                } else if id == 0 {
+                    "node ids begin at 1".to_owned()
+                } else if addr.port() == 0 || addr.ip().is_unspecified() {
+                    format!("{addr} of seed node {id} is no address to connect to")
+                } else if !named.insert(id) {
+                    format!("seed node {id} is named twice")
+                } else if peers.insert(id, addr).is_some_and(|other| list > 0 && other != addr) {
+                    format!("seed node {id} has another address in the discovery")
+                } else {
+                    continue;
+                };
+                return Err(CacheError::Invalid(error));
+            }
+        }
+        Ok(peers.into_iter().collect())
+    }
 }
 
 /// A cache cluster's node inside this program. Clones share it; it stops with [`DistributedCache::shutdown`], or, less
@@ -298,6 +365,8 @@ pub struct DistributedCache {
 struct Inner {
     node: Node,
     client: CacheClient,
+    /// None where the data is in one shard by configuration.
+    coordinator: Option<Arc<Coordinator>>,
 }
 
 impl Inner {
@@ -317,12 +386,15 @@ impl DistributedCache {
     ///
     /// Errors: [`CacheError::Invalid`] for a configuration that cannot work, [`CacheError::Start`] for an address in use.
     pub async fn new(config: CacheConfig) -> Result<Self> {
+        let multiraft = config.multiraft.enabled;
         let config = config.resolve()?;
         let deadline = config.request_deadline;
         let node = Node::start(config).await?;
         let client = CacheClient::open(node.client(), deadline).await?;
         let mut failure = node.failure_watch();
-        let inner = Arc::new(Inner { node, client });
+        let membership = node.membership().map(Arc::downgrade).unwrap_or_default();
+        let coordinator = multiraft.then(|| Arc::new(Coordinator::new(node.client(), membership)));
+        let inner = Arc::new(Inner { node, client, coordinator });
         let weak = Arc::downgrade(&inner);
         // A node that was replaced, or whose driver died, must not look alive. The task does not keep it so either.
         tokio::spawn(async move {
@@ -336,12 +408,27 @@ impl DistributedCache {
 
     /// Stores `value` under `key`, for ever. On success a majority of the shard's replicas holds it.
     pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<()> {
-        let (key, value) = (key.into(), value.into());
-        if value.len() > limits::MAX_VALUE_BYTES {
-            return Err(CacheError::Invalid(format!("a value may have at most {} bytes", limits::MAX_VALUE_BYTES)));
+        self.set(&key.into(), &value.into(), SetExpire::Clear).await
+    }
+
+    /// Stores `value` under `key`, for `ttl` from now on: from 1 ms, to which shorter times are rounded up, to hundreds of
+    /// millions of years. On success a majority of the shard's replicas holds it. Once it has expired it never comes back,
+    /// whoever leads the shard then.
+    ///
+    /// Errors: [`CacheError::Invalid`] also for a `ttl` of zero, or one without end.
+    pub async fn put_with_ttl(&self, key: impl Into<Bytes>, value: impl Into<Bytes>, ttl: Duration) -> Result<()> {
+        // Rounded up: no value lives shorter than it was promised to.
+        match u64::try_from(ttl.as_nanos().div_ceil(1_000_000)) {
+            Ok(0) => Err(CacheError::Invalid("a value cannot be stored for no time: delete the key".to_owned())),
+            Ok(ms) => self.set(&key.into(), &value.into(), SetExpire::After(ms)).await,
+            Err(_) => Err(CacheError::Invalid("a time to live without end: use put".to_owned())),
         }
-        let key = key_ref(&key)?;
-        let op = Op::Set { key, value: &value, cond: SetCond::Always, expire: SetExpire::Clear, get: false };
+    }
+
+    async fn set(&self, key: &[u8], value: &[u8], expire: SetExpire) -> Result<()> {
+        check_value(value)?;
+        let key = key_ref(key)?;
+        let op = Op::Set { key, value, cond: SetCond::Always, expire, get: false };
         match self.inner.client.execute(key.slot, op).await? {
             Reply::Ok => Ok(()),
             other => Err(unexpected(&other)),
@@ -387,6 +474,38 @@ impl DistributedCache {
         }
     }
 
+    /// Adds `by`, which may be negative, to the number under `key`, and returns the sum. An absent key counts as 0; its value
+    /// is the number in decimal digits, and how long it lives does not change. Concurrent increments all count, each once.
+    ///
+    /// Errors: [`CacheError::Invalid`] also where the value is not a 64-bit integer, or the sum would not be one.
+    pub async fn increment(&self, key: impl AsRef<[u8]>, by: i64) -> Result<i64> {
+        let key = key_ref(key.as_ref())?;
+        match self.inner.client.execute(key.slot, Op::IncrBy { key, by }).await? {
+            Reply::Int(sum) => Ok(sum),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Stores `new` under `key` if the key holds exactly `expected`, or, with none, if it is absent; returns whether it did.
+    /// Nothing comes between the comparison and the change. How long the key lives does not change; a new one lives for ever.
+    ///
+    /// Errors: [`CacheError::Invalid`] also where `expected` and `new` together come close to 16 MiB. After
+    /// [`CacheError::OutcomeUnknown`], the key may hold `new` by this call or by another.
+    pub async fn compare_and_set(
+        &self,
+        key: impl AsRef<[u8]>,
+        expected: Option<&[u8]>,
+        new: impl AsRef<[u8]>,
+    ) -> Result<bool> {
+        let (key, value) = (key_ref(key.as_ref())?, new.as_ref());
+        check_value(value)?;
+        let op = Op::CompareAndSet { key, expected, value, expire: SetExpire::Keep };
+        match self.inner.client.execute(key.slot, op).await? {
+            Reply::Int(n) => Ok(n != 0),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Deletes `key`; returns whether it existed.
     pub async fn delete(&self, key: impl AsRef<[u8]>) -> Result<bool> {
         let key = key_ref(key.as_ref())?;
@@ -416,13 +535,65 @@ impl DistributedCache {
         self.inner.node.failure().map(|f| f.to_string())
     }
 
-    /// Stops the node: hands its leaderships over, waits (up to the grace) until every shard can do without it, and
-    /// closes. Further operations of all clones fail with [`CacheError::Stopped`]. A second call waits for the first.
+    /// Whether this node takes part in gossip: discovery is configured and enabled.
+    pub fn memberlist_enabled(&self) -> bool {
+        self.inner.node.membership().is_some()
+    }
+
+    /// Every node that gossip knows, this one included, ascending by id; also suspected, failed and departed ones, for as long
+    /// as gossip remembers them. Without gossip: the nodes of the cluster's table, alive or dead by this node's connection to
+    /// them, and this node.
+    pub async fn memberlist_members(&self) -> Vec<Member> {
+        let gossips = self.memberlist_enabled();
+        let mut members = Vec::new();
+        for body in self.inner.node.members() {
+            // What only the table knows is no member by gossip.
+            if !gossips || body.gossip_addr.is_some() {
+                members.push(Member::of(body).await);
+            }
+        }
+        members
+    }
+
+    /// Those of [`DistributedCache::memberlist_members`] that are alive.
+    pub async fn memberlist_healthy_members(&self) -> Vec<Member> {
+        let mut members = self.memberlist_members().await;
+        members.retain(|member| member.state == MemberState::Alive);
+        members
+    }
+
+    /// What happens to members from now on, for this caller alone: first a join for each live one, this node included. Without
+    /// gossip nothing happens. Ends when this node stops.
+    pub async fn memberlist_events(&self) -> EventReceiver {
+        EventReceiver::new(self.inner.node.member_events())
+    }
+
+    /// What this node tells the others about itself: made from the configuration.
+    pub fn memberlist_metadata(&self) -> RaftNodeMetadata {
+        let (node_id, raft_addr, metadata) = self.inner.node.told();
+        RaftNodeMetadata { node_id: node_id.0, raft_addr, custom_metadata: metadata.clone().into_iter().collect() }
+    }
+
+    /// The shards and who leads them; none if [`MultiRaftCacheConfig::enabled`] is false.
+    pub fn multiraft_coordinator(&self) -> Option<Arc<Coordinator>> {
+        self.inner.coordinator.clone()
+    }
+
+    /// Stops the node: hands its leaderships over, waits (up to the grace) until every shard can do without it, says goodbye by
+    /// gossip, so that the others see it leave and not fail, and closes. Further operations of all clones fail with
+    /// [`CacheError::Stopped`]. A second call waits for the first.
     pub async fn shutdown(&self) -> Result<()> {
         self.inner.node.shutdown().await;
         self.inner.client.close();
         Ok(())
     }
+}
+
+fn check_value(value: &[u8]) -> Result<()> {
+    if value.len() > limits::MAX_VALUE_BYTES {
+        return Err(CacheError::Invalid(format!("a value may have at most {} bytes", limits::MAX_VALUE_BYTES)));
+    }
+    Ok(())
 }
 
 fn key_ref(key: &[u8]) -> Result<KeyRef<'_>> {
@@ -599,7 +770,12 @@ impl CacheClient {
         Ok(())
     }
 
-    async fn reserve(&self, units: u32, until: tokio::time::Instant, shard: ShardId) -> Result<OwnedSemaphorePermit> {
+    async fn reserve(
+        &self,
+        units: u32,
+        until: tokio::time::Instant,
+        shard: crema_core::ShardId,
+    ) -> Result<OwnedSemaphorePermit> {
         let budget = self.shared.budget.clone();
         // Almost always there is room, and a timer need not be set.
         if let Ok(permit) = budget.clone().try_acquire_many_owned(units) {

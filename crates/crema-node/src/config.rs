@@ -9,7 +9,7 @@
 //! [`Config`] is the manual: its comments are the help of `crema start` and the text of `crema.sample.toml`. Every
 //! mistake becomes one sentence that names the key; nothing is opened or started here except the files it names.
 
-use crate::node::{BindAddrs, NodeConfig};
+use crate::node::{BindAddrs, GossipOptions, NodeConfig};
 use clap::ArgAction;
 use confique::{Config as _, Layer as _};
 use crema_core::EvictionPolicy;
@@ -278,6 +278,7 @@ impl Config {
                 initial_members,
                 static_peers: BTreeMap::new(),
                 seeds: self.seeds.clone(),
+                gossip: GossipOptions::default(),
                 shards: self.shards,
                 replicas: self.replicas,
                 bind: BindAddrs {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   gossip --members-----> address book --set_address--> peers      placement --view hook--> address book
+//!   gossip --events------> Story --what is news--> EventHub (listeners)
 //!   gossip --leaders-----> LeaderHints, NodeGone ------> driver
 //!   driver --led---------> publish ---------------------> gossip
 //!   gossip ended, or superseded although this life is registered --> started anew with a higher generation
@@ -11,12 +12,17 @@
 //! keeps its peers whatever gossip says about its node.
 
 use crate::driver::{DriverHandle, Input};
+use crate::memberlist::socket_addr;
 use crate::peers::PeersHandle;
 use arc_swap::ArcSwap;
 use crema_core::{Incarnation, NodeId, ShardId};
-use crema_gossip::{Gossip, GossipConfig, GossipError, GossipUpdate, LeaderEntry, Member, MemberState};
+use crema_gossip::events::EventHub;
+use crema_gossip::view::MAX_MEMBERS;
+use crema_gossip::{Gossip, GossipConfig, GossipError, GossipUpdate, LeaderEntry, Member, MemberEvent, MemberState};
 use crema_shard::{LeaderHint, LedShard};
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
@@ -29,25 +35,48 @@ const HINT_BATCH: usize = 4096;
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_RESTART_PAUSE: Duration = Duration::from_secs(30);
 
+/// After gossip was started anew, members of before that are not heard for so long have failed meanwhile. Well above what
+/// it takes to hear of everybody.
+const RETURN_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A node as placement knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub(crate) address: String,
+    /// Whether the registered life answers there.
+    pub(crate) live: bool,
+    /// Whether the cluster lets it hold replicas.
+    pub(crate) approved: bool,
+}
+
 /// Where every node is reached, by whom it is known. Shared by the gossip task and the driver's hook; both hold it for
 /// a moment only.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct AddressBook {
+    /// Whether nodes are reached that are neither configured nor approved.
+    strangers: bool,
     configured: BTreeMap<NodeId, String>,
-    /// By placement, and whether the registered life answers there.
-    placed: BTreeMap<NodeId, (String, bool)>,
+    placed: BTreeMap<NodeId, Placed>,
     gossiped: BTreeMap<NodeId, String>,
 }
 
 impl AddressBook {
+    pub(crate) fn new(strangers: bool) -> Self {
+        AddressBook { strangers, configured: BTreeMap::new(), placed: BTreeMap::new(), gossiped: BTreeMap::new() }
+    }
+
     /// A registered life that answers is left alone: a second process under its id must not be able to divert its
     /// peers by gossip. Otherwise gossip speaks of the newest life, placement of the registered one, and the
     /// configuration of none in particular.
     fn address(&self, node: NodeId) -> Option<&String> {
-        match self.placed.get(&node) {
-            Some((address, true)) => Some(address),
+        let placed = self.placed.get(&node);
+        if !self.strangers && !self.configured.contains_key(&node) && !placed.is_some_and(|p| p.approved) {
+            return None;
+        }
+        match placed {
+            Some(placed) if placed.live => Some(&placed.address),
             placed => {
-                let placed = placed.map(|(address, _)| address);
+                let placed = placed.map(|placed| &placed.address);
                 self.gossiped.get(&node).or(placed).or_else(|| self.configured.get(&node))
             }
         }
@@ -76,7 +105,7 @@ impl AddressBook {
         self.update(touched, |book| book.gossiped = new)
     }
 
-    pub(crate) fn set_placed(&mut self, new: BTreeMap<NodeId, (String, bool)>) -> Vec<(NodeId, Option<String>)> {
+    pub(crate) fn set_placed(&mut self, new: BTreeMap<NodeId, Placed>) -> Vec<(NodeId, Option<String>)> {
         let touched: Vec<_> = self.placed.keys().chain(new.keys()).copied().collect();
         self.update(touched, |book| book.placed = new)
     }
@@ -94,9 +123,14 @@ pub(crate) fn update_addresses(
     }
 }
 
-/// Members that may be dialed: those that have left are not, until they come back. A dead one may only be cut off.
-fn dialable(members: &[Member]) -> BTreeMap<NodeId, String> {
-    let here = members.iter().filter(|m| m.state != MemberState::Left);
+/// Members that may be dialed: those that have left are not, until they come back. A dead one may only be cut off, and is
+/// tried on unless `drop_failed`.
+fn dialable(members: &[Member], drop_failed: bool) -> BTreeMap<NodeId, String> {
+    let here = members.iter().filter(|m| match m.state {
+        MemberState::Alive | MemberState::Suspect => true,
+        MemberState::Dead => !drop_failed,
+        MemberState::Left => false,
+    });
     here.map(|m| (m.meta.node_id, m.meta.raft_addr.clone())).collect()
 }
 
@@ -108,6 +142,10 @@ pub(crate) struct Surroundings {
     pub(crate) driver: DriverHandle,
     pub(crate) peers: PeersHandle,
     pub(crate) book: Arc<Mutex<AddressBook>>,
+    /// Whether discovered nodes that have failed are given up.
+    pub(crate) drop_failed: bool,
+    /// Who listens to what happens to members.
+    pub(crate) events: Arc<EventHub>,
     /// Changes when the placement becomes known or a node becomes reachable or unreachable.
     pub(crate) reach: watch::Receiver<()>,
 }
@@ -157,9 +195,15 @@ impl Membership {
 
     /// Passes gossip's news on and keeps it running, for as long as the node lives.
     pub(crate) async fn run(&self, mut around: Surroundings) {
+        let events = around.events.clone();
+        let mut story = Story::default();
         loop {
             let gossip = self.gossip();
-            let end = follow(&gossip, &mut around).await;
+            let end = tokio::select! {
+                end = follow(&gossip, &mut around) => end,
+                never = tell(&gossip, &events, &mut story) => match never {},
+            };
+            story.interrupted(around.node);
             match end {
                 End::Stopped => tracing::error!("gossip has stopped; it is started anew"),
                 End::Superseded(_) => tracing::warn!(
@@ -269,10 +313,91 @@ async fn follow(gossip: &Gossip, around: &mut Surroundings) -> End {
         }
         // Addresses first: a leader that cannot be reached is of little use.
         if members_changed {
-            update_addresses(&around.book, &around.peers, |book| book.set_gossiped(dialable(&gossip.members())));
+            update_addresses(&around.book, &around.peers, |book| {
+                book.set_gossiped(dialable(&gossip.members(), around.drop_failed))
+            });
         }
         tell_gone(&around.driver, &mut gone).await;
         tell_hints(&around.driver, &mut hints).await;
+    }
+}
+
+/// Passes what happens to members on to those who listen, for as long as it is polled.
+async fn tell(gossip: &Gossip, hub: &EventHub, story: &mut Story) -> Infallible {
+    let mut events = gossip.events();
+    let patience = tokio::time::sleep(RETURN_PATIENCE);
+    tokio::pin!(patience);
+    loop {
+        let news = tokio::select! {
+            event = events.recv() => match event {
+                Some(event) => story.hear(with_numbers(gossip, event)).into_iter().collect(),
+                // This run is over, which `follow` notices too.
+                None => std::future::pending().await,
+            },
+            () = &mut patience, if !story.missed.is_empty() => story.give_up(),
+        };
+        hub.publish(&news);
+    }
+}
+
+/// The event with an address in place of a host name, for listeners that want to connect: that of the machine that gossips.
+fn with_numbers(gossip: &Gossip, mut event: MemberEvent) -> MemberEvent {
+    if let MemberEvent::Join { node, raft_addr } | MemberEvent::Update { node, raft_addr } = &mut event
+        && raft_addr.parse::<SocketAddr>().is_err()
+    {
+        let member = gossip.members().into_iter().find(|m| m.meta.node_id == *node);
+        if let Some(addr) = member.and_then(|m| socket_addr(raft_addr, Some(m.meta.gossip_addr))) {
+            *raft_addr = addr.to_string();
+        }
+    }
+    event
+}
+
+/// What those who listen have been told. A new run of gossip begins with a join of everybody, of which most is no news; and
+/// it knows nothing of those who have gone between the runs.
+#[derive(Debug, Default)]
+struct Story {
+    /// Address of those who are up; `None` for those who have failed.
+    told: BTreeMap<NodeId, Option<String>>,
+    /// Up in the last run, not heard in this one yet.
+    missed: BTreeSet<NodeId>,
+}
+
+impl Story {
+    /// What there is to tell after this event.
+    fn hear(&mut self, event: MemberEvent) -> Option<MemberEvent> {
+        self.missed.remove(&event.node());
+        let news = match event {
+            MemberEvent::Join { node, raft_addr } | MemberEvent::Update { node, raft_addr } => {
+                match self.told.insert(node, Some(raft_addr.clone())) {
+                    Some(Some(known)) if known == raft_addr => None,
+                    Some(Some(_)) => Some(MemberEvent::Update { node, raft_addr }),
+                    Some(None) | None => Some(MemberEvent::Join { node, raft_addr }),
+                }
+            }
+            MemberEvent::Failed { node } => {
+                let was_up = self.told.insert(node, None).is_some_and(|told| told.is_some());
+                was_up.then_some(MemberEvent::Failed { node })
+            }
+            MemberEvent::Leave { node } => self.told.remove(&node).map(|_| MemberEvent::Leave { node }),
+        };
+        // Failed nodes that never came back would pile up over months of changing ids.
+        if self.told.len() > 2 * MAX_MEMBERS {
+            self.told.retain(|_, told| told.is_some());
+        }
+        news
+    }
+
+    /// A run of gossip has ended.
+    fn interrupted(&mut self, this: NodeId) {
+        let up = self.told.iter().filter(|(node, told)| told.is_some() && **node != this);
+        self.missed = up.map(|(node, _)| *node).collect();
+    }
+
+    /// Those who were not heard again have failed.
+    fn give_up(&mut self) -> Vec<MemberEvent> {
+        let missed = std::mem::take(&mut self.missed);
+        missed.into_iter().filter_map(|node| self.hear(MemberEvent::Failed { node })).collect()
     }
 }
 
@@ -301,6 +426,7 @@ async fn tell_gone(driver: &DriverHandle, gone: &mut Vec<NodeId>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crema_gossip::NodeMeta;
 
     #[test]
     fn the_best_known_address_wins_and_only_changes_are_told() {
@@ -308,10 +434,13 @@ mod tests {
             pairs.iter().map(|(n, a)| (NodeId(*n), (*a).to_owned())).collect::<BTreeMap<_, _>>()
         };
         let placed = |pairs: &[(u64, &str, bool)]| {
-            pairs.iter().map(|(n, a, live)| (NodeId(*n), ((*a).to_owned(), *live))).collect::<BTreeMap<_, _>>()
+            let placed = |(n, a, live): &(u64, &str, bool)| {
+                (NodeId(*n), Placed { address: (*a).to_owned(), live: *live, approved: true })
+            };
+            pairs.iter().map(placed).collect::<BTreeMap<_, _>>()
         };
         let told = |n: u64, a: &str| (NodeId(n), Some(a.to_owned()));
-        let mut book = AddressBook::default();
+        let mut book = AddressBook::new(true);
         assert_eq!(book.set_configured(map(&[(2, "c2"), (3, "c3")])), [told(2, "c2"), told(3, "c3")]);
         assert_eq!(book.set_placed(placed(&[(2, "c2", false), (3, "p3", false)])), [told(3, "p3")]);
         assert_eq!(book.set_gossiped(map(&[(2, "g2"), (4, "g4")])), [told(2, "g2"), told(4, "g4")]);
@@ -323,6 +452,66 @@ mod tests {
         assert_eq!(book.set_placed(placed(&[(2, "p2", false), (3, "p3", true)])), [told(2, "thief")]);
         // What gossip forgets falls back; what nobody knows any more is not dialed.
         assert_eq!(book.set_gossiped(map(&[])), [told(2, "p2"), (NodeId(4), None)]);
+    }
+
+    #[test]
+    fn strangers_are_reached_only_where_they_may_be() {
+        let map = |pairs: &[(u64, &str)]| {
+            pairs.iter().map(|(n, a)| (NodeId(*n), (*a).to_owned())).collect::<BTreeMap<_, _>>()
+        };
+        let placed = |n: u64, approved| {
+            BTreeMap::from([(NodeId(n), Placed { address: format!("p{n}"), live: false, approved })])
+        };
+        let mut book = AddressBook::new(false);
+        assert_eq!(book.set_configured(map(&[(2, "c2")])), [(NodeId(2), Some("c2".to_owned()))]);
+        // A seed node may move; a stranger is only heard of.
+        assert_eq!(book.set_gossiped(map(&[(2, "g2"), (4, "g4")])), [(NodeId(2), Some("g2".to_owned()))]);
+        assert!(book.set_placed(placed(4, false)).is_empty(), "registered, not approved");
+        assert_eq!(book.set_placed(placed(4, true)), [(NodeId(4), Some("g4".to_owned()))]);
+        assert_eq!(book.set_placed(BTreeMap::new()), [(NodeId(4), None)], "its approval was taken back");
+    }
+
+    #[test]
+    fn failed_members_are_dialed_unless_they_shall_not_be() {
+        let member = |n: u64, state| Member {
+            meta: NodeMeta {
+                node_id: NodeId(n),
+                incarnation: Incarnation(1),
+                raft_addr: format!("r{n}:1"),
+                redis_addr: None,
+                redis_cluster_addr: None,
+                http_addr: None,
+                gossip_addr: "127.0.0.1:1".parse().unwrap(),
+                metadata: BTreeMap::new(),
+            },
+            state,
+        };
+        use MemberState::{Alive, Dead, Left, Suspect};
+        let members = [member(1, Alive), member(2, Suspect), member(3, Dead), member(4, Left)];
+        let dialed = |drop_failed| dialable(&members, drop_failed).keys().map(|n| n.0).collect::<Vec<_>>();
+        assert_eq!((dialed(false), dialed(true)), (vec![1, 2, 3], vec![1, 2]));
+    }
+
+    #[test]
+    fn a_new_run_of_gossip_tells_only_what_has_changed() {
+        let join = |n: u64, a: &str| MemberEvent::Join { node: NodeId(n), raft_addr: a.to_owned() };
+        let update = |n: u64, a: &str| MemberEvent::Update { node: NodeId(n), raft_addr: a.to_owned() };
+        let (failed, leave) = (|n| MemberEvent::Failed { node: NodeId(n) }, |n| MemberEvent::Leave { node: NodeId(n) });
+        let mut story = Story::default();
+        for event in [join(1, "a"), join(2, "a"), join(3, "a"), join(4, "a"), update(2, "b"), failed(3)] {
+            assert_eq!(story.hear(event.clone()), Some(event));
+        }
+        assert_eq!(story.hear(failed(3)), None, "told before");
+        story.interrupted(NodeId(1));
+        assert_eq!(story.hear(join(1, "a")), None);
+        assert_eq!(story.hear(join(2, "c")), Some(update(2, "c")), "it moved meanwhile");
+        assert_eq!(story.hear(join(3, "a")), Some(join(3, "a")), "it came back meanwhile");
+        assert_eq!(story.hear(join(5, "a")), Some(join(5, "a")));
+        assert_eq!(story.give_up(), [failed(4)]);
+        assert_eq!(story.give_up(), []);
+        assert_eq!(story.hear(leave(4)), Some(leave(4)));
+        assert_eq!(story.hear(leave(4)), None);
+        assert_eq!(story.hear(leave(9)), None, "nobody was told of it");
     }
 
     /// Two runs under one node id: the registered one wins its peers' ears back.

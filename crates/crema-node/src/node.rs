@@ -19,7 +19,8 @@ use crate::client::{Client, Stopped};
 use crate::config::Secret;
 use crate::disk::{DataDir, LogStats, Mode};
 use crate::driver::{Driver, DriverHandle, Input, NodeEvent, Recover};
-use crate::membership::{AddressBook, Membership, Surroundings, update_addresses};
+use crate::memberlist::GossipTuning;
+use crate::membership::{AddressBook, Membership, Placed, Surroundings, update_addresses};
 use crate::metrics::{self, Metrics};
 use crate::peers::{PeerOptions, Peers, PeersConfig, PeersHandle};
 use crate::pressure::{self, Pressure};
@@ -27,7 +28,8 @@ use crate::recover::RECOVER_TIMEOUT;
 use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::storage::{Opened, Storage, StorageError};
 use crema_core::{ClusterUuid, Incarnation, NodeId};
-use crema_gossip::{GossipConfig, GossipError, Member};
+use crema_gossip::events::EventHub;
+use crema_gossip::{EventReceiver, GossipConfig, GossipError, Member};
 use crema_shard::meta::{NO_LIFE, WHOLE_SHARE};
 use crema_shard::{
     AutoVoters, Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
@@ -35,7 +37,7 @@ use crema_shard::{
 };
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -96,6 +98,8 @@ pub struct NodeConfig {
     pub static_peers: BTreeMap<NodeId, String>,
     /// Gossip addresses of other nodes, `host:port`.
     pub seeds: Vec<String>,
+    /// What else gossip is told.
+    pub gossip: GossipOptions,
     /// Data shards to found the cluster with, 1 to 16,384.
     pub shards: u32,
     /// Replicas of each shard, 1 to 7.
@@ -134,6 +138,30 @@ pub struct NodeConfig {
     pub snapshot_rate: u64,
 }
 
+/// What gossip is told besides addresses and seeds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GossipOptions {
+    /// Where others reach this node's gossip; if absent, as [`NodeConfig::advertise_host`] says.
+    pub advertise: Option<SocketAddr>,
+    /// Connect to nodes that are known by gossip alone.
+    pub auto_add_peers: bool,
+    /// Give such a node up once it counts as failed, until it is heard again.
+    pub auto_remove_peers: bool,
+    /// Pace and patience.
+    pub tuning: GossipTuning,
+}
+
+impl Default for GossipOptions {
+    fn default() -> Self {
+        GossipOptions {
+            advertise: None,
+            auto_add_peers: true,
+            auto_remove_peers: false,
+            tuning: GossipTuning::default(),
+        }
+    }
+}
+
 impl NodeConfig {
     /// Checks what both ways to make a configuration have in common; the error is a sentence.
     pub fn check(&self) -> Result<(), String> {
@@ -157,7 +185,20 @@ impl NodeConfig {
         if self.stop_grace > Duration::from_secs(600) {
             return Err(format!("the stop grace must be at most 10 min, not {:?}", self.stop_grace));
         }
-        Ok(())
+        match self.bind.gossip {
+            Some(bind) => self.check_gossip(bind),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks what gossip will be started with, before anything is bound.
+    fn check_gossip(&self, bind: SocketAddr) -> Result<(), String> {
+        // The real addresses are known once they are bound and the advertised host is resolved; these stand for them.
+        let reachable = NodeAddrs { raft: "127.0.0.1:1".to_owned(), ..NodeAddrs::default() };
+        let somewhere: IpAddr = if bind.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+        let advertise = self.gossip.advertise.unwrap_or(SocketAddr::new(somewhere, bind.port()));
+        let config = gossip_config(self, Incarnation(0), &reachable, bind, advertise);
+        config.validate().map_err(|e| e.to_string())
     }
 }
 
@@ -209,6 +250,8 @@ struct Inner {
     addresses: Vec<(&'static str, SocketAddr)>,
     watch: Arc<Watch>,
     peers: PeersHandle,
+    /// What happens to members, over all runs of gossip; nothing without it.
+    events: Arc<EventHub>,
     servers: Mutex<Vec<ServerHandle>>,
     admin: Mutex<Option<AdminServer>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
@@ -523,7 +566,7 @@ impl Node {
         let peers =
             Peers::start(peers_config, listener, inputs.0.clone()).map_err(|e| failed("peer connections", &e))?;
 
-        let book = Arc::new(Mutex::new(AddressBook::default()));
+        let book = Arc::new(Mutex::new(AddressBook::new(config.gossip.auto_add_peers)));
         let (view_changes, view_changed) = watch::channel(());
         let (reach, reach_changed) = watch::channel(());
         let on_view = view_hook(config.node_id, book.clone(), peers.clone(), view_changes, reach);
@@ -580,6 +623,7 @@ impl Node {
         if config.bound_resident && config.memory.max_memory > 0 {
             tasks.push(tokio::spawn(bound_resident(watch.driver.clone(), config.memory.max_memory)));
         }
+        let events = Arc::new(EventHub::default());
         let mut led = outputs.led;
         if let Some(membership) = watch.membership.clone() {
             let around = Surroundings {
@@ -588,7 +632,9 @@ impl Node {
                 driver: watch.driver.clone(),
                 peers: peers.clone(),
                 book,
+                drop_failed: config.gossip.auto_remove_peers,
                 reach: reach_changed,
+                events: events.clone(),
             };
             let (node, publisher) = (config.node_id, membership.clone());
             tasks.push(tokio::spawn(async move { membership.run(around).await }));
@@ -604,6 +650,7 @@ impl Node {
                 addresses,
                 watch,
                 peers,
+                events,
                 servers: Mutex::new(servers),
                 admin: Mutex::new(admin),
                 tasks: Mutex::new(tasks),
@@ -626,6 +673,30 @@ impl Node {
     /// A client of this node's driver.
     pub fn client(&self) -> Client {
         self.inner.watch.driver.client()
+    }
+
+    /// Everyone whom gossip or the cluster's table knows, this node included, ascending; as `/v1/members` tells.
+    pub fn members(&self) -> Vec<MemberBody> {
+        admin::members_body(&*self.inner.watch)
+    }
+
+    /// Its id, the Raft address that others are told, and its metadata.
+    pub(crate) fn told(&self) -> (NodeId, SocketAddr, &BTreeMap<String, String>) {
+        let facts = &self.inner.watch.facts;
+        // A host name stands for the machine itself.
+        let bound = self.inner.addresses.iter().find(|(key, _)| *key == "raft_addr").expect("always bound").1;
+        (facts.node, facts.raft_addr.parse().unwrap_or(bound), &facts.metadata)
+    }
+
+    /// What happens to members from now on, for this caller alone: first a join for each present one. Nothing happens on a
+    /// node without gossip. Ends when the node stops.
+    pub fn member_events(&self) -> EventReceiver {
+        self.inner.events.subscribe()
+    }
+
+    /// The node's gossip, if it has one.
+    pub(crate) fn membership(&self) -> Option<&Arc<Membership>> {
+        self.inner.watch.membership.as_ref()
     }
 
     /// Why it is not ready; `None` if it is.
@@ -721,6 +792,7 @@ impl Inner {
         if let Some(membership) = &watch.membership {
             membership.gossip().leave().await;
         }
+        self.events.close();
         // The driver first: what it still sends is flushed when the connections close.
         watch.driver.stop().await;
         self.peers.shutdown().await;
@@ -777,6 +849,7 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.abort_tasks();
+        self.events.close();
         // Without a shutdown the thread would live on. A full queue is drained within a round; give up on one that is not.
         if self.watch.driver.is_running() {
             let _ = self.watch.driver.inputs().send_timeout(Input::Stop, Duration::from_millis(100));
@@ -799,6 +872,7 @@ fn gossip_config(
     gossip.metadata = config.metadata.clone();
     gossip.seeds = config.seeds.clone();
     gossip.advertise = advertise;
+    config.gossip.tuning.apply(&mut gossip);
     // Whoever made this configuration has checked what may be open, and has warned.
     gossip.insecure = true;
     gossip
@@ -812,7 +886,10 @@ async fn start_gossip(
     let Some(bind) = config.bind.gossip else {
         return Ok(None);
     };
-    let advertise = advertised_ip(bind, config.advertise_host.as_deref()).await?;
+    let advertise = match config.gossip.advertise {
+        Some(addr) => addr,
+        None => advertised_ip(bind, config.advertise_host.as_deref()).await?,
+    };
     match Membership::start(gossip_config(config, incarnation, addrs, bind, advertise)).await {
         Ok(membership) => Ok(Some(membership)),
         Err(GossipError::Bind { addr, reason }) => Err(StartError::Bind { key: "gossip_addr", addr, reason }),
@@ -832,8 +909,12 @@ fn view_hook(
     let mut known = BTreeMap::new();
     Box::new(move |view| {
         let others = view.nodes.iter().filter(|(node, _)| **node != this);
-        let placed: BTreeMap<_, _> =
-            others.map(|(node, route)| (*node, (route.addrs.raft.clone(), route.live))).collect();
+        let placed: BTreeMap<_, _> = others
+            .map(|(node, route)| {
+                let placed = Placed { address: route.addrs.raft.clone(), live: route.live, approved: route.approved };
+                (*node, placed)
+            })
+            .collect();
         // Leaderships change the view often, addresses and liveness seldom.
         if placed != known {
             known.clone_from(&placed);
@@ -1112,6 +1193,7 @@ mod tests {
             initial_members: vec![],
             static_peers: BTreeMap::new(),
             seeds: vec![],
+            gossip: GossipOptions::default(),
             shards: 4,
             replicas: 3,
             bind: BindAddrs {

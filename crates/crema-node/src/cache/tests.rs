@@ -1,6 +1,7 @@
 use super::*;
 use crate::client::ClientInput;
 use crate::driver::Input;
+use crate::memberlist::{GossipTuning, MemberlistConfig, MemberlistEvent};
 use arc_swap::ArcSwap;
 use crema_core::store::{Edit, TableWriter};
 use crema_core::{LogTime, Published, SlotRange, Term};
@@ -348,4 +349,223 @@ fn configurations_that_cannot_work_are_refused() {
         let error = config.resolve().unwrap_err();
         assert!(matches!(&error, CacheError::Invalid(text) if text.contains(word)), "{word}: {error}");
     }
+}
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn discovery(node_id: NodeId, raft_addr: SocketAddr, config: MemberlistConfig) -> MemberlistDiscovery {
+    MemberlistDiscovery::new(node_id, raft_addr, &config, &[])
+}
+
+#[test]
+fn discovery_becomes_the_nodes_gossip() {
+    let raft = addr("127.0.0.1:9001");
+    let config = MemberlistConfig { enabled: true, ..MemberlistConfig::default() }
+        .with_metadata("rack", "r1")
+        .with_node_name("first")
+        .with_tuning(GossipTuning { dead_ticks: 5, ..GossipTuning::default() });
+    let seeds = vec![(2, addr("127.0.0.1:9002"))];
+    let known = [(2, addr("127.0.0.1:9002")), (4, addr("127.0.0.1:9004"))];
+    let node = CacheConfig::new(1, raft)
+        .with_seed_nodes(seeds.clone())
+        .with_metadata("zone", "a")
+        .with_cluster_discovery(MemberlistDiscovery::new(1, raft, &config, &known))
+        .resolve()
+        .unwrap();
+    assert_eq!(node.bind.gossip, Some(addr("127.0.0.1:8001")));
+    assert_eq!(node.seeds, ["127.0.0.1:8002", "127.0.0.1:8004"]);
+    assert_eq!(node.initial_members, [crema_core::NodeId(1), crema_core::NodeId(2)], "4 is known, and no founder");
+    assert_eq!(node.static_peers.len(), 2);
+    assert_eq!(node.gossip.tuning.dead_ticks, 5);
+    let metadata: Vec<_> = node.metadata.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    assert_eq!(metadata, [("name", "first"), ("rack", "r1"), ("zone", "a")]);
+
+    let off = MemberlistConfig::default();
+    let node = CacheConfig::new(1, raft).with_seed_nodes(seeds.clone()).with_cluster_discovery(discovery(1, raft, off));
+    let node = node.resolve().unwrap();
+    assert_eq!((node.bind.gossip, node.seeds.len(), node.static_peers.len()), (None, 0, 1), "as without discovery");
+
+    let joining = CacheConfig::new(4, raft).with_seed_nodes(seeds).with_join(true).resolve().unwrap();
+    assert_eq!(joining.initial_members, [crema_core::NodeId(2)]);
+
+    // Behind NAT: all interfaces here, one address there.
+    let everywhere = addr("0.0.0.0:9000");
+    let nat = MemberlistConfig::new(addr("0.0.0.0:8000")).with_advertise_addr(addr("203.0.113.10:8000"));
+    let node = CacheConfig::new(1, everywhere)
+        .with_insecure(true)
+        .with_seed_nodes(vec![(1, addr("203.0.113.10:9000")), (2, addr("203.0.113.11:9000"))])
+        .with_cluster_discovery(discovery(1, everywhere, nat))
+        .resolve()
+        .unwrap();
+    assert_eq!(
+        (node.gossip.advertise, node.advertise_host.as_deref()),
+        (Some(addr("203.0.113.10:8000")), Some("203.0.113.10"))
+    );
+    assert_eq!(node.seeds, ["203.0.113.11:8000"]);
+}
+
+#[test]
+fn discoveries_that_cannot_work_are_refused() {
+    let raft = addr("127.0.0.1:9001");
+    let enabled = || MemberlistConfig { enabled: true, ..MemberlistConfig::default() };
+    let with = |config| CacheConfig::new(1, raft).with_cluster_discovery(discovery(1, raft, config));
+    let slow = GossipTuning { gossip_interval: Duration::from_secs(60), ..GossipTuning::default() };
+    let elsewhere = MemberlistDiscovery::new(1, raft, &enabled(), &[(2, addr("127.0.0.1:9003"))]);
+    for (config, word) in [
+        (CacheConfig::new(1, raft).with_cluster_discovery(discovery(2, raft, enabled())), "node 2"),
+        (with(MemberlistConfig::new(addr("10.0.0.1:8001"))), "with_insecure"),
+        (with(enabled().with_tuning(slow)), "interval"),
+        (with(enabled().with_metadata("zone", "\n")), "metadata value"),
+        (with(enabled().with_metadata("zone", "a")).with_metadata("zone", "b"), "zone"),
+        (with(enabled().with_seeds(vec![addr("[::1]:8001").into()])), "family"),
+        (
+            with(enabled()).with_seed_nodes(vec![(2, addr("127.0.0.1:9002"))]).with_cluster_discovery(elsewhere),
+            "another address",
+        ),
+        (CacheConfig::new(1, raft).with_join(true), "to join"),
+        (with(enabled()).with_join(true), "to join"),
+    ] {
+        let error = config.resolve().unwrap_err();
+        assert!(matches!(&error, CacheError::Invalid(text) if text.contains(word)), "{word}: {error}");
+    }
+}
+
+#[test]
+fn shards_are_what_was_said_last() {
+    let base = || CacheConfig::new(1, addr("127.0.0.1:9001"));
+    let multiraft = |enabled, num_shards| MultiRaftCacheConfig { enabled, num_shards, ..Default::default() };
+    for (config, shards) in [
+        (base(), 16),
+        (base().with_multiraft_config(multiraft(true, 4)), 4),
+        (base().with_multiraft_config(multiraft(false, 4)), 1),
+        (base().with_multiraft_config(multiraft(true, 4)).with_shards(8), 8),
+    ] {
+        let node = config.resolve().unwrap();
+        assert_eq!((node.shards, node.replicas), (shards, 3));
+    }
+    assert!(base().with_multiraft_config(multiraft(true, 0)).resolve().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_expire_are_counted_and_compared() {
+    let config = CacheConfig::new(1, addr("127.0.0.1:0"))
+        .with_multiraft_config(MultiRaftCacheConfig { enabled: false, ..Default::default() });
+    let cache = DistributedCache::new(config).await.unwrap();
+    cache.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+
+    cache.put_with_ttl("short", "v", Duration::from_nanos(1)).await.unwrap();
+    let gone = async {
+        while cache.get("short").await.unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), gone).await.expect("it expires");
+    cache.put_with_ttl("long", "v", Duration::from_secs(3600)).await.unwrap();
+    assert_eq!(cache.get("long").await, Ok(Some("v".into())));
+    for ttl in [Duration::ZERO, Duration::MAX, Duration::from_millis(u64::MAX)] {
+        assert!(matches!(cache.put_with_ttl("k", "v", ttl).await, Err(CacheError::Invalid(_))), "{ttl:?}");
+    }
+
+    assert_eq!(cache.increment("n", 5).await, Ok(5));
+    assert_eq!(cache.increment("n", -7).await, Ok(-2));
+    assert_eq!(cache.get("n").await, Ok(Some("-2".into())));
+    assert!(matches!(cache.increment("n", i64::MIN).await, Err(CacheError::Invalid(_))));
+    assert!(matches!(cache.increment("long", 1).await, Err(CacheError::Invalid(_))));
+
+    assert_eq!(cache.compare_and_set("c", Some(b"a"), "b").await, Ok(false));
+    assert_eq!(cache.compare_and_set("c", None, "a").await, Ok(true));
+    assert_eq!(cache.compare_and_set("c", None, "b").await, Ok(false));
+    assert_eq!(cache.compare_and_set("c", Some(b"a"), "b").await, Ok(true));
+    let held = cache.get("c").await.unwrap();
+    assert_eq!(cache.compare_and_set("c", held.as_deref(), "c").await, Ok(true), "what was read is what is compared");
+    let long = vec![0; limits::MAX_VALUE_BYTES + 1];
+    assert!(matches!(cache.compare_and_set("c", None, &long).await, Err(CacheError::Invalid(_))));
+    assert!(matches!(cache.compare_and_set("c", Some(&long), "v").await, Err(CacheError::Invalid(_))));
+
+    // Of many who compare and set, one wins each round.
+    let mut racers = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let cache = cache.clone();
+        racers.spawn(async move {
+            for _ in 0..20 {
+                loop {
+                    let held = cache.get("race").await.unwrap();
+                    let next =
+                        held.as_deref().map_or(0, |v| std::str::from_utf8(v).unwrap().parse::<u32>().unwrap()) + 1;
+                    if cache.compare_and_set("race", held.as_deref(), next.to_string()).await.unwrap() {
+                        break;
+                    }
+                }
+            }
+        });
+    }
+    while let Some(end) = racers.join_next().await {
+        end.unwrap();
+    }
+    assert_eq!(cache.get("race").await, Ok(Some("160".into())));
+
+    // Without gossip, and with one shard.
+    assert!(!cache.memberlist_enabled() && cache.multiraft_coordinator().is_none());
+    let mut events = cache.memberlist_events().await;
+    assert_eq!(events.try_recv(), None);
+    cache.shutdown().await.unwrap();
+    assert_eq!(events.recv().await, None, "the end of the node is the end of its events");
+    assert_eq!(cache.memberlist_events().await.recv().await, None);
+    assert_eq!(cache.increment("n", 1).await, Err(CacheError::Stopped));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_gossip_members_are_those_of_the_table() {
+    let nodes = three_nodes().await;
+    let members = nodes[0].memberlist_members().await;
+    assert_eq!(members[0].node_id, 1, "a node knows itself before it knows anybody");
+    for node in &nodes {
+        node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    }
+    let everybody = async {
+        while nodes[0].memberlist_healthy_members().await.len() < 3 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), everybody).await.expect("all are connected");
+    let members = nodes[0].memberlist_members().await;
+    assert!(members.iter().all(|m| m.voter && m.connected && m.gossip_addr.is_none()), "{members:?}");
+
+    let coordinator = nodes[0].multiraft_coordinator().expect("many shards");
+    let tracker = coordinator.shard_leader_tracker();
+    assert_eq!((coordinator.num_shards(), tracker.all_leaders().len()), (16, 16));
+    for (shard, leader) in tracker.all_leaders() {
+        assert_eq!(tracker.get_leader(shard), Some(leader));
+    }
+    assert_eq!((tracker.get_leader(16), tracker.get_leader(ShardId::MAX)), (None, None));
+    let shard = coordinator.shard_of("k").expect("the table is known");
+    assert!(shard < 16);
+}
+
+/// The driver and gossip end with the last clone, whatever of the API somebody keeps.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_kept_of_a_dropped_node_does_not_keep_it() {
+    let raft = addr("127.0.0.1:0");
+    let config = MemberlistConfig { enabled: true, ..MemberlistConfig::default() };
+    let config = CacheConfig::new(1, raft).with_cluster_discovery(discovery(1, raft, config));
+    let cache = DistributedCache::new(config).await.unwrap();
+    assert!(cache.memberlist_enabled());
+    let member = cache.memberlist_members().await.remove(0);
+    let told = cache.memberlist_metadata();
+    assert_eq!((told.node_id, told.raft_addr), (1, member.raft_addr));
+    let gossip = member.gossip_addr.unwrap();
+    let (mut events, coordinator) = (cache.memberlist_events().await, cache.multiraft_coordinator());
+    let join = MemberlistEvent::NodeJoin { node_id: 1, raft_addr: member.raft_addr };
+    assert_eq!(events.recv().await, Some(join));
+    drop(cache);
+    let ended = async {
+        assert_eq!(events.recv().await, None);
+        while std::net::UdpSocket::bind(gossip).is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), ended).await.expect("gossip ends");
+    drop(coordinator);
 }
