@@ -17,7 +17,7 @@
 use crate::client::{Client, Outbox, Stopped};
 use crate::config::is_loopback;
 use crate::coordinator::{Coordinator, MultiRaftCacheConfig};
-use crate::memberlist::{EventReceiver, Member, MemberState, MemberlistDiscovery, RaftNodeMetadata};
+use crate::memberlist::{EventReceiver, LOOKUP_LIMIT, Member, MemberState, MemberlistDiscovery, RaftNodeMetadata};
 use crate::node::{BindAddrs, GossipOptions, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
@@ -545,11 +545,12 @@ impl DistributedCache {
     /// them, and this node.
     pub async fn memberlist_members(&self) -> Vec<Member> {
         let gossips = self.memberlist_enabled();
+        let until = tokio::time::Instant::now() + LOOKUP_LIMIT;
         let mut members = Vec::new();
         for body in self.inner.node.members() {
             // What only the table knows is no member by gossip.
             if !gossips || body.gossip_addr.is_some() {
-                members.push(Member::of(body).await);
+                members.push(Member::of(body, until).await);
             }
         }
         members

@@ -6,7 +6,40 @@
 //! ```
 //!
 //! Gossip finds nodes, describes and suspects them. It decides nothing: who holds data and who votes is for the cluster's
-//! own table, which only Raft changes.
+//! own table, which only Raft changes. During a partition gossip may take nodes on both sides for alive, or for dead; the data
+//! does not mind, because a majority counts for it and not what is heard.
+//!
+//! ```no_run
+//! use crema_node::{CacheConfig, DistributedCache, MemberlistConfig, MemberlistDiscovery, MemberlistEvent};
+//!
+//! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
+//! let (node_id, raft_addr) = (1, "127.0.0.1:9001".parse()?);
+//! let seed_nodes = vec![(2, "127.0.0.1:9002".parse()?), (3, "127.0.0.1:9003".parse()?)];
+//!
+//! // Gossip listens on UDP. Seeds are its addresses: ip:port, or host:port.
+//! let memberlist = MemberlistConfig::new("127.0.0.1:8001".parse()?)
+//!     .with_seeds(vec!["127.0.0.1:8002".parse()?, "127.0.0.1:8003".parse()?])
+//!     .with_metadata("zone", "a");
+//! let discovery = MemberlistDiscovery::new(node_id, raft_addr, &memberlist, &seed_nodes);
+//! let config = CacheConfig::new(node_id, raft_addr).with_seed_nodes(seed_nodes).with_cluster_discovery(discovery);
+//! let cache = DistributedCache::new(config).await?;
+//!
+//! let mut events = cache.memberlist_events().await;
+//! while let Some(event) = events.recv().await {
+//!     match event {
+//!         MemberlistEvent::NodeJoin { node_id, raft_addr } => println!("node {node_id} is at {raft_addr}"),
+//!         MemberlistEvent::NodeLeave { node_id } => println!("node {node_id} has left"),
+//!         MemberlistEvent::NodeFailed { node_id } => println!("node {node_id} is not heard any more"),
+//!         MemberlistEvent::NodeUpdate { node_id, new_addr } => println!("node {node_id} is now at {new_addr}"),
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A node of which nobody hears others (only itself is listed) has seeds that are not reached: a firewall that lets TCP
+//! through but not UDP, or a cluster of another name. Members that fail and come back again and again are a network, or a
+//! machine, that is too slow for the pace: see [`GossipTuning`].
 
 use crate::admin::MemberBody;
 use crate::cache::{NodeId, ShardId};
@@ -16,13 +49,14 @@ use crema_gossip::MemberEvent;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// The gossip port of a node is its Raft port less this, where nothing else is said.
 pub const GOSSIP_PORT_BELOW_RAFT: u16 = 1000;
 /// Name of the metadata entry that carries [`MemberlistConfig::node_name`].
 pub const NAME_KEY: &str = "name";
-/// Longest time to look a name up for a [`Member`]'s address.
-const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
+/// Longest time to look names up for the addresses of a list of members.
+pub(crate) const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
 
 /// How a node finds the others by gossip. Every field may be set; the rest is filled by `..Default::default()`.
 ///
@@ -320,12 +354,12 @@ pub struct Member {
 }
 
 impl Member {
-    /// What the admin API knows, in this API's types.
-    pub(crate) async fn of(body: MemberBody) -> Member {
+    /// What the admin API knows, in this API's types. A name is looked up until `until` at the longest.
+    pub(crate) async fn of(body: MemberBody, until: Instant) -> Member {
         let gossip_addr: Option<SocketAddr> = body.gossip_addr.and_then(|addr| addr.parse().ok());
         let raft_addr = match socket_addr(&body.raft_addr, gossip_addr) {
             Some(addr) => addr,
-            None => look_up(&body.raft_addr).await,
+            None => look_up(&body.raft_addr, until).await,
         };
         Member {
             node_id: body.node_id,
@@ -356,8 +390,8 @@ pub(crate) fn socket_addr(told: &str, gossip: Option<SocketAddr>) -> Option<Sock
     told.parse().ok().or_else(|| gossip.map(|gossip| SocketAddr::new(gossip.ip(), port_of(told))))
 }
 
-async fn look_up(told: &str) -> SocketAddr {
-    let found = tokio::time::timeout(LOOKUP_LIMIT, tokio::net::lookup_host(told)).await;
+async fn look_up(told: &str, until: Instant) -> SocketAddr {
+    let found = tokio::time::timeout_at(until, tokio::net::lookup_host(told)).await;
     let first = found.ok().and_then(Result::ok).and_then(|mut addrs| addrs.next());
     first.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port_of(told))))
 }
@@ -595,21 +629,48 @@ mod tests {
 
     #[tokio::test]
     async fn members_have_addresses_whatever_they_tell() {
-        let member = Member::of(body()).await;
+        let soon = Instant::now() + LOOKUP_LIMIT;
+        let member = Member::of(body(), soon).await;
         assert_eq!((member.node_id, member.raft_addr, member.state), (2, addr("10.0.0.2:9002"), MemberState::Suspect));
         assert_eq!((member.name.as_deref(), member.gossip_addr), (Some("b"), Some(addr("10.0.0.9:8002"))));
         let told = RaftNodeMetadata::from(&member);
         assert_eq!((told.node_id, told.raft_addr, &told.custom_metadata["zone"][..]), (2, member.raft_addr, "z"));
         let named = MemberBody { raft_addr: "crema-2.crema:9002".to_owned(), ..body() };
-        assert_eq!(Member::of(named).await.raft_addr, addr("10.0.0.9:9002"), "where it gossips");
+        assert_eq!(Member::of(named, soon).await.raft_addr, addr("10.0.0.9:9002"), "where it gossips");
         let loopback = MemberBody { raft_addr: "localhost:9002".to_owned(), gossip_addr: None, ..body() };
-        let found = Member::of(loopback).await.raft_addr;
+        let found = Member::of(loopback, soon).await.raft_addr;
         assert!(found.ip().is_loopback() && found.port() == 9002, "{found}");
         for (state, expected) in
             [("alive", MemberState::Alive), ("dead", MemberState::Dead), ("left", MemberState::Left)]
         {
-            assert_eq!(Member::of(MemberBody { state: state.to_owned(), ..body() }).await.state, expected);
+            assert_eq!(Member::of(MemberBody { state: state.to_owned(), ..body() }, soon).await.state, expected);
         }
+    }
+
+    #[test]
+    fn a_caller_that_lags_hears_the_shortest_story() {
+        use crema_gossip::events::{EventHub, MAX_QUEUED_EVENTS};
+        let hub = EventHub::default();
+        let at = |port: u16| format!("127.0.0.1:{port}");
+        let join = |n, port| MemberEvent::Join { node: Id(n), raft_addr: at(port) };
+        let (mut prompt, mut late) = (EventReceiver::new(hub.subscribe()), EventReceiver::new(hub.subscribe()));
+        hub.publish(&[join(1, 1), join(2, 2), join(3, 3)]);
+        let mut heard = 0;
+        for port in 10..=10 + MAX_QUEUED_EVENTS as u16 {
+            hub.publish(&[MemberEvent::Update { node: Id(2), raft_addr: at(port) }]);
+            heard += std::iter::from_fn(|| prompt.try_recv()).count();
+        }
+        hub.publish(&[MemberEvent::Failed { node: Id(3) }]);
+        assert_eq!(heard, 3 + 1 + MAX_QUEUED_EVENTS, "the one does not pay for the other");
+        let story: Vec<_> = std::iter::from_fn(|| late.try_recv()).collect();
+        assert!(story.len() < 10, "{story:?}");
+        let moved = story.iter().rev().find_map(|event| match event {
+            MemberlistEvent::NodeJoin { node_id: 2, raft_addr: addr }
+            | MemberlistEvent::NodeUpdate { node_id: 2, new_addr: addr } => Some(addr.port()),
+            _ => None,
+        });
+        assert_eq!(moved, Some(10 + MAX_QUEUED_EVENTS as u16));
+        assert!(story.contains(&MemberlistEvent::NodeJoin { node_id: 1, raft_addr: addr("127.0.0.1:1") }));
     }
 
     #[test]

@@ -544,6 +544,25 @@ async fn without_gossip_members_are_those_of_the_table() {
     assert!(shard < 16);
 }
 
+/// Programs hand these to tasks of their own.
+#[test]
+fn what_programs_await_may_be_sent_to_other_threads() {
+    fn sent<T: Send>(_: &T) {}
+    fn all(cache: &DistributedCache, events: &mut EventReceiver) {
+        sent(&cache.put("k", "v"));
+        sent(&cache.put_with_ttl("k", "v", Duration::from_secs(1)));
+        sent(&cache.increment("k", 1));
+        sent(&cache.compare_and_set("k", None, "v"));
+        sent(&cache.memberlist_members());
+        sent(&cache.memberlist_healthy_members());
+        sent(&cache.memberlist_events());
+        sent(&events.recv());
+        sent(&cache.multiraft_coordinator().map(|coordinator| coordinator.shard_leader_tracker()));
+        sent(&cache.shutdown());
+    }
+    let _: fn(&DistributedCache, &mut EventReceiver) = all;
+}
+
 /// The driver and gossip end with the last clone, whatever of the API somebody keeps.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_kept_of_a_dropped_node_does_not_keep_it() {
