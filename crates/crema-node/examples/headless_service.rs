@@ -16,7 +16,7 @@ async fn main() -> Outcome {
     let (_, caches) = cluster(3, |node_id, raft_addr, nodes| {
         let service = format!("localhost:{}", gossip_addr(nodes[0].1).port());
         let seed: SeedAddr = service.parse().expect("host:port");
-        assert!(matches!(&seed, SeedAddr::Host { name, .. } if name == "localhost"));
+        assert!(matches!(&seed, SeedAddr::Host { host, .. } if host == "localhost"));
         let config = MemberlistConfig::new(gossip_addr(raft_addr)).with_seeds(vec![seed]).with_tuning(quick());
         let seed_nodes = others(nodes, node_id);
         CacheConfig::new(node_id, raft_addr)

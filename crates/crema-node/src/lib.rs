@@ -59,7 +59,7 @@ pub use memberlist::{
     PeerManagementConfig,
 };
 pub use node::StartError;
-pub use seed::{SeedAddr, SeedAddrError};
+pub use seed::{SeedAddr, SeedError};
 
 /// What nodes tell each other, by the names that embedding programs use.
 pub mod cluster {

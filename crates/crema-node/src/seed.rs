@@ -11,15 +11,14 @@ const SRV_PREFIX: &str = "srv:";
 /// A gossip address of another node, as the configuration names it.
 ///
 /// As text: `10.0.0.1:8000`, `[fd00::1]:8000`, `crema-headless:8000` or `srv:_crema._udp.example` (`_tcp` likewise).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SeedAddr {
     /// One address.
-    Addr(SocketAddr),
+    Ip(SocketAddr),
     /// A name whose addresses, all of them, are seeds. It is looked up again every 15 s.
     Host {
         /// The name.
-        name: String,
+        host: String,
         /// The UDP port of gossip, from 1 on.
         port: u16,
     },
@@ -30,23 +29,25 @@ pub enum SeedAddr {
 /// A text that names no seed. Correct it; the message says what is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("seed {seed:?}: {reason}")]
-pub struct SeedAddrError {
-    seed: String,
-    reason: &'static str,
+pub struct SeedError {
+    /// The text, shortened.
+    pub seed: String,
+    /// What is wrong with it.
+    pub reason: &'static str,
 }
 
 impl From<SocketAddr> for SeedAddr {
     fn from(addr: SocketAddr) -> Self {
-        SeedAddr::Addr(addr)
+        SeedAddr::Ip(addr)
     }
 }
 
 impl FromStr for SeedAddr {
-    type Err = SeedAddrError;
+    type Err = SeedError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         // What is not understood may be long; the message need not be.
-        let refuse = |reason| Err(SeedAddrError { seed: text.chars().take(64).collect(), reason });
+        let refuse = |reason| Err(SeedError { seed: text.chars().take(64).collect(), reason });
         if let Some(name) = text.strip_prefix(SRV_PREFIX) {
             return match is_service(name) {
                 true => Ok(SeedAddr::Srv(name.to_owned())),
@@ -57,10 +58,10 @@ impl FromStr for SeedAddr {
             return refuse(reason);
         }
         if let Ok(addr) = text.parse() {
-            return Ok(SeedAddr::Addr(addr));
+            return Ok(SeedAddr::Ip(addr));
         }
         match text.rsplit_once(':').map(|(name, port)| (name, port.parse())) {
-            Some((name, Ok(port))) => Ok(SeedAddr::Host { name: name.to_owned(), port }),
+            Some((name, Ok(port))) => Ok(SeedAddr::Host { host: name.to_owned(), port }),
             _ => refuse("expected host:port"),
         }
     }
@@ -80,8 +81,8 @@ fn is_service(name: &str) -> bool {
 impl fmt::Display for SeedAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            SeedAddr::Addr(addr) => addr.fmt(f),
-            SeedAddr::Host { name, port } => write!(f, "{name}:{port}"),
+            SeedAddr::Ip(addr) => addr.fmt(f),
+            SeedAddr::Host { host, port } => write!(f, "{host}:{port}"),
             SeedAddr::Srv(name) => write!(f, "{SRV_PREFIX}{name}"),
         }
     }
@@ -93,10 +94,10 @@ mod tests {
 
     #[test]
     fn every_form_is_read_and_written_alike() {
-        let host = |name: &str, port| SeedAddr::Host { name: name.to_owned(), port };
+        let host = |name: &str, port| SeedAddr::Host { host: name.to_owned(), port };
         for (text, seed) in [
-            ("10.0.0.1:8000", SeedAddr::Addr("10.0.0.1:8000".parse().unwrap())),
-            ("[fd00::1]:8000", SeedAddr::Addr("[fd00::1]:8000".parse().unwrap())),
+            ("10.0.0.1:8000", SeedAddr::Ip("10.0.0.1:8000".parse().unwrap())),
+            ("[fd00::1]:8000", SeedAddr::Ip("[fd00::1]:8000".parse().unwrap())),
             ("crema-headless:8000", host("crema-headless", 8000)),
             ("crema-0.crema.default.svc:1", host("crema-0.crema.default.svc", 1)),
             ("srv:_crema._udp.example", SeedAddr::Srv("_crema._udp.example".to_owned())),

@@ -40,9 +40,10 @@ pub(crate) fn free_nodes(ids: impl IntoIterator<Item = NodeId>) -> Nodes {
             let raft = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback has a free port");
             let addr = raft.local_addr().expect("it is bound");
             let below = addr.port().checked_sub(1000).filter(|port| *port > 1024);
-            // A node that gossips everywhere needs the port everywhere.
-            if let Some(Ok(gossip)) = below.map(|port| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))) {
-                held.push((raft, gossip));
+            // A node that gossips everywhere needs the port everywhere, and for streams as for datagrams.
+            let gossip = below.map(|port| (Ipv4Addr::UNSPECIFIED, port));
+            if let Some((Ok(datagrams), Ok(streams))) = gossip.map(|a| (UdpSocket::bind(a), TcpListener::bind(a))) {
+                held.push((raft, datagrams, streams));
                 break addr;
             }
         };
