@@ -514,6 +514,59 @@ mod tests {
         assert_eq!(story.hear(leave(9)), None, "nobody was told of it");
     }
 
+    /// Those who listen notice nothing of it when gossip is started anew.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn listeners_hear_one_story_over_two_runs() {
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let config = |node| {
+            let raft = format!("127.0.0.1:900{node}");
+            let mut config = GossipConfig::new(NodeId(node), Incarnation(1), raft, "test", bind);
+            config.interval = Duration::from_millis(20);
+            config.initial_interval = config.interval;
+            config
+        };
+        let ours = Membership::start(config(1)).await.unwrap();
+        let mut other = config(2);
+        other.seeds = vec![ours.gossip().addr().to_string()];
+        let other = Gossip::start(other).await.unwrap();
+        let (hub, mut story) = (EventHub::default(), Story::default());
+        let mut events = hub.subscribe();
+        let join = |n: u64| MemberEvent::Join { node: NodeId(n), raft_addr: format!("127.0.0.1:900{n}") };
+        /// The next event, while this run's are passed on.
+        async fn next(
+            gossip: &Gossip,
+            hub: &EventHub,
+            story: &mut Story,
+            events: &mut crema_gossip::EventReceiver,
+        ) -> Option<MemberEvent> {
+            let next = async {
+                tokio::select! {
+                    event = events.recv() => event,
+                    never = tell(gossip, hub, story) => match never {},
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), next).await.expect("an event")
+        }
+        let first = ours.gossip();
+        for n in [1, 2] {
+            assert_eq!(next(&first, &hub, &mut story, &mut events).await, Some(join(n)));
+        }
+
+        first.shutdown().await;
+        story.interrupted(NodeId(1));
+        ours.restart(NodeId(1), End::Stopped, first.generation()).await.unwrap();
+        let second = ours.gossip();
+        let heard = async {
+            while second.members().len() < 2 {
+                tokio::task::yield_now().await;
+            }
+            other.leave().await;
+        };
+        let (event, ()) = tokio::join!(next(&second, &hub, &mut story, &mut events), heard);
+        assert_eq!(event, Some(MemberEvent::Leave { node: NodeId(2) }), "no second join");
+        assert!(story.missed.is_empty());
+    }
+
     /// Two runs under one node id: the registered one wins its peers' ears back.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_new_start_counts_more_than_what_superseded_the_old_one() {
