@@ -36,7 +36,7 @@ async fn time_to_failure(tuning: GossipTuning) -> Outcome<Duration> {
 
 #[tokio::main]
 async fn main() -> Outcome {
-    let quick = GossipTuning { gossip_interval: Duration::from_millis(50), dead_ticks: 20, ..GossipTuning::default() };
+    let quick = GossipTuning { interval: Duration::from_millis(50), dead_ticks: 20, ..GossipTuning::default() };
     let patient = GossipTuning { dead_ticks: 80, ..quick };
     let (quick, patient) = (time_to_failure(quick).await?, time_to_failure(patient).await?);
     println!("a lost node counts as failed after {quick:?}; with four times the patience after {patient:?}");
@@ -44,7 +44,7 @@ async fn main() -> Outcome {
     assert!(quick >= Duration::from_secs(1) && patient >= Duration::from_secs(4), "{quick:?} {patient:?}");
 
     let raft_addr = "127.0.0.1:9001".parse()?;
-    let hectic = GossipTuning { gossip_interval: Duration::from_millis(1), ..GossipTuning::default() };
+    let hectic = GossipTuning { interval: Duration::from_millis(1), ..GossipTuning::default() };
     let memberlist = MemberlistConfig { enabled: true, tuning: hectic, ..Default::default() };
     let config =
         CacheConfig::new(1, raft_addr).with_cluster_discovery(MemberlistDiscovery::new(1, raft_addr, &memberlist, &[]));

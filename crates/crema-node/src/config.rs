@@ -460,7 +460,7 @@ fn check_seed(seed: &str) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), ConfigError> {
+pub(crate) fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), ConfigError> {
     if metadata.len() > MAX_METADATA_ENTRIES {
         return bad(format!("metadata may have at most {MAX_METADATA_ENTRIES} entries"));
     }

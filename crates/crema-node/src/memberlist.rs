@@ -63,7 +63,8 @@ pub(crate) const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
 /// Nothing is checked before [`crate::DistributedCache::new`].
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct MemberlistConfig {
-    /// Whether to gossip at all. Default: false. Without, only seed nodes and nodes of the cluster's table are known.
+    /// Whether to gossip at all. Default: false. Without, only seed nodes and nodes of the cluster's table are known, and nothing
+    /// else of this structure counts.
     pub enabled: bool,
     /// Where gossip listens (UDP). Default: the Raft address with its port less 1000.
     pub bind_addr: Option<SocketAddr>,
@@ -161,43 +162,43 @@ impl Default for PeerManagementConfig {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GossipTuning {
     /// Period of gossip rounds, 10 ms to 10 s. Default: 250 ms.
-    pub gossip_interval: Duration,
+    pub interval: Duration,
     /// How many mean intervals between a node's heartbeats may pass in silence before it is suspect, 4 to 100. Default: 16.
-    pub suspicion_phi: f64,
+    pub phi: f64,
     /// Over how many heartbeats the mean is taken, 10 to 10,000. Default: 1,000.
-    pub heartbeat_window: usize,
-    /// An interval between heartbeats longer than this is an outage and not a sample, above `gossip_interval` and at most
+    pub window: usize,
+    /// An interval between heartbeats longer than this is an outage and not a sample, above `interval` and at most
     /// 60 s. Default: 5 s.
-    pub max_heartbeat_interval: Duration,
+    pub max_interval: Duration,
     /// After so many rounds as a suspect a node counts as failed, 1 to 1,000. Default: 20.
     pub dead_ticks: u32,
     /// How long a failed node is remembered and still tried, 1 min to 7 days. Default: 15 min.
-    pub forget_after: Duration,
+    pub grace: Duration,
 }
 
 impl Default for GossipTuning {
     fn default() -> Self {
         GossipTuning {
-            gossip_interval: Duration::from_millis(250),
-            suspicion_phi: 16.0,
-            heartbeat_window: 1_000,
-            max_heartbeat_interval: Duration::from_secs(5),
+            interval: Duration::from_millis(250),
+            phi: 16.0,
+            window: 1_000,
+            max_interval: Duration::from_secs(5),
             dead_ticks: 20,
-            forget_after: Duration::from_secs(15 * 60),
+            grace: Duration::from_secs(15 * 60),
         }
     }
 }
 
 impl GossipTuning {
     pub(crate) fn apply(&self, gossip: &mut crema_gossip::GossipConfig) {
-        gossip.interval = self.gossip_interval;
-        gossip.phi = self.suspicion_phi;
-        gossip.window = self.heartbeat_window;
+        gossip.interval = self.interval;
+        gossip.phi = self.phi;
+        gossip.window = self.window;
         // The best guess before anything was measured.
-        gossip.initial_interval = self.gossip_interval;
-        gossip.max_interval = self.max_heartbeat_interval;
+        gossip.initial_interval = self.interval;
+        gossip.max_interval = self.max_interval;
         gossip.dead_ticks = self.dead_ticks;
-        gossip.grace = self.forget_after;
+        gossip.grace = self.grace;
     }
 }
 

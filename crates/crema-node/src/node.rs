@@ -185,6 +185,7 @@ impl NodeConfig {
         if self.stop_grace > Duration::from_secs(600) {
             return Err(format!("the stop grace must be at most 10 min, not {:?}", self.stop_grace));
         }
+        crate::config::check_metadata(&self.metadata).map_err(|e| e.to_string())?;
         match self.bind.gossip {
             Some(bind) => self.check_gossip(bind),
             None => Ok(()),

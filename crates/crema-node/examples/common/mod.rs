@@ -22,7 +22,7 @@ const ATTEMPTS: usize = 20;
 
 /// Gossip that is quicker than a production cluster's, so that an example need not wait for failures: five times the pace.
 pub(crate) fn quick() -> GossipTuning {
-    GossipTuning { gossip_interval: Duration::from_millis(50), dead_ticks: 40, ..GossipTuning::default() }
+    GossipTuning { interval: Duration::from_millis(50), dead_ticks: 40, ..GossipTuning::default() }
 }
 
 /// Where a node with this Raft address gossips, as `MemberlistConfig` has it by default.

@@ -411,13 +411,14 @@ fn discoveries_that_cannot_work_are_refused() {
     let raft = addr("127.0.0.1:9001");
     let enabled = || MemberlistConfig { enabled: true, ..MemberlistConfig::default() };
     let with = |config| CacheConfig::new(1, raft).with_cluster_discovery(discovery(1, raft, config));
-    let slow = GossipTuning { gossip_interval: Duration::from_secs(60), ..GossipTuning::default() };
+    let slow = GossipTuning { interval: Duration::from_secs(60), ..GossipTuning::default() };
     let elsewhere = MemberlistDiscovery::new(1, raft, &enabled(), &[(2, addr("127.0.0.1:9003"))]);
     for (config, word) in [
         (CacheConfig::new(1, raft).with_cluster_discovery(discovery(2, raft, enabled())), "node 2"),
         (with(MemberlistConfig::new(addr("10.0.0.1:8001"))), "with_insecure"),
         (with(enabled().with_tuning(slow)), "interval"),
-        (with(enabled().with_metadata("zone", "\n")), "metadata value"),
+        (with(enabled().with_metadata("zone", "\n")), "zone"),
+        (CacheConfig::new(1, raft).with_metadata("zöne", "a"), "zöne"),
         (with(enabled().with_metadata("zone", "a")).with_metadata("zone", "b"), "zone"),
         (with(enabled().with_seeds(vec![addr("[::1]:8001").into()])), "family"),
         (
