@@ -138,6 +138,34 @@ async fn membership_events(cache: &DistributedCache) -> tokio::task::JoinHandle<
     })
 }
 
+/// The same, with what its comments suggest; and "Split-Brain After Partition Heal".
+async fn approval(cache: DistributedCache, rejoining_nodes: Vec<NodeId>) -> Outcome {
+    let mut event_rx = cache.memberlist_events().await;
+    while let Some(event) = event_rx.recv().await {
+        match event {
+            MemberlistEvent::NodeJoin { node_id, raft_addr } => {
+                println!("Node {} joined at {}", node_id, raft_addr);
+                // Optionally: Add to Raft voting
+                cache.add_peer(node_id).await?;
+                break;
+            }
+            MemberlistEvent::NodeFailed { node_id } => {
+                println!("Node {} failed", node_id);
+                // Optionally: Remove from Raft voting
+                cache.remove_peer(node_id).await?;
+            }
+            _ => {}
+        }
+    }
+
+    // On the surviving partition (one with quorum)
+    // Add back nodes from the other partition
+    for node_id in rejoining_nodes {
+        cache.add_peer(node_id).await?;
+    }
+    Ok(())
+}
+
 /// "Shard Leader Tracker".
 fn shard_leader_tracker(cache: &DistributedCache, shard_id: ShardId) -> usize {
     let mut known = 0;
@@ -221,6 +249,8 @@ async fn main() -> Outcome {
     let listener = membership_events(&cache).await;
     metadata(&cache, bind_addr);
     members(&cache).await;
+    until("the cluster to be founded", async || cache.voters().len() == 3).await;
+    approval(cache.clone(), vec![2, 3]).await?;
     until("every shard to have a leader", async || shard_leader_tracker(&cache, 0) == 16).await;
 
     graceful_shutdown(caches.pop().expect("node 3")).await?;

@@ -1,5 +1,5 @@
-//! Discovery makes nobody a member: a discovered node serves clients, but holds no data and has no vote until it is approved. And
-//! with `auto_add_peers = false` it is not even connected to.
+//! Discovery makes nobody a member: a discovered node serves clients, but holds no data and has no vote until `add_peer`, and
+//! after `remove_peer` no more. With `auto_add_peers = false` it is not even connected to before.
 //!
 //! `cargo run -p crema-node --example two_tiers`
 
@@ -60,6 +60,30 @@ async fn main() -> Outcome {
         caches[1].memberlist_members().await.into_iter().filter(|m| m.voter).map(|m| m.node_id).collect();
     println!("auto_add_peers = true: node 4 was discovered and serves every key; the voters are still {voters:?}");
     assert_eq!(voters, [1, 2, 3]);
+
+    // Manual approval. Any node takes it; the new one as well.
+    caches[2].add_peer(4).await?;
+    until("node 4 to be a voter everywhere", async || caches.iter().all(|cache| cache.voters() == [1, 2, 3, 4])).await;
+    until("node 4 to lead something", async || {
+        let coordinator = fourth_cache.multiraft_coordinator().expect("many shards");
+        coordinator.shard_leader_tracker().all_leaders().values().any(|leader| *leader == 4)
+    })
+    .await;
+    println!("add_peer(4): it holds data, votes, and leads shards");
+    fourth_cache.remove_peer(4).await?;
+    until("node 4 to lead nothing", async || {
+        let coordinator = caches[0].multiraft_coordinator().expect("many shards");
+        let leaders = coordinator.shard_leader_tracker().all_leaders();
+        leaders.len() == 16 && leaders.values().all(|leader| *leader != 4)
+    })
+    .await;
+    assert_eq!(fourth_cache.get("key").await?.as_deref(), Some(&b"value"[..]), "it goes on as a gateway");
+    let unknown = caches[0].add_peer(9).await;
+    println!("remove_peer(4): it leads nothing any more; and add_peer(9): {unknown:?}");
+    assert!(matches!(unknown, Err(CacheError::Invalid(_))));
+    let needed = [caches[0].remove_peer(1).await, caches[0].remove_peer(2).await, caches[0].remove_peer(3).await];
+    println!("and of three voters: {needed:?}");
+    assert!(matches!(needed.last(), Some(Err(CacheError::Invalid(_)))), "the last one stays");
     caches.push(fourth_cache);
     stop(caches).await?;
 
@@ -78,6 +102,10 @@ async fn main() -> Outcome {
     // The seed nodes are connected to as ever.
     caches[0].put("key", "value").await?;
     assert_eq!(caches[2].get("key").await?.as_deref(), Some(&b"value"[..]));
+    // Until somebody adds it.
+    caches[1].add_peer(4).await?;
+    fourth_cache.wait_until_ready(Duration::from_secs(60)).await?;
+    println!("add_peer(4): it is connected to, and a voter");
     caches.push(fourth_cache);
     stop(caches).await
 }

@@ -23,7 +23,7 @@ use bytes::Bytes;
 use crema_core::Op;
 use crema_core::{EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, Slot, encode_ops, limits};
 use crema_shard::{
-    AutoVoters, ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token,
+    AutoVoters, ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token, VoterError,
 };
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -51,6 +51,9 @@ const BUDGET_UNITS: usize = 64 * 1024;
 const READ_UNITS: usize = 3;
 /// How long after its deadline a request without an answer is given up: its driver must have stopped.
 const OVERDUE: Duration = Duration::from_secs(2);
+/// How long a node that is heard of may take to register before it can be added, and how often that is looked at.
+const ADD_PEER_PATIENCE: Duration = Duration::from_secs(10);
+const ADD_PEER_AGAIN: Duration = Duration::from_millis(200);
 /// How often a request without a placement, or with an outdated one, looks at the view again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -106,6 +109,7 @@ pub struct CacheConfig {
     data_dir: Option<PathBuf>,
     max_memory: u64,
     eviction: Option<EvictionPolicy>,
+    auto_voters_after: Duration,
 }
 
 impl CacheConfig {
@@ -130,6 +134,7 @@ impl CacheConfig {
             data_dir: None,
             max_memory: 0,
             eviction: Some(EvictionPolicy::default()),
+            auto_voters_after: Duration::from_secs(300),
         }
     }
     /// The other initial members and their Raft addresses. They and this node found the cluster together; each must be
@@ -203,6 +208,13 @@ impl CacheConfig {
     /// writes are then acknowledged when they are on the disks of a majority. Without, all is in memory alone.
     pub fn with_data_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.data_dir = Some(dir.into());
+        self
+    }
+    /// After how long a node is given or loses replicas by itself, where
+    /// [`auto_add_voters`](crate::PeerManagementConfig::auto_add_voters) or
+    /// [`auto_remove_voters`](crate::PeerManagementConfig::auto_remove_voters) says so: 5 s to a day; 5 min by default.
+    pub fn with_auto_voters_after(mut self, after: Duration) -> Self {
+        self.auto_voters_after = after;
         self
     }
     /// How long [`DistributedCache::shutdown`] waits until every shard can do without this node, at most 10 min; 10 s by
@@ -283,6 +295,8 @@ impl CacheConfig {
             }
             tracing::warn!(%addr, "insecure: this address is open to the network and has no credentials");
         }
+        let (add, remove) = gossip.as_ref().map_or((false, false), |gossip| gossip.auto_voters);
+        let auto_voters = AutoVoters { add, remove, after: self.auto_voters_after };
         let config = NodeConfig {
             node_id: crema_core::NodeId(self.node_id),
             cluster: self.cluster,
@@ -308,7 +322,7 @@ impl CacheConfig {
             stop_grace: self.stop_grace,
             max_log_bytes: 256 << 20,
             memory: MemoryOptions { max_memory: self.max_memory, eviction: self.eviction },
-            auto_voters: AutoVoters::default(),
+            auto_voters,
             bound_resident: false,
             data_dir: self.data_dir,
             state_dir: None,
@@ -515,6 +529,42 @@ impl DistributedCache {
         }
     }
 
+    /// Lets a node hold data and vote. Returns once that is committed in the cluster's own log; its share of the replicas moves
+    /// there afterwards, a few at a time, while all is served. What is so already succeeds.
+    ///
+    /// Errors: [`CacheError::Invalid`] with the reason where it cannot be – the node has not joined, or does not
+    /// answer –, [`CacheError::NotApplied`] if nobody could be asked, and [`CacheError::OutcomeUnknown`] if no answer came: look
+    /// at [`DistributedCache::voters`] then.
+    pub async fn add_peer(&self, node_id: NodeId) -> Result<()> {
+        let until = tokio::time::Instant::now() + ADD_PEER_PATIENCE;
+        let node = crema_core::NodeId(node_id);
+        loop {
+            let result = self.inner.node.change_voters(node, true).await;
+            // One that was just discovered, or that nobody was to connect to before, registers within a moment.
+            let comes = matches!(result, Err(VoterError::Refused(_))) && !self.inner.node.is_registered(node);
+            let here = || async { self.memberlist_healthy_members().await.iter().any(|m| m.node_id == node_id) };
+            if comes && tokio::time::Instant::now() < until && here().await {
+                tokio::time::sleep(ADD_PEER_AGAIN).await;
+                continue;
+            }
+            return result.map_err(voter_error);
+        }
+    }
+
+    /// Takes data and vote of a node away, for good or until [`DistributedCache::add_peer`]. Returns once that is committed; its
+    /// replicas then move to others, before the node may be stopped, and it goes on as a gateway.
+    ///
+    /// Errors: as [`DistributedCache::add_peer`]. What would leave any shard without a majority of nodes that answer is
+    /// refused, with the reason.
+    pub async fn remove_peer(&self, node_id: NodeId) -> Result<()> {
+        self.inner.node.change_voters(crema_core::NodeId(node_id), false).await.map_err(voter_error)
+    }
+
+    /// The nodes that may hold data and vote, ascending, as this node knows; nobody before the cluster is founded or joined.
+    pub fn voters(&self) -> Vec<NodeId> {
+        self.inner.node.voters().into_iter().map(|node| node.0).collect()
+    }
+
     /// Waits until this node is ready: it has joined, holds everything placement gives it, and every shard has a leader.
     ///
     /// Errors: [`CacheError::NotReady`] with the reason when `within` is over, [`CacheError::Stopped`].
@@ -595,6 +645,14 @@ fn check_value(value: &[u8]) -> Result<()> {
         return Err(CacheError::Invalid(format!("a value may have at most {} bytes", limits::MAX_VALUE_BYTES)));
     }
     Ok(())
+}
+
+fn voter_error(error: VoterError) -> CacheError {
+    match error {
+        VoterError::Refused(reason) => CacheError::Invalid(reason),
+        VoterError::NoLeader => CacheError::NotApplied { reason: error.to_string() },
+        _ => CacheError::OutcomeUnknown,
+    }
 }
 
 fn key_ref(key: &[u8]) -> Result<KeyRef<'_>> {

@@ -138,6 +138,8 @@ pub enum NodeEvent {
     },
     /// The configuration cannot work together with the cluster's: stop and say why.
     Misfit(String),
+    /// An operator wants this node, which has never registered, to become a voter: connect to it.
+    Admit(NodeId),
     /// Everything this node led has been handed over.
     Drained,
     /// The disk failed: what it holds is not known any more, end the process.
@@ -907,6 +909,7 @@ impl<E: Engine> Loop<E> {
             Note::DigestMismatch { shard, index } => {
                 tracing::error!(%shard, index, "replicas of a shard differ")
             }
+            Note::Admit { node } => self.tell(NodeEvent::Admit(node)),
             Note::Drained => {
                 tracing::info!("everything led here is handed over");
                 self.tell(NodeEvent::Drained);

@@ -138,9 +138,13 @@ pub struct PeerManagementConfig {
     /// Give up connecting to a discovered node that has failed, until it is heard again. Seed nodes and nodes of the cluster's
     /// table are tried for ever. Default: false.
     pub auto_remove_peers: bool,
-    /// Approve every discovered node as a voter. Default: false. Not supported by this version: refused at the start.
+    /// Approve a discovered node as a voter once it has been there for [`crate::CacheConfig::with_auto_voters_after`], unless
+    /// it was removed by [`crate::DistributedCache::remove_peer`]. Default: false. **Do not set this in production** unless you
+    /// understand what a cluster does that reshapes itself while the network is in trouble. The leader of the cluster's own
+    /// group decides by whom it reaches, never gossip; set it alike on all nodes.
     pub auto_add_voters: bool,
-    /// Take the approval of a failed node back. Default: false. Not supported by this version: refused at the start.
+    /// Take the approval of a node back that has been away for so long: one at a time, only while enough others answer to
+    /// take all of its replicas over, and never where that would break a quorum. Default: false, with the same warning.
     pub auto_remove_voters: bool,
 }
 
@@ -252,11 +256,6 @@ impl MemberlistDiscovery {
         let config = &self.config;
         let PeerManagementConfig { auto_add_peers, auto_remove_peers, auto_add_voters, auto_remove_voters } =
             config.peer_management;
-        if auto_add_voters || auto_remove_voters {
-            return Err("peer_management: this version does not change voters by itself: set auto_add_voters and \
-                        auto_remove_voters to false"
-                .to_owned());
-        }
         if !config.enabled {
             return Ok(None);
         }
@@ -292,7 +291,8 @@ impl MemberlistDiscovery {
         let raft_host = config.advertise_addr.map(|addr| addr.ip()).filter(|_| raft_addr.ip().is_unspecified());
         let options =
             GossipOptions { advertise: Some(advertise), auto_add_peers, auto_remove_peers, tuning: config.tuning };
-        Ok(Some(GossipSetup { bind, seeds, metadata, raft_host, options }))
+        let auto_voters = (auto_add_voters, auto_remove_voters);
+        Ok(Some(GossipSetup { bind, seeds, metadata, raft_host, options, auto_voters }))
     }
 }
 
@@ -305,6 +305,8 @@ pub(crate) struct GossipSetup {
     /// Where others reach a Raft address that is bound to all interfaces.
     pub(crate) raft_host: Option<IpAddr>,
     pub(crate) options: GossipOptions,
+    /// Whether voters are added and removed by themselves.
+    pub(crate) auto_voters: (bool, bool),
 }
 
 /// Where a node gossips whose Raft address is all that is known. A port that the system chooses stays one.
@@ -588,16 +590,10 @@ mod tests {
 
     #[test]
     fn what_cannot_work_is_refused_with_what_to_do() {
-        let voters = |auto_add_voters, auto_remove_voters| MemberlistConfig {
-            peer_management: PeerManagementConfig { auto_add_voters, auto_remove_voters, ..Default::default() },
-            ..MemberlistConfig::default()
-        };
         let named = enabled().with_node_name("a").with_metadata("name", "b");
         for (raft, config, peers, part) in [
             ("127.0.0.1:1000", enabled(), vec![], "set bind_addr"),
             ("127.0.0.1:9001", enabled(), vec![(2, addr("127.0.0.1:999"))], "set seed_addrs"),
-            ("127.0.0.1:9001", voters(true, false), vec![], "auto_add_voters"),
-            ("127.0.0.1:9001", voters(false, true), vec![], "auto_remove_voters"),
             ("127.0.0.1:9001", named, vec![], "node_name"),
         ] {
             let error = resolve(raft, config, &peers).unwrap_err();

@@ -55,6 +55,8 @@ pub(crate) struct Placed {
 pub(crate) struct AddressBook {
     /// Whether nodes are reached that are neither configured nor approved.
     strangers: bool,
+    /// Nodes that are reached all the same, since an operator wants them to be approved.
+    admitted: BTreeSet<NodeId>,
     configured: BTreeMap<NodeId, String>,
     placed: BTreeMap<NodeId, Placed>,
     gossiped: BTreeMap<NodeId, String>,
@@ -62,7 +64,13 @@ pub(crate) struct AddressBook {
 
 impl AddressBook {
     pub(crate) fn new(strangers: bool) -> Self {
-        AddressBook { strangers, configured: BTreeMap::new(), placed: BTreeMap::new(), gossiped: BTreeMap::new() }
+        AddressBook {
+            strangers,
+            admitted: BTreeSet::new(),
+            configured: BTreeMap::new(),
+            placed: BTreeMap::new(),
+            gossiped: BTreeMap::new(),
+        }
     }
 
     /// A registered life that answers is left alone: a second process under its id must not be able to divert its
@@ -70,7 +78,8 @@ impl AddressBook {
     /// configuration of none in particular.
     fn address(&self, node: NodeId) -> Option<&String> {
         let placed = self.placed.get(&node);
-        if !self.strangers && !self.configured.contains_key(&node) && !placed.is_some_and(|p| p.approved) {
+        let known = self.configured.contains_key(&node) || self.admitted.contains(&node);
+        if !self.strangers && !known && !placed.is_some_and(|p| p.approved) {
             return None;
         }
         match placed {
@@ -103,6 +112,14 @@ impl AddressBook {
     fn set_gossiped(&mut self, new: BTreeMap<NodeId, String>) -> Vec<(NodeId, Option<String>)> {
         let touched: Vec<_> = self.gossiped.keys().chain(new.keys()).copied().collect();
         self.update(touched, |book| book.gossiped = new)
+    }
+
+    /// An operator wants the node to be approved: it is reached from now on, at most [`MAX_MEMBERS`] of them.
+    pub(crate) fn admit(&mut self, node: NodeId) -> Vec<(NodeId, Option<String>)> {
+        if self.admitted.len() >= MAX_MEMBERS {
+            return Vec::new();
+        }
+        self.update([node], |book| _ = book.admitted.insert(node))
     }
 
     pub(crate) fn set_placed(&mut self, new: BTreeMap<NodeId, Placed>) -> Vec<(NodeId, Option<String>)> {

@@ -182,6 +182,9 @@ impl NodeConfig {
         if !(Duration::from_millis(10)..=Duration::from_secs(600)).contains(&deadline) {
             return Err(format!("the request deadline must be between 10 ms and 10 min, not {deadline:?}"));
         }
+        if !(Duration::from_secs(5)..=Duration::from_secs(86_400)).contains(&self.auto_voters.after) {
+            return Err(format!("auto_voters_after must be between 5 s and a day, not {:?}", self.auto_voters.after));
+        }
         if self.stop_grace > Duration::from_secs(600) {
             return Err(format!("the stop grace must be at most 10 min, not {:?}", self.stop_grace));
         }
@@ -251,6 +254,7 @@ struct Inner {
     addresses: Vec<(&'static str, SocketAddr)>,
     watch: Arc<Watch>,
     peers: PeersHandle,
+    book: Arc<Mutex<AddressBook>>,
     /// What happens to members, over all runs of gossip; nothing without it.
     events: Arc<EventHub>,
     servers: Mutex<Vec<ServerHandle>>,
@@ -568,6 +572,7 @@ impl Node {
             Peers::start(peers_config, listener, inputs.0.clone()).map_err(|e| failed("peer connections", &e))?;
 
         let book = Arc::new(Mutex::new(AddressBook::new(config.gossip.auto_add_peers)));
+        let own_book = book.clone();
         let (view_changes, view_changed) = watch::channel(());
         let (reach, reach_changed) = watch::channel(());
         let on_view = view_hook(config.node_id, book.clone(), peers.clone(), view_changes, reach);
@@ -616,7 +621,7 @@ impl Node {
         let admin = http.map(|bound| AdminServer::start(bound.listener, admin::router(watch.clone())));
         let mut tasks = vec![
             tokio::spawn(watch_registration(watch.clone())),
-            tokio::spawn(follow_events(watch.clone(), outputs.events, data_dir)),
+            tokio::spawn(follow_events(watch.clone(), outputs.events, data_dir, (book.clone(), peers.clone()))),
         ];
         if config.bind.redis.is_some() || config.bind.redis_cluster.is_some() {
             tasks.push(tokio::spawn(follow_memory(watch.driver.clone(), front.clone())));
@@ -651,6 +656,7 @@ impl Node {
                 addresses,
                 watch,
                 peers,
+                book: own_book,
                 events,
                 servers: Mutex::new(servers),
                 admin: Mutex::new(admin),
@@ -752,7 +758,15 @@ impl Node {
     ///
     /// Errors: [`VoterError`] says whether anything may have changed.
     pub async fn change_voters(&self, node: NodeId, approved: bool) -> VoterResult {
+        if approved {
+            update_addresses(&self.inner.book, &self.inner.peers, |book| book.admit(node));
+        }
         change_voters(&self.inner.watch.driver, node, approved).await
+    }
+
+    /// Whether the cluster's table, as this node knows it, has a record of the node.
+    pub fn is_registered(&self, node: NodeId) -> bool {
+        self.inner.watch.driver.view().nodes.contains_key(&node)
     }
 
     /// The nodes that may hold replicas, ascending, as this node knows; nobody before the cluster is known.
@@ -931,6 +945,7 @@ async fn follow_events(
     watch: Arc<Watch>,
     mut events: mpsc::Receiver<NodeEvent>,
     data_dir: Option<Arc<Mutex<DataDir>>>,
+    (book, peers): (Arc<Mutex<AddressBook>>, PeersHandle),
 ) {
     let (mut in_use, mut rival): (Option<IdInUse>, Option<IdInUse>) = (None, None);
     let node = watch.facts.node;
@@ -950,6 +965,7 @@ async fn follow_events(
                     }
                 }
             }
+            NodeEvent::Admit(node) => update_addresses(&book, &peers, |book| book.admit(node)),
             NodeEvent::Fenced { by, told_by } => {
                 let told_by = told_by.map_or(String::new(), |peer| format!(" (says node {peer})"));
                 let reason = match by {

@@ -223,6 +223,11 @@ pub enum Note {
         /// Log index at which they differ.
         index: u64,
     },
+    /// An operator wants to make this node a voter, which has never registered: it should be connected to.
+    Admit {
+        /// The node.
+        node: NodeId,
+    },
     /// Everything this node leads has been handed over after [`crate::Host::drain`].
     Drained,
 }

@@ -129,6 +129,12 @@ impl MemLog {
         self.bytes
     }
 
+    /// Bytes of the entries behind `index`, overhead included.
+    pub fn bytes_behind(&self, index: u64) -> usize {
+        let skip = index.saturating_sub(self.truncated) as usize;
+        self.entries.iter().skip(skip).map(|e| ENTRY_OVERHEAD + e.data.len()).sum()
+    }
+
     /// Appends entries, first cutting off a tail that conflicts with them (raft-rs issue 428). Entries and hard state
     /// of one Ready are written by one call each within one step, so nothing ever sees one without the other.
     pub fn append(&mut self, entries: Vec<Entry>) {

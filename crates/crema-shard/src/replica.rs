@@ -970,6 +970,7 @@ impl Replica {
                 // Nobody who voted knew the time either: the whole group was away. Only now is the wall clock asked.
                 self.clock = LogClock::new(LogTime(now.wall.0).max(self.clock.estimate(now)), now);
             }
+            self.inherit_flight();
             // The empty entry that begins a leadership is a proposal too, and no message of it has left yet.
             self.lease = Lease::default();
             self.lease.proposed(self.raw.raft.raft_log.last_index(), now.mono);

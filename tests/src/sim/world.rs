@@ -891,7 +891,7 @@ impl World {
                     let n = self.nodes.get_mut(&id).expect("nodes stay");
                     n.cluster = remembers.then_some((uuid, generation));
                 }
-                Note::IdInUse { .. } => {}
+                Note::IdInUse { .. } | Note::Admit { .. } => {}
                 // Requests that are still in flight get a moment, as a server's do.
                 Note::Drained => {
                     let at = self.now + self.rng.range(1, 500) * MS;

@@ -11,6 +11,7 @@
 //! turn round, others move back.
 
 use super::Host;
+use crate::effect::Note;
 use crate::message::Control;
 use crate::meta::{MetaCommand, MetaState, NO_LIFE};
 use crate::placement::Plan;
@@ -171,6 +172,7 @@ impl Host {
                 return true;
             }
             if self.decides() {
+                self.admit(&state, node, approved);
                 if let Some(why) = self.objection(&state, node, approved) {
                     self.out.voters.push((id, Err(VoterError::Refused(why))));
                     return false;
@@ -222,9 +224,17 @@ impl Host {
             // The asker will see it in the table.
             return;
         }
+        self.admit(&state, node, approved);
         match self.objection(&state, node, approved) {
             Some(reason) => self.control(from, &Control::ApproveRefused { round, reason }),
             None => _ = self.propose_approval(node, approved, true, now),
+        }
+    }
+
+    /// Whoever nobody connects to cannot register.
+    fn admit(&mut self, state: &MetaState, node: NodeId, approved: bool) {
+        if approved && !state.nodes.contains_key(&node) {
+            self.out.notes.push(Note::Admit { node });
         }
     }
 

@@ -180,6 +180,10 @@ impl Replica {
         self.land();
         let applied = self.applied().0;
         self.memory.making_room.take_if(|index| *index <= applied);
+        // What an earlier leader chose may still be on its way: the same keys would be counted twice.
+        if self.applied_term != self.term() {
+            return;
+        }
         let (Some(policy), stamp) = (self.memory.eviction, self.stamp(now)) else { return };
         let Machine::Data(machine) = &self.machine else { return };
         let (limits, max) = (machine.limits(), self.room_limit(machine));
@@ -228,7 +232,8 @@ impl Replica {
             self.queue_bytes = 0;
             return std::mem::take(&mut self.queue);
         };
-        let under_way = !self.memory.flight.is_empty() || self.memory.making_room.is_some();
+        let behind = self.applied_term != self.term();
+        let under_way = behind || !self.memory.flight.is_empty() || self.memory.making_room.is_some();
         let fits = |q: &Queued| match q {
             Queued::Write { ops, .. } => ops.len() as u64 + WRITE_OVERHEAD <= allowance,
             _ => true,
@@ -261,6 +266,16 @@ impl Replica {
     /// What was taken is on its way, up to this index of the log.
     pub(super) fn took_off(&mut self, index: u64) {
         let bytes = std::mem::take(&mut self.memory.coming);
+        if bytes > 0 {
+            self.memory.flight.push_back((index, bytes));
+            self.memory.flight_bytes += bytes;
+        }
+    }
+
+    /// This replica leads: what earlier leaders have put into its log and is not applied yet takes room, too.
+    pub(super) fn inherit_flight(&mut self) {
+        let (applied, store) = (self.applied().0, self.raw.store());
+        let (index, bytes) = (store.last(), store.bytes_behind(applied) as u64);
         if bytes > 0 {
             self.memory.flight.push_back((index, bytes));
             self.memory.flight_bytes += bytes;

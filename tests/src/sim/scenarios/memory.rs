@@ -3,7 +3,7 @@
 
 use super::{SHARD, Story, replica, set};
 use crate::sim::model::Command;
-use crate::sim::world::{Options, World};
+use crate::sim::world::{MS, Options, World};
 use crema_core::{EvictionPolicy, NodeId, OpError, Reply};
 use crema_shard::meta::WHOLE_SHARE;
 use crema_shard::replica::Machine;
@@ -178,4 +178,40 @@ fn a_burst_into_a_full_shard_is_not_refused() {
         assert_eq!(s.answers.get(&of), Some(&ClientResult::Reply(Reply::Ok)), "{of:?}");
     }
     s.wait(3_000, "equal states", equal);
+}
+
+/// Nor is it where the leader dies in the middle: what it has left in the log of its successor takes room before that one
+/// has applied it.
+#[test]
+fn a_burst_is_not_refused_by_a_leader_that_has_just_been_elected() {
+    for round in 1..=12 {
+        let mut s = limited(Some(EvictionPolicy::S3Fifo));
+        let value = "x".repeat(150);
+        for i in 0..300 {
+            let gateway = s.world.ids()[i % 3];
+            s.expect(gateway, &format!("key{i}"), set(&value), Reply::Ok);
+        }
+        let dies = s.leader();
+        let lives = s.others(dies);
+        let mut asked = Vec::new();
+        let mut burst = |s: &mut Story, count: usize| {
+            for i in 0..count {
+                let conn = s.world.connect();
+                let key = format!("burst{i}");
+                asked.push(s.ask(lives[i % 2], conn, &key, &set(&value), Duration::from_secs(5)));
+            }
+        };
+        // The followers hear entries, and late that these are committed.
+        s.world.conditions.delay = (round * MS, round * 3 * MS);
+        burst(&mut s, 400);
+        s.run(5 + round * 7);
+        s.world.kill(dies);
+        burst(&mut s, 400);
+        s.run(6_000);
+        for of in asked {
+            let answer = s.answers.get(&of);
+            let refused = matches!(answer, Some(ClientResult::Reply(Reply::Error(OpError::OutOfMemory))));
+            assert!(!refused && answer.is_some(), "round {round}: {answer:?}");
+        }
+    }
 }
