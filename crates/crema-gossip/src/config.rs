@@ -1,6 +1,8 @@
 //! What a node's gossip is told at its start, with defaults and the relations that must hold between the values.
 
-use crate::keys::{KeyError, NodeMeta, check_addr, encode_node, shorten};
+use crate::keys::{KeyError, NodeMeta, encode_node};
+use crate::seal::KeyRing;
+use crate::seed::{SeedAddr, SeedError};
 use crema_core::{Incarnation, NodeId};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -30,13 +32,15 @@ pub struct GossipConfig {
     pub metadata: BTreeMap<String, String>,
     /// Name of the cluster: 1 to 128 printable ASCII characters. Nodes of another name are not heard.
     pub cluster: String,
-    /// Where to listen (UDP). Port 0 picks a free one.
+    /// Where to listen, UDP and TCP. Port 0 picks a free one.
     pub bind: SocketAddr,
     /// Where others reach this node. Must name one address; port 0 stands for the port that was bound. Default: as `bind`.
     pub advertise: SocketAddr,
-    /// Where to find the cluster: `ip:port` or `host:port`, at most 64; a host's addresses are looked up again every 15 s.
-    /// `srv:` names are resolved by the caller, see [`crate::Gossip::offer_seeds`].
-    pub seeds: Vec<String>,
+    /// Where to find the cluster, at most 64; names are looked up again every 15 s. [`SeedAddr::parse_all`] reads them from text.
+    pub seeds: Vec<SeedAddr>,
+    /// The cluster's keys. With them every datagram is authenticated and encrypted, and none that is not is taken; all nodes
+    /// must have them. Default: none.
+    pub keys: Option<KeyRing>,
     /// Period of gossip rounds and of the membership's ticks. Default 250 ms; 10 ms to 10 s.
     pub interval: Duration,
     /// How many mean heartbeat intervals of silence make a node suspect. Default 16; 4 to 100. Chitchat's own 8 is only about
@@ -56,7 +60,7 @@ pub struct GossipConfig {
     /// Orders the lives of this node: must grow with each. Default (`None`): the wall clock at the start in nanoseconds. A node
     /// with a disk gives the larger of that and its saved predecessor + 1.
     pub generation: Option<u64>,
-    /// Allows to listen beyond loopback although datagrams are neither authenticated nor encrypted. Default false.
+    /// Allows to listen beyond loopback without keys, so that datagrams are neither authenticated nor encrypted. Default false.
     pub insecure: bool,
 }
 
@@ -80,18 +84,13 @@ pub enum ConfigError {
     },
     /// Listening beyond loopback without keys.
     #[error(
-        "gossip: {0} is not a loopback address and gossip is not authenticated: anybody who reaches it could feign members; \
-         bind to loopback or allow it explicitly (insecure)"
+        "gossip: {0} is not a loopback address and there are no cluster keys: anybody who reaches it could feign members; \
+         give all nodes a key file, bind to loopback, or allow it explicitly (insecure)"
     )]
     Insecure(SocketAddr),
     /// A seed that cannot be used.
-    #[error("gossip: seed {seed}: {reason}")]
-    Seed {
-        /// The seed, shortened.
-        seed: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
+    #[error("gossip: {0}")]
+    Seed(#[from] SeedError),
     /// Too many seeds.
     #[error("gossip: more than {MAX_SEEDS} seeds")]
     TooManySeeds,
@@ -109,7 +108,7 @@ pub enum ConfigError {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Seeds {
     pub(crate) addrs: Vec<SocketAddr>,
-    pub(crate) hosts: Vec<String>,
+    pub(crate) names: Vec<SeedAddr>,
 }
 
 impl GossipConfig {
@@ -133,6 +132,7 @@ impl GossipConfig {
             bind,
             advertise: bind,
             seeds: Vec::new(),
+            keys: None,
             interval: Duration::from_millis(250),
             phi: 16.0,
             window: 1_000,
@@ -155,7 +155,7 @@ impl GossipConfig {
         if !(1..=MAX_CLUSTER_BYTES).contains(&name.len()) || !printable {
             return Err(ConfigError::Cluster);
         }
-        if !self.bind.ip().is_loopback() && !self.insecure {
+        if !self.bind.ip().is_loopback() && self.keys.is_none() && !self.insecure {
             return Err(ConfigError::Insecure(self.bind));
         }
         let advertise = |reason| Err(ConfigError::Advertise { addr: self.advertise, reason });
@@ -225,19 +225,14 @@ impl GossipConfig {
         }
         let mut split = Seeds::default();
         for seed in &self.seeds {
-            let refuse = |reason| Err(ConfigError::Seed { seed: shorten(seed), reason });
-            if seed.starts_with("srv:") {
-                return refuse("srv: names must be resolved by the caller");
-            }
-            if let Err(reason) = check_addr(seed) {
-                return refuse(reason);
-            }
-            match seed.parse::<SocketAddr>() {
-                Ok(addr) if addr.is_ipv4() != self.bind.is_ipv4() => {
-                    return refuse("is not of the same address family as the bind address");
+            seed.check()?;
+            match seed {
+                SeedAddr::Ip(addr) if addr.is_ipv4() != self.bind.is_ipv4() => {
+                    let reason = "is not of the same address family as the bind address";
+                    return Err(SeedError { seed: seed.to_string(), reason }.into());
                 }
-                Ok(addr) => split.addrs.push(addr),
-                Err(_) => split.hosts.push(seed.clone()),
+                SeedAddr::Ip(addr) => split.addrs.push(*addr),
+                SeedAddr::Host { .. } | SeedAddr::Srv(_) => split.names.push(seed.clone()),
             }
         }
         Ok(split)
@@ -275,10 +270,9 @@ mod tests {
             (refused(|c| c.advertise = addr("0.0.0.0:8001")), "advertise address 0.0.0.0:8001"),
             (refused(|c| c.advertise = addr("[::1]:8001")), "family"),
             (refused(|c| c.advertise = addr("127.0.0.1:0")), "port 0"),
-            (refused(|c| c.seeds = vec!["nowhere".into()]), "seed \"nowhere\""),
-            (refused(|c| c.seeds = vec!["[::1]:8001".into()]), "family"),
-            (refused(|c| c.seeds = vec!["srv:_crema._udp.x".into()]), "srv"),
-            (refused(|c| c.seeds = vec!["a:1".into(); 65]), "64 seeds"),
+            (refused(|c| c.seeds = vec![SeedAddr::Srv("nowhere".into())]), "seed \"srv:nowhere\""),
+            (refused(|c| c.seeds = vec!["[::1]:8001".parse().unwrap()]), "family"),
+            (refused(|c| c.seeds = vec!["a:1".parse().unwrap(); 65]), "64 seeds"),
             (refused(|c| c.interval = Duration::ZERO), "interval"),
             (refused(|c| c.interval = Duration::MAX), "interval"),
             (refused(|c| c.interval = Duration::from_secs(5)), "max_interval"),
@@ -302,10 +296,10 @@ mod tests {
     #[test]
     fn seeds_are_addresses_or_names() {
         let mut config = config();
-        config.seeds = vec!["127.0.0.1:1".into(), "crema-headless:8000".into()];
+        config.seeds = SeedAddr::parse_all(["127.0.0.1:1", "crema-headless:8000", "srv:_crema._udp.x"]).unwrap();
         let seeds = config.split_seeds().unwrap();
         assert_eq!(seeds.addrs, ["127.0.0.1:1".parse().unwrap()]);
-        assert_eq!(seeds.hosts, ["crema-headless:8000"]);
+        assert_eq!(seeds.names, config.seeds[1..]);
     }
 
     #[test]

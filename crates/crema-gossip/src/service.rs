@@ -4,7 +4,8 @@
 //!   every interval: snapshot --> View::tick    --> events, members, Gone        \
 //!   a claim or goodbye arrives: --> View::observe, then claims --> tracker       > one watch task
 //!   publish_leaders: wait 10 ms for more --> set keys --> gossip to 16 peers    /
-//!   host:port seeds: look up, keep the last good answer, gossip to one          -> one seed task
+//!   host:port and srv: seeds: look up, keep the last good answer, gossip to one -> one seed task
+//!   datagrams and connections, opened and sealed                                -> tasks of `transport`
 //! ```
 //!
 //! Chitchat calls back while it holds its lock, so the callback only leaves a permit; the watch task then reads a snapshot. It
@@ -19,22 +20,26 @@ use crate::keys::{
     KeyError, LEADER_PREFIX, LeaderClaim, MAX_METADATA_ENTRIES, METADATA_PREFIX, NODE_PREFIX, NodeMeta, ParsedNode,
     STATE_KEY, STATE_LEFT, encode_claim, encode_metadata, encode_node, parse_claim, parse_node,
 };
+use crate::resolve::{MAX_SRV_ADDRS, RESOLVE_LIMIT, lookup_srv};
 use crate::rng::SplitMix;
+use crate::seal::{ClusterKey, Foreign, KeyId, KeyRing, KeyRingError};
+use crate::seed::SeedAddr;
 use crate::tracker::{ClaimOutcome, ShardLeaderTracker};
-use crate::transport::{OpenedTransport, Traffic};
+use crate::transport::{Bound, Hooks, Started, Wire};
 use crate::view::{Member, MemberState, Observed, View, ViewConfig};
 use chitchat::{
     Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, Heartbeat, ListenerHandle, NodeState,
     ProtocolVersion, spawn_chitchat,
 };
 use crema_core::{Epoch, MonoTime, NodeId, ShardId, Term};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout, timeout_at};
 
 /// How long published claims wait for further ones, so that an election of many shards makes one round.
 const PUBLISH_DEBOUNCE: Duration = Duration::from_millis(10);
@@ -46,9 +51,10 @@ const SCAN_GAP: Duration = Duration::from_millis(5);
 const FULL_SCAN_TICKS: u64 = 20;
 /// Most lives of nodes that one snapshot considers.
 const MAX_LIVES: usize = 8_192;
-/// Rounds in which a leaving node tells every peer, and the pause after each.
-const LEAVE_ROUNDS: u32 = 2;
-const LEAVE_PAUSE: Duration = Duration::from_millis(100);
+/// A leaving node greets this many peers at a time, so that many that leave together do not drown each other's news, and one
+/// that has not confirmed within the pause again after the others.
+const LEAVE_WINDOW: usize = 8;
+const LEAVE_PAUSE: Duration = Duration::from_millis(60);
 /// Most time that saying goodbye may take.
 const LEAVE_LIMIT: Duration = Duration::from_millis(500);
 /// Most time for chitchat's task to end by itself.
@@ -56,11 +62,10 @@ const STOP_LIMIT: Duration = Duration::from_secs(1);
 /// Seed names are looked up again this often, and sooner while one of them has never been found.
 const RESOLVE_PERIOD: Duration = Duration::from_secs(15);
 const RESOLVE_RETRY: Duration = Duration::from_secs(1);
-const RESOLVE_LIMIT: Duration = Duration::from_secs(5);
 /// A node that knows live peers still contacts a seed this often, so that parts of a cluster that forgot each other merge.
 const SEED_PERIOD: Duration = Duration::from_secs(15);
 /// Most addresses of one seed name, and most that the caller may offer.
-const MAX_SEED_ADDRS: usize = 64;
+const MAX_SEED_ADDRS: usize = MAX_SRV_ADDRS;
 
 /// Why gossip does not start, or refuses.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +74,8 @@ pub enum GossipError {
     /// The configuration cannot work: correct it.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The socket cannot be opened: free the port or choose another address.
-    #[error("gossip cannot listen on {addr} (UDP): {reason}")]
+    /// The sockets cannot be opened: free the port in both protocols or choose another address.
+    #[error("gossip cannot listen on {addr} (UDP and TCP): {reason}")]
     Bind {
         /// The address.
         addr: SocketAddr,
@@ -83,6 +88,12 @@ pub enum GossipError {
     /// The value cannot be carried: correct it.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The keys cannot be changed so: see the error.
+    #[error(transparent)]
+    KeyRing(#[from] KeyRingError),
+    /// This node was started without cluster keys; restart it with a key file.
+    #[error("gossip was started without cluster keys")]
+    NoKeys,
     /// Gossip has stopped; nothing is heard or told any more.
     #[error("gossip has stopped")]
     Stopped,
@@ -97,7 +108,7 @@ pub struct GossipStats {
     pub conflicts: u64,
     /// Sightings of nodes beyond the most that are held.
     pub refused_members: u64,
-    /// Datagrams that decoded.
+    /// Datagrams of this cluster.
     pub received_datagrams: u64,
     /// Their bytes.
     pub received_bytes: u64,
@@ -105,6 +116,51 @@ pub struct GossipStats {
     pub sent_datagrams: u64,
     /// Their bytes.
     pub sent_bytes: u64,
+    /// Messages received by TCP.
+    pub received_stream_messages: u64,
+    /// Their bytes.
+    pub received_stream_bytes: u64,
+    /// Messages sent by TCP.
+    pub sent_stream_messages: u64,
+    /// Their bytes.
+    pub sent_stream_bytes: u64,
+    /// Messages dropped because more came than could be decoded.
+    pub dropped_messages: u64,
+    /// Messages of this cluster that do not decode.
+    pub undecodable_messages: u64,
+    /// Errors of sockets; none of them ends gossip.
+    pub socket_errors: u64,
+    /// Datagrams and frames from senders that had not proven that they speak now: joiners, or repetitions.
+    pub unproven: u64,
+    /// Greetings sent in answer to them.
+    pub greetings: u64,
+    /// Peers of which it is known that they have this node's goodbye, and living ones of which it is not.
+    pub goodbyes_confirmed: u64,
+    /// See [`GossipStats::goodbyes_confirmed`].
+    pub goodbyes_unconfirmed: u64,
+    /// What was received and is not for this node.
+    pub foreign: ForeignStats,
+}
+
+/// Datagrams and frames that were ignored, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ForeignStats([u64; Foreign::ALL.len()]);
+
+impl ForeignStats {
+    /// How many of this kind.
+    pub fn of(&self, kind: Foreign) -> u64 {
+        self.0[kind as usize]
+    }
+
+    /// How many in all.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// Each kind with its count.
+    pub fn iter(&self) -> impl Iterator<Item = (Foreign, u64)> {
+        Foreign::ALL.into_iter().zip(self.0)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -134,7 +190,9 @@ struct Shared {
     malformed_values: AtomicU64,
     conflicts: AtomicU64,
     refused_members: AtomicU64,
-    traffic: Arc<Traffic>,
+    goodbyes_confirmed: AtomicU64,
+    goodbyes_unconfirmed: AtomicU64,
+    wire: Arc<Wire>,
 }
 
 /// Running gossip of one node. Dropping it stops at once and without a goodbye, as a crash would; peers then see this node
@@ -153,16 +211,20 @@ impl std::fmt::Debug for Gossip {
 }
 
 impl Gossip {
-    /// Binds the socket and begins to gossip. Returns without waiting for peers or for DNS.
+    /// Binds the sockets and begins to gossip. Returns without waiting for peers or for DNS.
     ///
     /// Errors: a configuration that cannot work, or an address that cannot be bound. Needs a tokio runtime with time and I/O.
     pub async fn start(config: GossipConfig) -> Result<Gossip, GossipError> {
+        Gossip::start_with(config, Hooks::default()).await
+    }
+
+    pub(crate) async fn start_with(config: GossipConfig, hooks: Hooks) -> Result<Gossip, GossipError> {
         config.validate()?;
         let seeds = config.split_seeds()?;
-        let traffic = Arc::new(Traffic::default());
-        let (transport, bound) = OpenedTransport::open(config.bind, traffic.clone())
+        let sockets = Bound::bind(config.bind)
             .await
-            .map_err(|error| GossipError::Bind { addr: config.bind, reason: error.root_cause().to_string() })?;
+            .map_err(|error| GossipError::Bind { addr: config.bind, reason: error.to_string() })?;
+        let bound = sockets.addr;
         let mut advertise = config.advertise;
         if advertise.port() == 0 {
             advertise.set_port(bound.port());
@@ -170,6 +232,10 @@ impl Gossip {
         let wall_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
         let generation = config.generation.unwrap_or(wall_ns).max(1);
         let pairs = encode_node(&config.meta(advertise))?;
+        let Started { wire, transport, greeted } =
+            Wire::start(sockets, advertise, &config.cluster, config.keys.clone(), hooks.clone())
+                .await
+                .map_err(|error| GossipError::Start(format!("{error:#}")))?;
         let handle = spawn_chitchat(chitchat_config(&config, &seeds, generation, bound, advertise), pairs, &transport)
             .await
             .map_err(|error| GossipError::Start(format!("{error:#}")))?;
@@ -202,14 +268,19 @@ impl Gossip {
             malformed_values: AtomicU64::new(0),
             conflicts: AtomicU64::new(0),
             refused_members: AtomicU64::new(0),
-            traffic,
+            goodbyes_confirmed: AtomicU64::new(0),
+            goodbyes_unconfirmed: AtomicU64::new(0),
+            wire,
         });
-        let mut watcher = Watcher::new(shared.clone(), &config);
+        let mut watcher = Watcher::new(shared.clone(), &config, greeted);
         // This node is a member before anybody can ask.
         watcher.scan(true).await;
         tokio::spawn(watcher.run(config.interval));
-        tokio::spawn(seed_loop(shared.clone(), seeds, config.interval));
-        tracing::info!(node = %config.node_id, %bound, %advertise, generation, cluster = %config.cluster, "gossip started");
+        tokio::spawn(seed_loop(shared.clone(), seeds, config.interval, hooks));
+        let key = config.keys.as_ref().map(KeyRing::primary);
+        tracing::info!(
+            node = %config.node_id, %bound, %advertise, generation, cluster = %config.cluster, ?key, "gossip started"
+        );
         Ok(Gossip { shared, advertise, _listeners: listeners })
     }
 
@@ -289,8 +360,46 @@ impl Gossip {
         Ok(())
     }
 
-    /// Replaces the seed addresses that the caller resolved by itself, for instance from SRV records; at most 64 are kept. They
-    /// are contacted like the configured ones.
+    /// The cluster's keys as they stand now; `None` on a node without. A later start of gossip must be given these and not those
+    /// of the first start, or it would forget a rotation.
+    pub fn keyring(&self) -> Option<KeyRing> {
+        self.shared.wire.ring()
+    }
+
+    /// Adds a key with which peers may seal. The first step of a rotation, to be done on every node before the second.
+    ///
+    /// Errors: [`GossipError::NoKeys`]; too many keys.
+    pub fn install_key(&self, key: ClusterKey) -> Result<(), GossipError> {
+        self.change_keys("installed", key.id(), |ring| ring.install(key))
+    }
+
+    /// Seals with this key from now on. The second step, to be done on every node before the third.
+    ///
+    /// Errors: [`GossipError::NoKeys`]; a key that is not installed.
+    pub fn use_key(&self, id: KeyId) -> Result<(), GossipError> {
+        self.change_keys("in use", id, |ring| ring.use_key(id))
+    }
+
+    /// Refuses from now on what is sealed with this key. The last step.
+    ///
+    /// Errors: [`GossipError::NoKeys`]; a key that is not installed, or with which this node seals.
+    pub fn remove_key(&self, id: KeyId) -> Result<(), GossipError> {
+        self.change_keys("removed", id, |ring| ring.remove(id))
+    }
+
+    fn change_keys(
+        &self,
+        what: &str,
+        id: KeyId,
+        change: impl FnOnce(&mut KeyRing) -> Result<(), KeyRingError>,
+    ) -> Result<(), GossipError> {
+        self.shared.wire.change_ring(change).ok_or(GossipError::NoKeys)??;
+        tracing::info!(node = %self.shared.this, key = %id, "gossip key {what}");
+        Ok(())
+    }
+
+    /// Replaces the seed addresses that the caller found by itself; at most 64 are kept. They are contacted like the
+    /// configured ones.
     pub fn offer_seeds(&self, addrs: &[SocketAddr]) {
         let fitting = addrs.iter().copied().filter(|addr| addr.is_ipv4() == self.advertise.is_ipv4());
         *self.shared.offered_seeds.lock().expect("no panic while held") = fitting.take(MAX_SEED_ADDRS).collect();
@@ -316,41 +425,64 @@ impl Gossip {
 
     /// Counters.
     pub fn stats(&self) -> GossipStats {
-        let shared = &self.shared;
+        let (shared, traffic) = (&self.shared, &self.shared.wire.traffic);
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         GossipStats {
             malformed_values: get(&shared.malformed_values),
             conflicts: get(&shared.conflicts),
             refused_members: get(&shared.refused_members),
-            received_datagrams: get(&shared.traffic.received_datagrams),
-            received_bytes: get(&shared.traffic.received_bytes),
-            sent_datagrams: get(&shared.traffic.sent_datagrams),
-            sent_bytes: get(&shared.traffic.sent_bytes),
+            received_datagrams: get(&traffic.received_datagrams),
+            received_bytes: get(&traffic.received_bytes),
+            sent_datagrams: get(&traffic.sent_datagrams),
+            sent_bytes: get(&traffic.sent_bytes),
+            received_stream_messages: get(&traffic.received_stream_messages),
+            received_stream_bytes: get(&traffic.received_stream_bytes),
+            sent_stream_messages: get(&traffic.sent_stream_messages),
+            sent_stream_bytes: get(&traffic.sent_stream_bytes),
+            dropped_messages: get(&traffic.dropped_messages),
+            undecodable_messages: get(&traffic.undecodable_messages),
+            socket_errors: get(&traffic.socket_errors),
+            unproven: get(&traffic.unproven),
+            greetings: get(&traffic.hellos),
+            goodbyes_confirmed: get(&shared.goodbyes_confirmed),
+            goodbyes_unconfirmed: get(&shared.goodbyes_unconfirmed),
+            foreign: ForeignStats(std::array::from_fn(|kind| get(&traffic.foreign[kind]))),
         }
     }
 
-    /// Says goodbye to every peer, so that they see this node as left and not as failed, and stops. Takes at most half a second
-    /// and the time to stop. Best effort: a peer that hears nothing learns of it from others.
+    /// Says goodbye to every peer, so that they see this node as left and not as failed, and stops. Ends as soon as every peer is
+    /// known to have heard it; takes at most half a second, for instance because one is dead, and the time to stop. A peer that
+    /// hears nothing learns of it from others.
     pub async fn leave(&self) {
-        if self.health() && timeout(LEAVE_LIMIT, self.shared.say_goodbye()).await.is_err() {
-            tracing::warn!("gossip: not all peers may have heard the goodbye");
+        if self.health() {
+            self.shared.say_goodbye().await;
         }
         self.shutdown().await;
     }
 
-    /// Stops without a goodbye: peers will see this node fail. The socket is closed when this returns.
+    /// Stops without a goodbye: peers will see this node fail. The sockets are closed when this returns.
     pub async fn shutdown(&self) {
         self.stop_tasks();
         if timeout(STOP_LIMIT, self.shared.handle.termination_watcher()).await.is_err() {
             self.shared.handle.abort();
         }
         self.shared.end();
+        if timeout(STOP_LIMIT, self.shared.wire.closed()).await.is_err() {
+            tracing::warn!(node = %self.shared.this, "gossip: a socket is still open");
+        }
+    }
+
+    /// How many lives of nodes chitchat has heard of, this one included.
+    #[cfg(test)]
+    pub(crate) async fn known_lives(&self) -> usize {
+        self.shared.handle.chitchat().lock().await.node_states().len()
     }
 
     fn stop_tasks(&self) {
         self.shared.stop.send_replace(true);
         // An error means that it has stopped already.
         let _ = self.shared.handle.initiate_shutdown();
+        self.shared.wire.close();
     }
 }
 
@@ -389,36 +521,71 @@ fn chitchat_config(
 }
 
 impl Shared {
-    /// Tells everybody who can listen, twice, because datagrams get lost.
+    /// Tells everybody who can listen, by datagrams and by TCP, and again until all living peers are known to have heard it.
     async fn say_goodbye(&self) {
-        let away: HashSet<SocketAddr> = {
+        let (required, away) = {
             let members = self.members.lock().expect("no panic while held");
-            let addrs = |present| {
-                let some = members.iter().filter(move |m| m.state.is_present() == present);
+            let addrs = |wanted: fn(MemberState) -> bool| {
+                let some = members.iter().filter(move |m| m.meta.node_id != self.this && wanted(m.state));
                 some.map(|m| m.meta.gossip_addr).collect::<HashSet<_>>()
             };
             // A living node may have taken over the address of a dead one.
-            &addrs(false) - &addrs(true)
+            (addrs(|s| s == MemberState::Alive), &addrs(|s| !s.is_present()) - &addrs(MemberState::is_present))
         };
         let chitchat = self.handle.chitchat();
         let peers: HashSet<SocketAddr> = {
             let mut chitchat = chitchat.lock().await;
+            self.wire.arm_evidence();
             chitchat.self_node_state().set(STATE_KEY, STATE_LEFT);
             let own = chitchat.self_chitchat_id();
-            let others = chitchat.node_states().keys().filter(|id| *id != own).take(MAX_LIVES);
-            others.map(|id| id.gossip_advertise_addr).filter(|addr| !away.contains(addr)).collect()
+            // Who has left does not listen; a newcomer knows of it from chitchat only.
+            let here = |state: &NodeState| state.get(STATE_KEY) != Some(STATE_LEFT);
+            let states = chitchat.node_states().iter().take(MAX_LIVES);
+            let others = states.filter(|(id, state)| *id != own && here(state)).map(|(id, _)| id.gossip_advertise_addr);
+            others.filter(|addr| !away.contains(addr)).collect()
         };
-        if peers.is_empty() {
-            return;
-        }
-        for _ in 0..LEAVE_ROUNDS {
-            for peer in &peers {
-                if self.handle.gossip(*peer).is_err() {
+        let mut order: Vec<SocketAddr> = peers.iter().copied().collect();
+        let mut rng = SplitMix::new(self.generation ^ self.this.0);
+        rng.keep_random(&mut order, usize::MAX);
+        // Those that are alive can hear it.
+        order.sort_by_key(|peer| !required.contains(peer));
+        let deadline = Instant::now() + LEAVE_LIMIT;
+        let mut waiting: VecDeque<(SocketAddr, bool)> = order.into_iter().map(|peer| (peer, true)).collect();
+        let mut greeted: HashMap<SocketAddr, Farewell> = HashMap::new();
+        loop {
+            let open = self.wire.unconfirmed(&peers);
+            greeted.retain(|peer, _| open.contains(peer));
+            let now = Instant::now();
+            let silent: Vec<_> =
+                greeted.iter().filter(|(_, f)| f.until <= now).map(|(p, f)| (*p, !f.by_stream)).collect();
+            for (peer, by_stream) in silent {
+                greeted.remove(&peer);
+                waiting.push_back((peer, by_stream));
+            }
+            while greeted.len() < LEAVE_WINDOW {
+                let Some((peer, by_stream)) = waiting.pop_front() else { break };
+                self.wire.prefer_stream(peer, by_stream);
+                if self.handle.gossip(peer).is_err() {
                     return;
                 }
+                greeted.insert(peer, Farewell { until: now + LEAVE_PAUSE, by_stream, told: false });
             }
-            // The news itself goes out with the answer to the peer's answer, 1.5 round trips from now.
-            sleep(LEAVE_PAUSE).await;
+            // The news itself goes out with the answer to the peer's answer, 1.5 round trips from the greeting. Another greeting
+            // tells that it has arrived.
+            for peer in self.wire.take_told() {
+                if let Some(farewell) = greeted.get_mut(&peer).filter(|f| !f.told) {
+                    farewell.told = true;
+                    let _ = self.handle.gossip(peer);
+                }
+            }
+            let Some(next) = greeted.values().map(|f| f.until).min().filter(|_| now < deadline) else { break };
+            let _ = timeout_at(next.min(deadline), self.wire.answer()).await;
+        }
+        let missing = self.wire.unconfirmed(&required).len();
+        self.goodbyes_confirmed.store((required.len() - missing) as u64, Ordering::Relaxed);
+        self.goodbyes_unconfirmed.store(missing as u64, Ordering::Relaxed);
+        if missing > 0 {
+            tracing::warn!(node = %self.this, missing, "gossip: not all peers are known to have heard the goodbye");
         }
     }
 
@@ -460,7 +627,18 @@ impl Shared {
         self.healthy.send_if_modified(|healthy| std::mem::replace(healthy, false));
         self.events.close();
         self.updates.close();
+        self.wire.close();
     }
+}
+
+/// A peer that was greeted by a leaving node and has not confirmed yet.
+struct Farewell {
+    /// When the next one gets its turn.
+    until: Instant,
+    /// By TCP and by datagrams in turn: there is no time to find out which of them works.
+    by_stream: bool,
+    /// Whether it was sent what it lacked.
+    told: bool,
 }
 
 /// Whatever ends the watch task, be it a panic, ends gossip visibly.
@@ -503,10 +681,12 @@ struct Watcher {
     started: Instant,
     ticks: u64,
     rng: SplitMix,
+    /// Peers that asked to be told again.
+    greeted: mpsc::Receiver<SocketAddr>,
 }
 
 impl Watcher {
-    fn new(shared: Arc<Shared>, config: &GossipConfig) -> Self {
+    fn new(shared: Arc<Shared>, config: &GossipConfig, greeted: mpsc::Receiver<SocketAddr>) -> Self {
         let view = View::new(ViewConfig {
             this: config.node_id,
             generation: shared.generation,
@@ -514,7 +694,7 @@ impl Watcher {
             dead_ticks: config.dead_ticks,
         });
         let rng = SplitMix::new(shared.generation ^ config.node_id.0);
-        Watcher { shared, view, lives: HashMap::new(), started: Instant::now(), ticks: 0, rng }
+        Watcher { shared, view, lives: HashMap::new(), started: Instant::now(), ticks: 0, rng, greeted }
     }
 
     async fn run(mut self, period: Duration) {
@@ -553,6 +733,10 @@ impl Watcher {
                         self.scan(false).await;
                         last_scan = Instant::now();
                     }
+                }
+                Some(peer) = self.greeted.recv() => {
+                    // Its answer will be taken now. An error means that chitchat has stopped, which is seen above.
+                    let _ = shared.handle.gossip(peer);
                 }
                 () = shared.publish.notified() => {
                     flush_at.get_or_insert_with(|| Instant::now() + PUBLISH_DEBOUNCE);
@@ -726,12 +910,12 @@ fn read_claims(state: &NodeState, upto: u64, counted_upto: u64) -> (Vec<LeaderCl
 }
 
 /// Looks up seed names and contacts seeds that chitchat does not know: each period while this node is alone, seldom later.
-async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration) {
+async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: Hooks) {
     let mut stop = shared.stop.subscribe();
     let mut health = shared.healthy.subscribe();
     let mut ticks = interval(period.max(Duration::from_millis(100)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut known: HashMap<String, Vec<SocketAddr>> = HashMap::new();
+    let mut known: HashMap<SeedAddr, Vec<SocketAddr>> = HashMap::new();
     let (mut resolve_at, mut contact_at) = (Instant::now(), Instant::now());
     let ipv4 = shared.handle.chitchat_id().gossip_advertise_addr.is_ipv4();
     let own = shared.handle.chitchat_id().gossip_advertise_addr;
@@ -742,12 +926,13 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration) {
             () = until(&mut health, false) => return,
             _ = ticks.tick() => {}
         }
-        if !seeds.hosts.is_empty() && resolve_at <= Instant::now() {
+        if !seeds.names.is_empty() && resolve_at <= Instant::now() {
             tokio::select! {
                 () = until(&mut stop, true) => return,
-                () = resolve(&seeds.hosts, ipv4, &mut known) => {}
+                () = resolve(&seeds.names, ipv4, hooks.dns, &mut known) => {}
             }
-            let wait = if known.len() < seeds.hosts.len() { RESOLVE_RETRY } else { RESOLVE_PERIOD };
+            let retry = known.len() < seeds.names.len();
+            let wait = hooks.resolve_period.unwrap_or(if retry { RESOLVE_RETRY } else { RESOLVE_PERIOD });
             resolve_at = Instant::now() + wait;
         }
         let alone = {
@@ -771,24 +956,48 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration) {
     }
 }
 
-/// Looks the names up one after the other. A name that is not found now keeps the addresses that it had.
-async fn resolve(hosts: &[String], ipv4: bool, known: &mut HashMap<String, Vec<SocketAddr>>) {
-    for host in hosts {
-        match timeout(RESOLVE_LIMIT, tokio::net::lookup_host(host.as_str())).await {
-            Ok(Ok(found)) => {
-                let fitting: Vec<SocketAddr> =
-                    found.filter(|addr| addr.is_ipv4() == ipv4).take(MAX_SEED_ADDRS).collect();
-                if fitting.is_empty() {
-                    tracing::warn!(host, ipv4, "gossip seed has no address of the socket's family");
+/// Looks all names up at once. A name that is not found now keeps the addresses that it had.
+async fn resolve(
+    names: &[SeedAddr],
+    ipv4: bool,
+    dns: Option<SocketAddr>,
+    known: &mut HashMap<SeedAddr, Vec<SocketAddr>>,
+) {
+    let mut lookups = JoinSet::new();
+    for seed in names.iter().cloned() {
+        lookups.spawn(async move {
+            let found = lookup(&seed, dns).await;
+            (seed, found)
+        });
+    }
+    while let Some(lookup) = lookups.join_next().await {
+        match lookup {
+            Ok((seed, Ok(mut found))) => {
+                found.retain(|addr| addr.is_ipv4() == ipv4);
+                found.truncate(MAX_SEED_ADDRS);
+                if found.is_empty() {
+                    tracing::warn!(%seed, ipv4, "gossip seed has no address of the socket's family");
                 } else {
-                    known.insert(host.clone(), fitting);
+                    known.insert(seed, found);
                 }
             }
-            Ok(Err(error)) => {
-                tracing::debug!(host, %error, "gossip seed not found; kept as it was")
-            }
-            Err(_) => tracing::debug!(host, "looking up a gossip seed takes too long; kept as it was"),
+            Ok((seed, Err(reason))) => tracing::debug!(%seed, reason, "gossip seed not found; kept as it was"),
+            Err(error) => tracing::error!(%error, "a lookup of a gossip seed panicked"),
         }
+    }
+}
+
+async fn lookup(seed: &SeedAddr, dns: Option<SocketAddr>) -> Result<Vec<SocketAddr>, String> {
+    match seed {
+        SeedAddr::Ip(addr) => Ok(vec![*addr]),
+        // The system's own lookup, which knows more than DNS.
+        SeedAddr::Host { host, port } => {
+            match timeout(RESOLVE_LIMIT, tokio::net::lookup_host((host.as_str(), *port))).await {
+                Ok(found) => found.map(Iterator::collect).map_err(|error| error.to_string()),
+                Err(_) => Err("the lookup takes too long".to_owned()),
+            }
+        }
+        SeedAddr::Srv(name) => lookup_srv(name, dns).await.map_err(|error| error.to_string()),
     }
 }
 
@@ -801,54 +1010,16 @@ async fn until(watched: &mut watch::Receiver<bool>, value: bool) {
 mod tests {
     use super::*;
     use crate::keys::encode_node;
-    use crate::testing::Rng;
+    use crate::testing::{PATIENCE, all_see, config, eventually, start, state};
     use crate::view::MemberEvent;
-    use chitchat::transport::UdpTransport;
     use crema_core::Incarnation;
-    use std::net::UdpSocket;
-
-    /// Generous, because the machine may be busy; every wait ends as soon as its condition holds.
-    const PATIENCE: Duration = Duration::from_secs(15);
-
-    fn config(node: u64, seeds: &[SocketAddr]) -> GossipConfig {
-        let bind = "127.0.0.1:0".parse().unwrap();
-        let raft_addr = format!("127.0.0.1:{}", 9000 + node);
-        let mut config = GossipConfig::new(NodeId(node), Incarnation(node.into()), raft_addr, "test", bind);
-        config.seeds = seeds.iter().map(ToString::to_string).collect();
-        config.interval = Duration::from_millis(50);
-        config.initial_interval = Duration::from_millis(50);
-        config
-    }
-
-    async fn start(node: u64, seeds: &[SocketAddr]) -> Gossip {
-        Gossip::start(config(node, seeds)).await.unwrap()
-    }
-
-    async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !holds() {
-            assert!(Instant::now() < deadline, "still not so: {what}");
-            sleep(Duration::from_millis(5)).await;
-        }
-    }
 
     async fn next(events: &mut EventReceiver) -> MemberEvent {
         timeout(PATIENCE, events.recv()).await.expect("an event").expect("gossip runs")
     }
 
-    fn state(gossip: &Gossip, node: u64) -> Option<MemberState> {
-        gossip.members().iter().find(|m| m.meta.node_id == NodeId(node)).map(|m| m.state)
-    }
-
     fn join(node: u64) -> MemberEvent {
         MemberEvent::Join { node: NodeId(node), raft_addr: format!("127.0.0.1:{}", 9000 + node) }
-    }
-
-    async fn all_see(all: &[&Gossip], nodes: &[u64]) {
-        eventually("all see each other alive", || {
-            all.iter().all(|g| nodes.iter().all(|n| state(g, *n) == Some(MemberState::Alive)))
-        })
-        .await;
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -953,7 +1124,7 @@ mod tests {
         zoned.metadata.insert("zone".into(), "a".into());
         let a = Gossip::start(zoned).await.unwrap();
         let mut by_name = config(2, &[]);
-        by_name.seeds = vec![format!("localhost:{}", a.addr().port())];
+        by_name.seeds = vec![format!("localhost:{}", a.addr().port()).parse().unwrap()];
         let b = Gossip::start(by_name).await.unwrap();
         let c = start(3, &[]).await;
         c.offer_seeds(&[a.addr()]);
@@ -1030,15 +1201,16 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_peer_that_talks_nonsense_is_ignored_and_counted() {
         let a = start(1, &[]).await;
-        let seeds = Seeds { addrs: vec![a.addr()], hosts: vec![] };
-        let probe = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let addr = probe.local_addr().unwrap();
-        drop(probe);
+        let seeds = Seeds { addrs: vec![a.addr()], names: vec![] };
+        let sockets = Bound::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let addr = sockets.addr;
+        let Started { wire, transport, greeted: _greeted } =
+            Wire::start(sockets, addr, "test", None, Hooks::default()).await.unwrap();
         let mut stranger = chitchat_config(&config(9, &[]), &seeds, 1, addr, addr);
         stranger.chitchat_id.node_id = "nobody".into();
         let mut pairs = encode_node(&config(9, &[]).meta(addr)).unwrap();
         pairs.push(("l/1".into(), "1:1".into()));
-        let stranger = spawn_chitchat(stranger, pairs, &UdpTransport).await.unwrap();
+        let stranger = spawn_chitchat(stranger, pairs, &transport).await.unwrap();
         eventually("the stranger is counted", || a.stats().malformed_values >= 1).await;
         let b = start(2, &[a.addr()]).await;
         {
@@ -1061,46 +1233,7 @@ mod tests {
         assert_eq!(a.tracker().all_leaders().len(), 1);
         assert_eq!(a.members().len(), 2);
         stranger.shutdown().await.unwrap();
-    }
-
-    /// Random datagrams, half of them with a valid header, never end gossip.
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn garbage_on_the_port_is_survived() {
-        let a = start(1, &[]).await;
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        // A real greeting, caught to learn what a valid header looks like.
-        let b = start(2, &[socket.local_addr().unwrap()]).await;
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut greeting = [0_u8; 2_048];
-        let len = tokio::task::block_in_place(|| socket.recv(&mut greeting)).unwrap();
-        let mut rng = Rng::from_clock();
-        for i in 0..10_000_u32 {
-            let mut datagram: Vec<u8> = (0..rng.below(300)).map(|_| rng.next() as u8).collect();
-            match i % 4 {
-                0 => {
-                    let header = 4.min(datagram.len());
-                    datagram[..header].copy_from_slice(&greeting[..header]);
-                    // Any kind of message, known or not.
-                    if let Some(kind) = datagram.get_mut(3) {
-                        *kind = rng.below(6) as u8;
-                    }
-                }
-                1 => {
-                    // A cut greeting. (Flipped bits could make a valid one that speaks of other nodes.)
-                    datagram = greeting[..rng.below(len as u64) as usize].to_vec();
-                }
-                _ => {}
-            }
-            socket.send_to(&datagram, a.addr()).unwrap();
-            if i % 64 == 0 {
-                tokio::task::yield_now().await;
-            }
-        }
-        b.offer_seeds(&[a.addr()]);
-        all_see(&[&a, &b], &[1, 2]).await;
-        b.publish_leaders(&[(ShardId(1), Term(1), Epoch(1))]);
-        eventually("news still arrives", || a.tracker().get_leader(ShardId(1)) == Some(NodeId(2))).await;
-        assert!(a.health() && b.health());
-        assert_eq!(a.members().len(), 2);
+        wire.close();
+        timeout(PATIENCE, wire.closed()).await.expect("the sockets are closed");
     }
 }

@@ -14,6 +14,7 @@ use clap::ArgAction;
 use confique::{Config as _, Layer as _};
 use crema_core::EvictionPolicy;
 use crema_core::NodeId;
+use crema_gossip::SeedAddr;
 use crema_shard::meta::MAX_ZONE_BYTES;
 use crema_shard::{AutoVoters, MemoryOptions, ReadMode};
 use serde::Deserialize;
@@ -57,7 +58,8 @@ pub struct Config {
     #[config(layer_attr(arg(long, value_name = "ID,…", value_delimiter = ',')))]
     pub initial_members: Vec<u64>,
 
-    /// Gossip addresses of some other nodes as host:port, from which this node finds all others.
+    /// Gossip addresses of some other nodes, from which this node finds all others: as ip:port, host:port (looked up again
+    /// every 15 s), or srv:_crema._udp.example (SRV records, likewise).
     #[config(env = "CREMA_SEEDS", parse_env = list, default = [])]
     #[config(layer_attr(arg(long, value_name = "HOST:PORT,…", value_delimiter = ',')))]
     pub seeds: Vec<String>,
@@ -75,7 +77,7 @@ pub struct Config {
     #[config(layer_attr(arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")))]
     pub join: bool,
 
-    /// UDP address for gossip.
+    /// Address for gossip, UDP and TCP.
     #[config(env = "CREMA_GOSSIP_ADDR", default = "127.0.0.1:8001", layer_attr(arg(long, value_name = "IP:PORT")))]
     pub gossip_addr: SocketAddr,
 
@@ -242,9 +244,7 @@ impl Config {
         }
         check_cluster_name(&self.cluster)?;
         let initial_members = self.founders()?;
-        for seed in &self.seeds {
-            check_seed(seed)?;
-        }
+        let seeds = SeedAddr::parse_all(&self.seeds).map_err(|e| ConfigError(format!("seeds: {e}")))?;
         range("shards", u64::from(self.shards), 1, 16_384)?;
         range("replicas", u64::from(self.replicas), 1, 7)?;
         range("request_deadline_ms", self.request_deadline_ms, 10, 600_000)?;
@@ -277,7 +277,7 @@ impl Config {
                 cluster: self.cluster.clone(),
                 initial_members,
                 static_peers: BTreeMap::new(),
-                seeds: self.seeds.clone(),
+                seeds,
                 gossip: GossipOptions::default(),
                 shards: self.shards,
                 replicas: self.replicas,
@@ -447,15 +447,6 @@ pub(crate) fn check_cluster_name(name: &str) -> Result<(), ConfigError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
     if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
         return bad("cluster must be a name of 1 to 64 letters, digits, dots, dashes or underscores");
-    }
-    Ok(())
-}
-
-fn check_seed(seed: &str) -> Result<(), ConfigError> {
-    let port =
-        seed.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
-    if seed.len() > 261 || !seed.is_ascii() || port.is_none_or(|p| p == 0) {
-        return bad(format!("seeds: {seed:?} is not of the form host:port"));
     }
     Ok(())
 }

@@ -46,20 +46,19 @@ pub mod pressure;
 pub mod recover;
 pub mod resp;
 pub mod run;
-pub mod seed;
 pub mod storage;
 pub mod voters;
 
 pub use cache::{CacheConfig, CacheError, DistributedCache, NodeId, ShardId};
 pub use coordinator::{Coordinator, MultiRaftCacheConfig, ShardLeaderTracker};
 pub use crema_core::EvictionPolicy;
+pub use crema_gossip::{SeedAddr, SeedError, resolve_srv};
 pub use crema_shard::{ReadLevel, ReadMode};
 pub use memberlist::{
     EventReceiver, GossipTuning, Member, MemberState, MemberlistConfig, MemberlistDiscovery, MemberlistEvent,
     PeerManagementConfig,
 };
 pub use node::StartError;
-pub use seed::{SeedAddr, SeedError};
 
 /// What nodes tell each other, by the names that embedding programs use.
 pub mod cluster {

@@ -16,7 +16,7 @@
 //! let (node_id, raft_addr) = (1, "127.0.0.1:9001".parse()?);
 //! let seed_nodes = vec![(2, "127.0.0.1:9002".parse()?), (3, "127.0.0.1:9003".parse()?)];
 //!
-//! // Gossip listens on UDP. Seeds are its addresses: ip:port, or host:port.
+//! // Gossip listens on UDP. Seeds are its addresses: ip:port, host:port, or srv:name.
 //! let memberlist = MemberlistConfig::new("127.0.0.1:8001".parse()?)
 //!     .with_seeds(vec!["127.0.0.1:8002".parse()?, "127.0.0.1:8003".parse()?])
 //!     .with_metadata("zone", "a");
@@ -44,8 +44,8 @@
 use crate::admin::MemberBody;
 use crate::cache::{NodeId, ShardId};
 use crate::node::GossipOptions;
-use crate::seed::SeedAddr;
 use crema_gossip::MemberEvent;
+use crema_gossip::SeedAddr;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -275,10 +275,10 @@ impl MemberlistDiscovery {
             ));
         }
         let seeds = if config.seed_addrs.is_empty() {
-            let derived = peers.iter().map(|(_, addr)| gossip_addr(*addr).map(|addr| addr.to_string()));
+            let derived = peers.iter().map(|(_, addr)| gossip_addr(*addr).map(SeedAddr::from));
             derived.collect::<Result<_, _>>().map_err(|e| format!("{e}: set seed_addrs"))?
         } else {
-            config.seed_addrs.iter().map(SeedAddr::to_string).collect()
+            config.seed_addrs.clone()
         };
         let mut metadata = config.metadata.clone();
         if let Some(name) = &config.node_name
@@ -300,7 +300,7 @@ impl MemberlistDiscovery {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct GossipSetup {
     pub(crate) bind: SocketAddr,
-    pub(crate) seeds: Vec<String>,
+    pub(crate) seeds: Vec<SeedAddr>,
     pub(crate) metadata: BTreeMap<String, String>,
     /// Where others reach a Raft address that is bound to all interfaces.
     pub(crate) raft_host: Option<IpAddr>,
@@ -560,7 +560,7 @@ mod tests {
         let setup = resolve("127.0.0.1:9001", enabled(), &peers).unwrap();
         assert_eq!(setup.bind, addr("127.0.0.1:8001"));
         assert_eq!(setup.options.advertise, Some(setup.bind));
-        assert_eq!(setup.seeds, ["127.0.0.1:8002", "10.0.0.3:8003"]);
+        assert_eq!(setup.seeds, [addr("127.0.0.1:8002").into(), addr("10.0.0.3:8003").into()]);
         assert_eq!(setup.raft_host, None);
         // A port that the system chooses.
         assert_eq!(resolve("127.0.0.1:0", enabled(), &[]).unwrap().bind, addr("127.0.0.1:0"));
@@ -571,7 +571,7 @@ mod tests {
             ..enabled()
         };
         let setup = resolve("127.0.0.1:9001", named, &[(2, addr("127.0.0.1:1"))]).unwrap();
-        assert_eq!((setup.bind, setup.seeds), (addr("127.0.0.1:7"), vec!["crema-headless:8000".to_owned()]));
+        assert_eq!((setup.bind, setup.seeds), (addr("127.0.0.1:7"), vec!["crema-headless:8000".parse().unwrap()]));
     }
 
     #[test]

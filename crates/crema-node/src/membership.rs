@@ -245,7 +245,9 @@ impl Membership {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
         let beaten = if let End::Superseded(by) = end { by } else { 0 };
         let generation = clock.max(last.saturating_add(1)).max(beaten.saturating_add(1));
-        let config = GossipConfig { generation: Some(generation), ..self.config.clone() };
+        // The keys as the ended run had them: they may have been changed since the first start.
+        let keys = self.gossip().keyring();
+        let config = GossipConfig { generation: Some(generation), keys, ..self.config.clone() };
         let gossip = Arc::new(Gossip::start(config).await?);
         // Under the lock: a leadership published meanwhile reaches the new run either here or by itself.
         let latest = self.led.lock().expect("no panic while held");
@@ -544,7 +546,7 @@ mod tests {
         };
         let ours = Membership::start(config(1)).await.unwrap();
         let mut other = config(2);
-        other.seeds = vec![ours.gossip().addr().to_string()];
+        other.seeds = vec![ours.gossip().addr().into()];
         let other = Gossip::start(other).await.unwrap();
         let (hub, mut story) = (EventHub::default(), Story::default());
         let mut events = hub.subscribe();
@@ -601,7 +603,7 @@ mod tests {
         let addr = first.addr();
 
         let mut rival = config(2);
-        rival.seeds = vec![addr.to_string()];
+        rival.seeds = vec![addr.into()];
         let rival = Gossip::start(rival).await.unwrap();
         let seen = async {
             loop {

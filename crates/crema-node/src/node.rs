@@ -29,7 +29,7 @@ use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::storage::{Opened, Storage, StorageError};
 use crema_core::{ClusterUuid, Incarnation, NodeId};
 use crema_gossip::events::EventHub;
-use crema_gossip::{EventReceiver, GossipConfig, GossipError, Member};
+use crema_gossip::{EventReceiver, GossipConfig, GossipError, Member, SeedAddr};
 use crema_shard::meta::{NO_LIFE, WHOLE_SHARE};
 use crema_shard::{
     AutoVoters, Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
@@ -75,7 +75,7 @@ const BACKLOG: u32 = 1024;
 pub struct BindAddrs {
     /// The other nodes' connections (TCP).
     pub raft: SocketAddr,
-    /// Gossip (UDP); without it, peers are found in [`NodeConfig::static_peers`] and in the placement only.
+    /// Gossip (UDP and TCP); without it, peers are found in [`NodeConfig::static_peers`] and in the placement only.
     pub gossip: Option<SocketAddr>,
     /// RESP, proxying every command.
     pub redis: Option<SocketAddr>,
@@ -96,8 +96,8 @@ pub struct NodeConfig {
     pub initial_members: Vec<NodeId>,
     /// Where nodes are reached, `host:port`, as long as neither gossip nor placement knows better.
     pub static_peers: BTreeMap<NodeId, String>,
-    /// Gossip addresses of other nodes, `host:port`.
-    pub seeds: Vec<String>,
+    /// Gossip addresses of other nodes.
+    pub seeds: Vec<SeedAddr>,
     /// What else gossip is told.
     pub gossip: GossipOptions,
     /// Data shards to found the cluster with, 1 to 16,384.

@@ -375,7 +375,7 @@ fn discovery_becomes_the_nodes_gossip() {
         .resolve()
         .unwrap();
     assert_eq!(node.bind.gossip, Some(addr("127.0.0.1:8001")));
-    assert_eq!(node.seeds, ["127.0.0.1:8002", "127.0.0.1:8004"]);
+    assert_eq!(node.seeds, crema_gossip::SeedAddr::parse_all(["127.0.0.1:8002", "127.0.0.1:8004"]).unwrap());
     assert_eq!(node.initial_members, [crema_core::NodeId(1), crema_core::NodeId(2)], "4 is known, and no founder");
     assert_eq!(node.static_peers.len(), 2);
     assert_eq!(node.gossip.tuning.dead_ticks, 5);
@@ -403,7 +403,7 @@ fn discovery_becomes_the_nodes_gossip() {
         (node.gossip.advertise, node.advertise_host.as_deref()),
         (Some(addr("203.0.113.10:8000")), Some("203.0.113.10"))
     );
-    assert_eq!(node.seeds, ["203.0.113.11:8000"]);
+    assert_eq!(node.seeds, crema_gossip::SeedAddr::parse_all(["203.0.113.11:8000"]).unwrap());
 }
 
 #[test]

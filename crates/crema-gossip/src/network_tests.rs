@@ -1,0 +1,434 @@
+//! Whole nodes over real sockets: keys, strangers, hostile datagrams, loss, repetitions, and large state.
+
+use crate::config::GossipConfig;
+use crate::events::GossipUpdate;
+use crate::fragment::MAX_DATAGRAM_BYTES;
+use crate::seal::{ClusterKey, Foreign, KeyRing};
+use crate::service::{Gossip, GossipError};
+use crate::testing::{PATIENCE, Rng, all_see, config, eventually, fuzz_count, start, state};
+use crate::transport::{Filter, Hooks};
+use crate::view::{MemberEvent, MemberState};
+use chitchat::transport::UdpTransport;
+use chitchat::{ChitchatConfig, ChitchatId, FailureDetectorConfig, ProtocolVersion, spawn_chitchat};
+use crema_core::{Epoch, NodeId, ShardId, Term};
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+
+fn key(byte: u8) -> ClusterKey {
+    let mut bytes = [byte; 32];
+    bytes[0] = !byte;
+    ClusterKey::new(bytes)
+}
+
+fn keyed(node: u64, seeds: &[SocketAddr]) -> GossipConfig {
+    GossipConfig { keys: Some(KeyRing::new(key(1))), ..config(node, seeds) }
+}
+
+fn filter(filter: impl Fn(SocketAddr, &[u8]) -> bool + Send + Sync + 'static) -> Hooks {
+    let udp: Filter = Arc::new(filter);
+    Hooks { udp: Some(udp), ..Hooks::default() }
+}
+
+/// Loses this share of the datagrams.
+fn lossy(percent: u64) -> Hooks {
+    let rng = Mutex::new(Rng::from_clock());
+    filter(move |_, _| rng.lock().unwrap().below(100) >= percent)
+}
+
+async fn start_with(config: GossipConfig, hooks: Hooks) -> Gossip {
+    timeout(PATIENCE, Gossip::start_with(config, hooks)).await.expect("it starts").unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_with_keys_meet_and_nothing_travels_in_the_clear() {
+    let check = || {
+        filter(|_, frame| {
+            assert!(frame.len() <= MAX_DATAGRAM_BYTES);
+            assert!(!frame.windows(4).any(|w| w == b"zone"));
+            true
+        })
+    };
+    let mut zoned = keyed(1, &[]);
+    zoned.metadata.insert("zone".into(), "a".into());
+    let a = start_with(zoned, check()).await;
+    let b = start_with(keyed(2, &[a.addr()]), check()).await;
+    let c = start_with(keyed(3, &[a.addr()]), check()).await;
+    all_see(&[&a, &b, &c], &[1, 2, 3]).await;
+    for g in [&b, &c] {
+        eventually("metadata arrives", || g.members()[0].meta.metadata.contains_key("zone")).await;
+    }
+    b.publish_leaders(&[(ShardId(1), Term(1), Epoch(1))]);
+    eventually("claims arrive", || c.tracker().get_leader(ShardId(1)) == Some(NodeId(2))).await;
+    assert!(a.stats().greetings > 0 && a.stats().received_datagrams > 0);
+    c.leave().await;
+    assert_eq!((c.stats().goodbyes_confirmed, c.stats().goodbyes_unconfirmed), (2, 0));
+    eventually("it has left", || state(&a, 3) == Some(MemberState::Left)).await;
+    assert_eq!(a.members().len(), 3);
+}
+
+/// A chitchat node without any of our framing.
+async fn plain_chitchat(seed: SocketAddr) -> chitchat::ChitchatHandle {
+    let probe = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let addr = probe.local_addr().unwrap();
+    drop(probe);
+    let grace = Duration::from_secs(60);
+    let config = ChitchatConfig {
+        chitchat_id: ChitchatId::new("9", 1, addr),
+        cluster_id: "test".into(),
+        gossip_interval: Duration::from_millis(50),
+        listen_addr: addr,
+        seed_nodes: vec![seed.to_string()],
+        failure_detector_config: FailureDetectorConfig::new(
+            8.0,
+            100,
+            Duration::from_secs(5),
+            Duration::from_millis(50),
+            grace,
+        ),
+        marked_for_deletion_grace_period: grace,
+        catchup_callback: None,
+        extra_liveness_predicate: None,
+        protocol_version: ProtocolVersion::V1,
+    };
+    spawn_chitchat(config, vec![], &UdpTransport).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_counted_by_kind_and_no_member_comes_of_them() {
+    let a = Gossip::start(keyed(1, &[])).await.unwrap();
+    let plain = plain_chitchat(a.addr()).await;
+    let wrong_key =
+        Gossip::start(GossipConfig { keys: Some(KeyRing::new(key(2))), ..config(2, &[a.addr()]) }).await.unwrap();
+    let other_name = Gossip::start(GossipConfig { cluster: "other".into(), ..keyed(3, &[a.addr()]) }).await.unwrap();
+    let no_key = start(4, &[a.addr()]).await;
+    let kinds = [Foreign::Plaintext, Foreign::WrongKey, Foreign::OtherCluster, Foreign::Unsealed];
+    for kind in kinds {
+        eventually(kind.reason(), || a.stats().foreign.of(kind) >= 5).await;
+    }
+    for g in [&a, &wrong_key, &other_name, &no_key] {
+        assert_eq!(g.members().len(), 1);
+    }
+    assert_eq!(a.stats().malformed_values, 0);
+
+    // The same without keys.
+    let open = start(5, &[]).await;
+    let plain_too = plain_chitchat(open.addr()).await;
+    let sealed = Gossip::start(keyed(6, &[open.addr()])).await.unwrap();
+    let other = Gossip::start(GossipConfig { cluster: "other".into(), ..config(7, &[open.addr()]) }).await.unwrap();
+    for kind in [Foreign::Plaintext, Foreign::Sealed, Foreign::OtherCluster] {
+        eventually(kind.reason(), || open.stats().foreign.of(kind) >= 5).await;
+    }
+    for g in [&open, &sealed, &other] {
+        assert_eq!(g.members().len(), 1);
+    }
+    for handle in [plain, plain_too] {
+        handle.shutdown().await.unwrap();
+    }
+}
+
+/// Random and mutated datagrams never end gossip and make nobody a member. `CREMA_FUZZ` sets their number.
+async fn hostile_datagrams(keys: Option<KeyRing>) {
+    let captured = Arc::new(Mutex::new(Vec::new()));
+    let into = captured.clone();
+    let capture = filter(move |_, frame| {
+        let mut captured = into.lock().unwrap();
+        if captured.len() < 1_000 {
+            captured.push(frame.to_vec());
+        }
+        true
+    });
+    let with_keys = |config: GossipConfig| GossipConfig { keys: keys.clone(), ..config };
+    let a = Gossip::start(with_keys(config(1, &[]))).await.unwrap();
+    let b = start_with(with_keys(config(2, &[a.addr()])), capture).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let mut rng = Rng::from_clock();
+    let arrived = || a.stats().foreign.total() + a.stats().unproven + a.stats().received_datagrams;
+    let mut seen = arrived();
+    for i in 1..=fuzz_count() {
+        let mut datagram = {
+            let captured = captured.lock().unwrap();
+            captured[rng.below(captured.len() as u64) as usize].clone()
+        };
+        let len = datagram.len() as u64;
+        match i % 5 {
+            0 => datagram = (0..rng.below(1_300)).map(|_| rng.next() as u8).collect(),
+            1 => datagram.truncate(rng.below(len) as usize),
+            // The readable header.
+            2 => datagram[rng.below(33.min(len)) as usize] = rng.next() as u8,
+            // A valid header with a random body, in which anything may stand. A body that decodes without keys could be
+            // a message about other nodes, which is what keys are for; random ones have never been one.
+            3 => datagram[33..].iter_mut().for_each(|byte| *byte = rng.next() as u8),
+            // Chitchat's own format with any kind of message.
+            _ => {
+                datagram = vec![0x53, 0xB0, rng.below(3) as u8, rng.below(6) as u8];
+                datagram.extend((0..rng.below(300)).map(|_| rng.next() as u8));
+            }
+        }
+        socket.send_to(&datagram, a.addr()).await.unwrap();
+        if i % 64 == 0 {
+            // Not faster than it reads; what the system drops all the same is not waited for long.
+            let until = Instant::now() + Duration::from_millis(50);
+            while arrived() < seen + 64 && Instant::now() < until {
+                tokio::task::yield_now().await;
+            }
+            seen = arrived();
+        }
+    }
+    assert!(a.stats().foreign.total() > u64::from(fuzz_count()) / 2, "{:?}", a.stats());
+    let claim = (ShardId(1), Term(1), Epoch(1));
+    b.publish_leaders(&[claim]);
+    eventually("news still arrives", || a.tracker().get_leader(ShardId(1)) == Some(NodeId(2))).await;
+    assert!(a.health() && b.health());
+    assert_eq!((a.members().len(), b.members().len()), (2, 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_datagrams_are_survived_with_keys() {
+    hostile_datagrams(Some(KeyRing::new(key(1)))).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_datagrams_are_survived_without_keys() {
+    hostile_datagrams(None).await;
+}
+
+/// Batches of nodes join and leave; two observers must see each of them leave and none of them fail.
+async fn leaves(batches: u64, batch: u64, hooks: impl Fn() -> Hooks, with_keys: bool) -> (u64, u64) {
+    let make = |node, seeds: &[SocketAddr]| if with_keys { keyed(node, seeds) } else { config(node, seeds) };
+    let a = start_with(make(1, &[]), hooks()).await;
+    let b = start_with(make(2, &[a.addr()]), hooks()).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+    let observers = [&a, &b];
+    let mut events = observers.map(Gossip::events);
+    let (mut confirmed, mut unconfirmed) = (0, 0);
+    for round in 0..batches {
+        let ids: Vec<u64> = (10 + round * batch..10 + (round + 1) * batch).collect();
+        let mut joiners = Vec::new();
+        for id in &ids {
+            joiners.push(start_with(make(*id, &[a.addr(), b.addr()]), hooks()).await);
+        }
+        all_see(&observers, &ids).await;
+        for joiner in &joiners {
+            all_see(&[joiner], &[1, 2]).await;
+        }
+        let mut leaving = JoinSet::new();
+        for joiner in joiners {
+            leaving.spawn(async move {
+                timeout(PATIENCE, joiner.leave()).await.expect("leaving ends");
+                joiner.stats()
+            });
+        }
+        while let Some(stats) = leaving.join_next().await {
+            let stats = stats.unwrap();
+            confirmed += stats.goodbyes_confirmed;
+            unconfirmed += stats.goodbyes_unconfirmed;
+        }
+        for events in &mut events {
+            let mut missing: BTreeSet<NodeId> = ids.iter().map(|id| NodeId(*id)).collect();
+            while !missing.is_empty() {
+                match timeout(PATIENCE, events.recv()).await.expect("all are seen to leave").unwrap() {
+                    MemberEvent::Leave { node } => drop(missing.remove(&node)),
+                    MemberEvent::Failed { node } => panic!("{node} is taken as failed"),
+                    MemberEvent::Join { .. } | MemberEvent::Update { .. } => {}
+                }
+            }
+        }
+    }
+    for g in observers {
+        let left = g.members().iter().filter(|m| m.state == MemberState::Left).count() as u64;
+        assert_eq!(left, batches * batch);
+    }
+    (confirmed, unconfirmed)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_leaves_with_a_fifth_of_the_datagrams_lost_are_no_failure() {
+    let (confirmed, unconfirmed) = leaves(25, 4, || lossy(20), true).await;
+    eprintln!("goodbyes confirmed {confirmed}, not {unconfirmed}");
+    // Peers that leave at the same time may stop listening before they have confirmed.
+    assert!(confirmed >= 200, "{confirmed} confirmed, {unconfirmed} not");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaves_need_no_connections() {
+    let (confirmed, unconfirmed) = leaves(5, 4, || Hooks { no_streams: true, ..lossy(20) }, false).await;
+    eprintln!("goodbyes confirmed {confirmed}, not {unconfirmed}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_played_to_a_restarted_observer_shows_no_ghost() {
+    let captured = Arc::new(Mutex::new(Vec::new()));
+    let into = captured.clone();
+    let capture = filter(move |_, frame| {
+        into.lock().unwrap().push(frame.to_vec());
+        true
+    });
+    let a = Gossip::start(keyed(1, &[])).await.unwrap();
+    let b = start_with(keyed(2, &[a.addr()]), capture).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+    eventually("there is enough to repeat", || captured.lock().unwrap().len() >= 60).await;
+    b.shutdown().await;
+    let addr = a.addr();
+    let before = a.stats().foreign.of(Foreign::Replay);
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let frames = captured.lock().unwrap().clone();
+    for frame in &frames[..20] {
+        socket.send_to(frame, addr).await.unwrap();
+    }
+    eventually("repetitions are counted", || a.stats().foreign.of(Foreign::Replay) >= before + 10).await;
+
+    a.shutdown().await;
+    let mut again = keyed(1, &[]);
+    (again.bind, again.advertise) = (addr, addr);
+    let a = Gossip::start(again).await.unwrap();
+    for frame in &frames {
+        let unproven = a.stats().unproven;
+        socket.send_to(frame, addr).await.unwrap();
+        eventually("it is refused", || a.stats().unproven > unproven).await;
+    }
+    assert_eq!(a.stats().received_datagrams, 0);
+    assert_eq!(a.members().len(), 1);
+    assert_eq!(a.known_lives().await, 1, "not even chitchat has heard of it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_are_rotated_under_traffic_and_nobody_becomes_suspect() {
+    let a = Gossip::start(keyed(1, &[])).await.unwrap();
+    let b = Gossip::start(keyed(2, &[a.addr()])).await.unwrap();
+    let c = Gossip::start(keyed(3, &[a.addr()])).await.unwrap();
+    let all = [&a, &b, &c];
+    all_see(&all, &[1, 2, 3]).await;
+    let mut updates = all.map(Gossip::leader_updates);
+    let (old, new) = (key(1).id(), key(2).id());
+    assert!(matches!(a.use_key(new), Err(GossipError::KeyRing(_))));
+    assert!(matches!(start(9, &[]).await.install_key(key(2)), Err(GossipError::NoKeys)));
+    let mut term = 0;
+    for step in 0..4 {
+        for g in all {
+            match step {
+                0 => g.install_key(key(2)).unwrap(),
+                1 => g.use_key(new).unwrap(),
+                2 => g.remove_key(old).unwrap(),
+                _ => {}
+            }
+            // News passes between any two nodes at every moment of the rotation.
+            for from in all {
+                term += 1;
+                let shard = ShardId(term as u32);
+                from.publish_leaders(&[(shard, Term(term), Epoch(1))]);
+                for to in all {
+                    eventually("news passes", || to.tracker().get_leader(shard).is_some()).await;
+                }
+            }
+        }
+    }
+    for g in all {
+        assert_eq!(g.keyring().unwrap().ids().collect::<Vec<_>>(), [new]);
+        assert_eq!(g.stats().foreign.of(Foreign::WrongKey), 0);
+    }
+    for updates in &mut updates {
+        while let Ok(Some(update)) = timeout(Duration::ZERO, updates.recv()).await {
+            if let GossipUpdate::Member(member) = update {
+                assert_eq!(member.state, MemberState::Alive);
+            }
+        }
+    }
+    // Who missed the rotation is out.
+    let late = Gossip::start(keyed(4, &[a.addr()])).await.unwrap();
+    eventually("the old key is refused", || a.stats().foreign.of(Foreign::WrongKey) >= 3).await;
+    assert_eq!((late.members().len(), a.members().len()), (1, 3));
+}
+
+/// Returns how long the joiner took, and how many messages by TCP all of them needed.
+async fn large_state(hooks: impl Fn() -> Hooks) -> (Duration, u64) {
+    const SHARDS: u32 = 4_096;
+    let a = start_with(keyed(1, &[]), hooks()).await;
+    let b = start_with(keyed(2, &[a.addr()]), hooks()).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+    let claims: Vec<_> = (0..SHARDS).map(|shard| (ShardId(shard), Term(1_000), Epoch(77))).collect();
+    b.publish_leaders(&claims);
+    eventually("all claims arrive", || a.tracker().entries().len() == SHARDS as usize).await;
+    let started = Instant::now();
+    let c = start_with(keyed(3, &[a.addr()]), hooks()).await;
+    eventually("the joiner has them too", || c.tracker().entries().len() == SHARDS as usize).await;
+    let took = started.elapsed();
+    let streamed = [&a, &b, &c].map(|g| g.stats().sent_stream_messages);
+    (took, streamed.iter().sum())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_learns_four_thousand_claims_by_tcp() {
+    let small = || {
+        filter(|_, frame| {
+            assert!(frame.len() <= MAX_DATAGRAM_BYTES);
+            true
+        })
+    };
+    let (took, streamed) = large_state(small).await;
+    eprintln!("{took:?}, {streamed} messages by TCP");
+    assert!(streamed > 0, "what is large goes by TCP");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_learns_four_thousand_claims_by_datagrams_alone() {
+    let (took, streamed) = large_state(|| Hooks { no_streams: true, ..Hooks::default() }).await;
+    eprintln!("{took:?}");
+    assert_eq!(streamed, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_of_strangers_do_no_harm_and_are_bounded() {
+    let a = Gossip::start(keyed(1, &[])).await.unwrap();
+    // Only to see whether somebody listens.
+    for _ in 0..10 {
+        drop(TcpStream::connect(a.addr()).await.unwrap());
+    }
+    // Nonsense: too long, and of the right length.
+    for (length, kind) in [(u32::MAX, Foreign::Garbage), (100, Foreign::Garbage)] {
+        let before = a.stats().foreign.of(kind);
+        let mut stream = TcpStream::connect(a.addr()).await.unwrap();
+        stream.write_all(&length.to_be_bytes()).await.unwrap();
+        // It may be closed before all is written.
+        let _ = stream.write_all(&[7; 100]).await;
+        let end = timeout(PATIENCE, stream.read(&mut [0; 1])).await.expect("it is closed");
+        assert!(matches!(end, Ok(0) | Err(_)));
+        eventually("it is counted", || a.stats().foreign.of(kind) > before).await;
+    }
+    // Who connects and says nothing takes a place, but only so many.
+    let mut idle = Vec::new();
+    let mut closed = 0;
+    for _ in 0..80 {
+        let mut stream = TcpStream::connect(a.addr()).await.unwrap();
+        if idle.len() >= 64 {
+            let end = timeout(PATIENCE, stream.read(&mut [0; 1])).await.expect("beyond the limit it is closed at once");
+            assert!(matches!(end, Ok(0) | Err(_)));
+            closed += 1;
+        } else {
+            idle.push(stream);
+        }
+    }
+    assert_eq!(closed, 16);
+    // Nodes do without connections then.
+    let b = Gossip::start(keyed(2, &[a.addr()])).await.unwrap();
+    all_see(&[&a, &b], &[1, 2]).await;
+    b.leave().await;
+    eventually("it has left", || state(&a, 2) == Some(MemberState::Left)).await;
+    assert!(a.health());
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_for_tcp_is_named() {
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = taken.local_addr().unwrap();
+    let mut config = config(1, &[]);
+    (config.bind, config.advertise) = (addr, addr);
+    let message = Gossip::start(config).await.unwrap_err().to_string();
+    assert!(message.contains(&addr.to_string()) && message.contains("TCP"), "{message}");
+}
