@@ -5,7 +5,7 @@ use crate::events::GossipUpdate;
 use crate::fragment::MAX_DATAGRAM_BYTES;
 use crate::seal::{ClusterKey, Foreign, KeyRing};
 use crate::service::{Gossip, GossipError};
-use crate::testing::{PATIENCE, Rng, all_see, config, eventually, fuzz_count, start, state};
+use crate::testing::{FakeDns, PATIENCE, Rng, all_see, config, eventually, fuzz_count, start, state};
 use crate::transport::{Filter, Hooks};
 use crate::view::{MemberEvent, MemberState};
 use chitchat::transport::UdpTransport;
@@ -13,6 +13,7 @@ use chitchat::{ChitchatConfig, ChitchatId, FailureDetectorConfig, ProtocolVersio
 use crema_core::{Epoch, NodeId, ShardId, Term};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -197,6 +198,23 @@ async fn hostile_datagrams_are_survived_with_keys() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_datagrams_are_survived_without_keys() {
     hostile_datagrams(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_goodbye_arrives_although_every_datagram_is_lost() {
+    let deaf = Arc::new(AtomicBool::new(false));
+    let lost = deaf.clone();
+    let cut = move || {
+        let lost = lost.clone();
+        filter(move |_, _| !lost.load(Ordering::Relaxed))
+    };
+    let a = start_with(keyed(1, &[]), cut()).await;
+    let b = start_with(keyed(2, &[a.addr()]), cut()).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+    deaf.store(true, Ordering::Relaxed);
+    b.leave().await;
+    assert_eq!((b.stats().goodbyes_confirmed, b.stats().goodbyes_unconfirmed), (1, 0));
+    eventually("it has left", || state(&a, 2) == Some(MemberState::Left)).await;
 }
 
 /// Batches of nodes join and leave; two observers must see each of them leave and none of them fail.
@@ -431,4 +449,28 @@ async fn a_port_that_is_taken_for_tcp_is_named() {
     (config.bind, config.advertise) = (addr, addr);
     let message = Gossip::start(config).await.unwrap_err().to_string();
     assert!(message.contains(&addr.to_string()) && message.contains("TCP"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_finds_the_cluster_by_srv_records() {
+    const NAME: &str = "_crema._tcp.example";
+    let dns = FakeDns::start().await;
+    let hooks = || Hooks { dns: Some(dns.addr), resolve_period: Some(Duration::from_millis(100)), ..Hooks::default() };
+    let seeded = |node| GossipConfig { seeds: vec![format!("srv:{NAME}").parse().unwrap()], ..config(node, &[]) };
+    // The family of the socket filters what is found.
+    dns.host("one.example", &["::1".parse().unwrap(), "127.0.0.1".parse().unwrap()]);
+    dns.set_broken(true);
+    let joiner = start_with(seeded(2), hooks()).await;
+    eventually("it asks", || dns.asked() > 0).await;
+    let a = start(1, &[]).await;
+    dns.srv(NAME, &[(1, a.addr().port(), "one.example.")]);
+    dns.set_broken(false);
+    all_see(&[&a, &joiner], &[1, 2]).await;
+
+    // The records change to another node.
+    let c = start(3, &[]).await;
+    dns.srv(NAME, &[(1, c.addr().port(), "one.example.")]);
+    dns.set_broken(false);
+    let late = start_with(seeded(4), hooks()).await;
+    all_see(&[&c, &late], &[3, 4]).await;
 }

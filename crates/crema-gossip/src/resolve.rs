@@ -9,7 +9,7 @@
 
 use crate::seed::{SeedAddr, SeedError, check_srv_name};
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig};
+use hickory_resolver::config::{LookupIpStrategy, NameServerConfig, ResolverConfig};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::RData;
 use std::net::SocketAddr;
@@ -106,12 +106,9 @@ fn resolver(server: Option<SocketAddr>) -> Result<TokioResolver, ResolveError> {
     let mut builder = match server {
         None => TokioResolver::builder_tokio().map_err(system)?,
         Some(addr) => {
-            let mut connection = ConnectionConfig::udp();
-            connection.port = addr.port();
             let mut name_server = NameServerConfig::udp(addr.ip());
-            name_server.connections = vec![connection];
-            let mut config = ResolverConfig::default();
-            config.name_servers = vec![name_server];
+            name_server.connections.iter_mut().for_each(|connection| connection.port = addr.port());
+            let config = ResolverConfig::from_name_servers(vec![name_server]);
             TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
         }
     };
@@ -122,4 +119,49 @@ fn resolver(server: Option<SocketAddr>) -> Result<TokioResolver, ResolveError> {
     options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
     options.timeout = options.timeout.min(Duration::from_secs(2));
     builder.build().map_err(system)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FakeDns;
+
+    const NAME: &str = "_crema._udp.example";
+
+    fn addrs(texts: &[&str]) -> Vec<SocketAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[tokio::test]
+    async fn targets_become_addresses_best_priority_first() {
+        let dns = FakeDns::start().await;
+        let server = Some(dns.addr);
+        dns.srv(
+            NAME,
+            &[(20, 8002, "two.example."), (10, 8001, "one.example."), (30, 8003, "gone.example."), (5, 1, ".")],
+        );
+        dns.host("one.example", &["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()]);
+        dns.host("two.example", &["10.0.0.2".parse().unwrap()]);
+        let expected = addrs(&["10.0.0.1:8001", "[fd00::1]:8001", "10.0.0.2:8002"]);
+        assert_eq!(lookup_srv(NAME, server).await.unwrap(), expected);
+        // Nothing is remembered, whatever the answer's time to live was.
+        dns.srv(NAME, &[(1, 9000, "two.example.")]);
+        assert_eq!(lookup_srv(NAME, server).await.unwrap(), addrs(&["10.0.0.2:9000"]));
+        dns.host("two.example", &["10.0.0.3".parse().unwrap()]);
+        assert_eq!(lookup_srv(NAME, server).await.unwrap(), addrs(&["10.0.0.3:9000"]));
+    }
+
+    #[tokio::test]
+    async fn what_leads_nowhere_is_an_error() {
+        let dns = FakeDns::start().await;
+        let server = Some(dns.addr);
+        assert!(matches!(lookup_srv(NAME, server).await, Err(ResolveError::Lookup { .. })));
+        dns.srv(NAME, &[(1, 9000, "gone.example.")]);
+        assert!(matches!(lookup_srv(NAME, server).await, Err(ResolveError::Lookup { .. })));
+        dns.set_broken(true);
+        let message = lookup_srv(NAME, server).await.unwrap_err().to_string();
+        assert!(message.contains(NAME), "{message}");
+        assert!(matches!(resolve_srv("srv:crema").await, Err(ResolveError::Name(_))));
+        assert!(matches!(resolve_srv("crema.example").await, Err(ResolveError::Name(_))));
+    }
 }

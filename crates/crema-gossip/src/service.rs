@@ -1010,7 +1010,7 @@ async fn until(watched: &mut watch::Receiver<bool>, value: bool) {
 mod tests {
     use super::*;
     use crate::keys::encode_node;
-    use crate::testing::{PATIENCE, all_see, config, eventually, start, state};
+    use crate::testing::{FakeDns, PATIENCE, all_see, config, eventually, start, state};
     use crate::view::MemberEvent;
     use crema_core::Incarnation;
 
@@ -1235,5 +1235,34 @@ mod tests {
         stranger.shutdown().await.unwrap();
         wire.close();
         timeout(PATIENCE, wire.closed()).await.expect("the sockets are closed");
+    }
+
+    #[tokio::test]
+    async fn names_are_followed_and_their_last_good_answer_is_kept() {
+        let dns = FakeDns::start().await;
+        let seed: SeedAddr = "srv:_crema._udp.example".parse().unwrap();
+        let names = [seed.clone()];
+        let addrs = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<SocketAddr>>();
+        let mut known = HashMap::new();
+        resolve(&names, true, Some(dns.addr), &mut known).await;
+        assert!(known.is_empty());
+        dns.srv("_crema._udp.example", &[(1, 8001, "one.example.")]);
+        dns.host("one.example", &["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()]);
+        resolve(&names, true, Some(dns.addr), &mut known).await;
+        assert_eq!(known[&seed], addrs(&["10.0.0.1:8001"]));
+        // It fails, and then it has no address of the socket's family.
+        dns.set_broken(true);
+        resolve(&names, true, Some(dns.addr), &mut known).await;
+        dns.set_broken(false);
+        dns.host("one.example", &["fd00::1".parse().unwrap()]);
+        resolve(&names, true, Some(dns.addr), &mut known).await;
+        assert_eq!(known[&seed], addrs(&["10.0.0.1:8001"]));
+        resolve(&names, false, Some(dns.addr), &mut known).await;
+        assert_eq!(known[&seed], addrs(&["[fd00::1]:8001"]));
+        // Port and host change.
+        dns.srv("_crema._udp.example", &[(1, 9001, "two.example.")]);
+        dns.host("two.example", &["10.0.0.2".parse().unwrap()]);
+        resolve(&names, true, Some(dns.addr), &mut known).await;
+        assert_eq!(known[&seed], addrs(&["10.0.0.2:9001"]));
     }
 }

@@ -6,9 +6,16 @@ use crate::seed::SeedAddr;
 use crate::service::Gossip;
 use crate::view::MemberState;
 use crema_core::{Incarnation, NodeId};
-use std::net::SocketAddr;
+use hickory_resolver::proto::op::{Message, ResponseCode};
+use hickory_resolver::proto::rr::rdata::SRV;
+use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::net::UdpSocket;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 /// A generator whose seed the test's output names.
@@ -77,4 +84,87 @@ pub(crate) async fn all_see(all: &[&Gossip], nodes: &[u64]) {
         all.iter().all(|g| nodes.iter().all(|n| state(g, *n) == Some(MemberState::Alive)))
     })
     .await;
+}
+
+/// A name server on the loopback device that says what it is told to say.
+pub(crate) struct FakeDns {
+    pub(crate) addr: SocketAddr,
+    answers: Arc<Mutex<Answers>>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Answers {
+    records: HashMap<(String, RecordType), Vec<RData>>,
+    broken: bool,
+    asked: u64,
+}
+
+impl FakeDns {
+    pub(crate) async fn start() -> FakeDns {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let addr = socket.local_addr().unwrap();
+        let answers = Arc::new(Mutex::new(Answers::default()));
+        let from = answers.clone();
+        let task = tokio::spawn(async move {
+            let mut buffer = [0; 1_500];
+            loop {
+                let (len, peer) = socket.recv_from(&mut buffer).await.unwrap();
+                let Ok(query) = Message::from_vec(&buffer[..len]) else { continue };
+                let mut reply = query.clone().into_response();
+                {
+                    let mut answers = from.lock().unwrap();
+                    answers.asked += 1;
+                    if answers.broken {
+                        reply.metadata.response_code = ResponseCode::ServFail;
+                    } else if let Some(query) = query.queries.first() {
+                        let name = query.name().to_string().trim_end_matches('.').to_lowercase();
+                        for data in answers.records.get(&(name, query.query_type())).into_iter().flatten() {
+                            reply.add_answer(Record::from_rdata(query.name().clone(), 300, data.clone()));
+                        }
+                    }
+                }
+                socket.send_to(&reply.to_vec().unwrap(), peer).await.unwrap();
+            }
+        });
+        FakeDns { addr, answers, task }
+    }
+
+    /// The targets of an SRV name: priority, port and host.
+    pub(crate) fn srv(&self, name: &str, targets: &[(u16, u16, &str)]) {
+        let targets = targets
+            .iter()
+            .map(|(priority, port, host)| RData::SRV(SRV::new(*priority, 0, *port, Name::from_ascii(host).unwrap())));
+        self.answers.lock().unwrap().records.insert((name.to_owned(), RecordType::SRV), targets.collect());
+    }
+
+    /// The addresses of a host.
+    pub(crate) fn host(&self, name: &str, ips: &[IpAddr]) {
+        let mut answers = self.answers.lock().unwrap();
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        for ip in ips {
+            match ip {
+                IpAddr::V4(ip) => v4.push(RData::A((*ip).into())),
+                IpAddr::V6(ip) => v6.push(RData::AAAA((*ip).into())),
+            }
+        }
+        answers.records.insert((name.to_owned(), RecordType::A), v4);
+        answers.records.insert((name.to_owned(), RecordType::AAAA), v6);
+    }
+
+    /// Whether it fails to answer anything.
+    pub(crate) fn set_broken(&self, broken: bool) {
+        self.answers.lock().unwrap().broken = broken;
+    }
+
+    /// How often it was asked.
+    pub(crate) fn asked(&self) -> u64 {
+        self.answers.lock().unwrap().asked
+    }
+}
+
+impl Drop for FakeDns {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }

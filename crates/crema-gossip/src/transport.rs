@@ -52,7 +52,7 @@ const MAX_OUT_STREAMS: usize = 256;
 const MAX_IN_STREAMS: usize = 256;
 const MAX_IN_STREAMS_PER_IP: usize = 64;
 /// Messages that wait for one connection.
-const STREAM_QUEUE: usize = 8;
+const STREAM_QUEUE: usize = 4;
 const STREAM_CONNECT_LIMIT: Duration = Duration::from_secs(1);
 const STREAM_WRITE_LIMIT: Duration = Duration::from_secs(2);
 /// A connection without messages is closed by who opened it; the other side waits longer, so that nothing is written into a
@@ -588,9 +588,11 @@ impl Wire {
     async fn receive_datagrams(self: Arc<Self>, udp: Arc<UdpSocket>) {
         // One byte more than any datagram of ours, to tell longer ones.
         let mut buffer = [0; MAX_DATAGRAM_BYTES + 1];
+        let mut failed = false;
         loop {
             match udp.recv_from(&mut buffer).await {
                 Ok((len, from)) => {
+                    failed = false;
                     let Some((from, message)) = self.take_datagram(from, &buffer[..len]).await else { continue };
                     if self.raw.try_send((from, len, message)).is_err() {
                         // More than this node can decode. Gossip is told again.
@@ -598,9 +600,11 @@ impl Wire {
                     }
                 }
                 Err(error) => {
-                    // For instance the answer of a host where nobody listens any more.
+                    // For instance the answer of a host where nobody listens any more, which is over at once.
                     self.socket_error("a datagram cannot be received", self.bound, &error);
-                    sleep(ERROR_PAUSE).await;
+                    if std::mem::replace(&mut failed, true) {
+                        sleep(ERROR_PAUSE).await;
+                    }
                 }
             }
         }
