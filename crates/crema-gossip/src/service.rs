@@ -387,6 +387,13 @@ impl Gossip {
         self.change_keys("removed", id, |ring| ring.remove(id))
     }
 
+    /// Replaces all keys at once, as whoever keeps them in a file does: a rotation is then three versions of that file.
+    ///
+    /// Errors: [`GossipError::NoKeys`] on a node that was started without.
+    pub fn set_keys(&self, keys: KeyRing) -> Result<(), GossipError> {
+        self.shared.wire.change_ring(|ring| *ring = keys).ok_or(GossipError::NoKeys)
+    }
+
     fn change_keys(
         &self,
         what: &str,

@@ -11,11 +11,13 @@
 //! The bodies are public types, so that `crema status` reads what the server writes. The server takes only GET there, no
 //! bodies, short heads, and a bounded number of connections, each for a bounded time.
 
+use crate::config::Secret;
 use crate::driver::Recover;
 use crate::recover;
 use crate::voters;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -492,8 +494,23 @@ async fn not_found() -> Response {
     (StatusCode::NOT_FOUND, Json(serde_json::json!({ "reason": "no such path" }))).into_response()
 }
 
-/// The routes. HEAD is answered where GET is; a method that a path does not have is refused with 405.
-pub fn router(source: Arc<dyn AdminSource>) -> Router {
+/// Whether a request may pass: health always, the rest with the password, if there is one.
+async fn authenticate(State(password): State<Option<Secret>>, request: Request, next: Next) -> Response {
+    let open = matches!(request.uri().path(), "/livez" | "/readyz");
+    let Some(password) = password.filter(|_| !open) else { return next.run(request).await };
+    let given = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
+    match given.and_then(|value| value.strip_prefix(b"Bearer ")) {
+        Some(token) if password.is(token) => next.run(request).await,
+        _ => {
+            let reason = "this needs the password, as a bearer token (client commands: --requirepass-file)";
+            let body = Json(serde_json::json!({ "reason": reason }));
+            (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], body).into_response()
+        }
+    }
+}
+
+/// The routes; all but those of health want the password, if there is one. HEAD is answered where GET is; a method that a path does not have is refused with 405.
+pub fn router(source: Arc<dyn AdminSource>, password: Option<Secret>) -> Router {
     Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
@@ -510,6 +527,7 @@ pub fn router(source: Arc<dyn AdminSource>) -> Router {
         .route("/v1/shards", get(shards))
         .route("/v1/recover", post(recover::handle).layer(DefaultBodyLimit::max(MAX_BODY_BYTES)))
         .fallback(not_found)
+        .layer(middleware::from_fn_with_state(password, authenticate))
         .with_state(source)
 }
 
@@ -736,7 +754,7 @@ pub(crate) mod tests {
     async fn serve(fake: Fake) -> (AdminServer, std::net::SocketAddr) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
-        (AdminServer::start(listener, router(Arc::new(fake))), addr)
+        (AdminServer::start(listener, router(Arc::new(fake), None)), addr)
     }
 
     async fn raw(addr: std::net::SocketAddr, request: &[u8]) -> String {
@@ -751,6 +769,40 @@ pub(crate) mod tests {
         let answer = raw(addr, format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await;
         let (head, body) = answer.split_once("\r\n\r\n").expect("head and body");
         (head[9..12].parse().unwrap(), body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn with_a_password_only_health_is_open() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let secret = Secret::new("s3cret");
+        let _server = AdminServer::start(listener, router(Arc::new(fake()), Some(secret.clone())));
+        for path in ["/livez", "/readyz"] {
+            assert_ne!(get(addr, path).await.0, 401, "{path}");
+        }
+        for path in ["/metrics", "/v1/status", "/v1/shards", "/v1/nowhere", "/"] {
+            assert_eq!(get(addr, path).await.0, 401, "{path}");
+        }
+        for (given, code) in [("Bearer s3cret", 200), ("Bearer s3cre", 401), ("Bearer s3cret2", 401), ("s3cret", 401)] {
+            let request = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\nAuthorization: {given}\r\n\r\n");
+            assert_eq!(raw(addr, request.as_bytes()).await[9..12].parse(), Ok(code), "{given}");
+        }
+        let body = r#"{"node_id":4,"approved":true}"#;
+        let post = |bearer: &str| {
+            let length = body.len();
+            let kind = "Content-Type: application/json";
+            format!("POST /v1/voters HTTP/1.1\r\nHost: x\r\n{bearer}{kind}\r\nContent-Length: {length}\r\n\r\n{body}")
+        };
+        assert!(raw(addr, post("").as_bytes()).await.starts_with("HTTP/1.1 401"));
+        assert!(raw(addr, post("Authorization: Bearer s3cret\r\n").as_bytes()).await.starts_with("HTTP/1.1 200"));
+        // As the client commands ask.
+        let door = |password| crate::cli::Door { addr: addr.to_string(), password };
+        let ask = |password| {
+            let door = door(password);
+            tokio::task::spawn_blocking(move || crate::cli::http_get(&door, "/v1/status", 1 << 20).unwrap().0)
+        };
+        assert_eq!(ask(Some(secret)).await.unwrap(), 200);
+        assert_eq!(ask(None).await.unwrap(), 401);
     }
 
     #[tokio::test]

@@ -22,6 +22,7 @@ use crate::node::{BindAddrs, GossipOptions, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
 use crema_core::{EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, Slot, encode_ops, limits};
+use crema_gossip::KeyRing;
 use crema_shard::{
     AutoVoters, ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token, VoterError,
 };
@@ -110,6 +111,7 @@ pub struct CacheConfig {
     max_memory: u64,
     eviction: Option<EvictionPolicy>,
     auto_voters_after: Duration,
+    cluster_keys: Option<KeyRing>,
 }
 
 impl CacheConfig {
@@ -135,6 +137,7 @@ impl CacheConfig {
             max_memory: 0,
             eviction: Some(EvictionPolicy::default()),
             auto_voters_after: Duration::from_secs(300),
+            cluster_keys: None,
         }
     }
     /// The other initial members and their Raft addresses. They and this node found the cluster together; each must be
@@ -238,6 +241,12 @@ impl CacheConfig {
         self.http_addr = Some(addr);
         self
     }
+    /// The cluster's keys, the same on every node. With them gossip is encrypted and authenticated, and a peer has to prove that
+    /// it has one before anything else of it is read; both may then be open to the network.
+    pub fn with_cluster_keys(mut self, keys: KeyRing) -> Self {
+        self.cluster_keys = Some(keys);
+        self
+    }
     /// Listen on addresses that are not loopback although nothing authenticates who connects.
     pub fn with_insecure(mut self, insecure: bool) -> Self {
         self.insecure = insecure;
@@ -286,11 +295,13 @@ impl CacheConfig {
         }
         let gossip_bind = gossip.as_ref().map(|gossip| gossip.bind);
         let doors = [Some(self.raft_addr), gossip_bind, self.redis_addr, self.redis_cluster_addr, self.http_addr];
-        for addr in doors.into_iter().flatten().filter(|addr| !is_loopback(*addr)) {
+        let locked =
+            |addr: &SocketAddr| self.cluster_keys.is_some() && (*addr == self.raft_addr || Some(*addr) == gossip_bind);
+        for addr in doors.into_iter().flatten().filter(|addr| !is_loopback(*addr) && !locked(addr)) {
             if !self.insecure {
                 return invalid(format!(
-                    "{addr} is open to the network and has no credentials: use a loopback address, or \
-                     with_insecure(true) if everyone who can reach it is trusted"
+                    "{addr} is open to the network and has no credentials: use a loopback address, with_cluster_keys for \
+                     Raft and gossip, or with_insecure(true) if everyone who can reach it is trusted"
                 ));
             }
             tracing::warn!(%addr, "insecure: this address is open to the network and has no credentials");
@@ -315,6 +326,8 @@ impl CacheConfig {
             },
             advertise_host: raft_host.map(|ip| ip.to_string()),
             metadata,
+            cluster_keys: self.cluster_keys,
+            cluster_key_file: None,
             requirepass: None,
             request_deadline: self.request_deadline,
             reads: self.reads,

@@ -10,13 +10,14 @@
 //! configuration is wrong.
 
 use crate::admin::{MemberBody, ShardBody, StatusBody};
-use crate::config::{Reads, StartArgs};
+use crate::config::{Reads, Secret, StartArgs};
 use crate::recover::RecoverArgs;
 use crate::voters::VotersCommand;
 use clap::{Args, Parser, Subcommand};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use std::io::{Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Longest time for connecting to one address of the admin API.
@@ -92,12 +93,47 @@ pub struct DevArgs {
     pub http_port: u16,
 }
 
-/// Flags of the commands that ask a running node.
+/// Where to ask, and with which password.
 #[derive(Clone, Debug, Args)]
-pub struct AskArgs {
+pub struct HttpArgs {
     /// HTTP address of any node.
     #[arg(long, value_name = "HOST:PORT", env = "CREMA_HTTP_ADDR", default_value = "127.0.0.1:8080")]
     pub http_addr: String,
+    /// File with the password, if the nodes have one.
+    #[arg(long, value_name = "FILE", env = "CREMA_REQUIREPASS_FILE")]
+    pub requirepass_file: Option<PathBuf>,
+}
+
+impl HttpArgs {
+    /// Reads the password.
+    ///
+    /// Errors: the file cannot be read ([`CliError::Usage`]).
+    pub(crate) fn door(&self) -> Result<Door, CliError> {
+        let password = self.requirepass_file.as_deref().map(crate::config::read_password).transpose();
+        Ok(Door { addr: self.http_addr.clone(), password: password.map_err(|e| CliError::Usage(e.to_string()))? })
+    }
+}
+
+/// A node's HTTP address, and what opens it.
+#[derive(Clone, Debug)]
+pub(crate) struct Door {
+    pub(crate) addr: String,
+    pub(crate) password: Option<Secret>,
+}
+
+impl Door {
+    /// One without a password.
+    pub(crate) fn open(addr: impl Into<String>) -> Door {
+        Door { addr: addr.into(), password: None }
+    }
+}
+
+/// Flags of the commands that ask a running node.
+#[derive(Clone, Debug, Args)]
+pub struct AskArgs {
+    /// Where to ask.
+    #[command(flatten)]
+    pub at: HttpArgs,
     /// Print the API's JSON instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -154,13 +190,13 @@ pub(crate) fn say(line: impl std::fmt::Display) {
 /// Errors: the node cannot be reached or answers nonsense ([`CliError::Failed`]), or the address is none
 /// ([`CliError::Usage`]).
 pub fn ask(command: Ask, args: &AskArgs) -> Result<(), CliError> {
-    let text = fetch(&args.http_addr, command.path())?;
+    let text = fetch(&args.at.door()?, command.path())?;
     if args.json {
         say(text.trim_end());
         return Ok(());
     }
     let unreadable = |e: serde_json::Error| {
-        CliError::Failed(format!("{} answers something else than this program's admin API: {e}", args.http_addr))
+        CliError::Failed(format!("{} answers something else than this program's admin API: {e}", args.at.http_addr))
     };
     say(match command {
         Ask::Status => show_status(&serde_json::from_str(&text).map_err(unreadable)?),
@@ -192,21 +228,21 @@ impl Ask {
 }
 
 /// The body of a successful GET; any other answer is an error that carries the server's reason.
-fn fetch(addr: &str, path: &str) -> Result<String, CliError> {
-    let (code, body) = http_get(addr, path, MAX_ANSWER_BYTES)?;
+fn fetch(door: &Door, path: &str) -> Result<String, CliError> {
+    let (code, body) = http_get(door, path, MAX_ANSWER_BYTES)?;
     if code == 200 {
         return Ok(body);
     }
     let reason = serde_json::from_str::<serde_json::Value>(&body).ok();
     let reason = reason.as_ref().and_then(|v| v["reason"].as_str()).unwrap_or("no reason given");
-    Err(CliError::Failed(format!("{addr} answered {code} to {path}: {reason}")))
+    Err(CliError::Failed(format!("{} answered {code} to {path}: {reason}", door.addr)))
 }
 
 /// One blocking GET, of at most about 13 seconds an address of the name.
 ///
 /// Errors: as [`http_request`].
-pub(crate) fn http_get(addr: &str, path: &str, most_bytes: usize) -> Result<(u16, String), CliError> {
-    http_request(addr, path, None, most_bytes, HTTP_TIMEOUT)
+pub(crate) fn http_get(door: &Door, path: &str, most_bytes: usize) -> Result<(u16, String), CliError> {
+    http_request(door, path, None, most_bytes, HTTP_TIMEOUT)
 }
 
 /// One blocking request: GET, or POST of a body in JSON. HTTP/1.0, so that the answer is never chunked and ends with the
@@ -214,12 +250,13 @@ pub(crate) fn http_get(addr: &str, path: &str, most_bytes: usize) -> Result<(u16
 ///
 /// Errors: as [`ask`], and an answer of more than `most_bytes`, or after more than `timeout`.
 pub(crate) fn http_request(
-    addr: &str,
+    door: &Door,
     path: &str,
     body: Option<&str>,
     most_bytes: usize,
     timeout: Duration,
 ) -> Result<(u16, String), CliError> {
+    let addr = door.addr.as_str();
     let failed = |what: &str, e: &dyn std::fmt::Display| CliError::Failed(format!("{what} {addr}: {e}"));
     let well_formed = addr.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     if !well_formed || addr.bytes().any(|b| b.is_ascii_control() || b == b' ') {
@@ -236,7 +273,12 @@ pub(crate) fn http_request(
     let mut stream = stream.map_err(|e| failed("cannot connect to", &e))?;
     let deadline = Instant::now() + timeout;
     stream.set_write_timeout(Some(HTTP_TIMEOUT)).map_err(|e| failed("cannot use the connection to", &e))?;
-    let head = format!("Host: {addr}\r\nAccept: application/json\r\nConnection: close\r\n");
+    let password = door.password.as_ref().map(Secret::expose);
+    if password.is_some_and(|p| !p.bytes().all(|b| b.is_ascii_graphic())) {
+        return Err(CliError::Usage("the password has characters that HTTP cannot carry".to_owned()));
+    }
+    let bearer = password.map_or_else(String::new, |p| format!("Authorization: Bearer {p}\r\n"));
+    let head = format!("Host: {addr}\r\nAccept: application/json\r\nConnection: close\r\n{bearer}");
     let request = match body {
         None => format!("GET {path} HTTP/1.0\r\n{head}\r\n"),
         Some(body) => {
@@ -507,11 +549,11 @@ mod tests {
     #[test]
     fn http_answers_are_read_whole_or_refused() {
         let (addr, server) = serve_once(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]");
-        assert_eq!(fetch(&addr, "/v1/shards").unwrap(), "[]");
+        assert_eq!(fetch(&Door::open(&addr), "/v1/shards").unwrap(), "[]");
         assert!(server.join().unwrap().starts_with(b"GET /v1/shards HTTP/1.0\r\n"));
 
         let (addr, _) = serve_once(b"HTTP/1.1 503 Service Unavailable\r\n\r\n{\"reason\":\"stopping\"}");
-        let error = fetch(&addr, "/v1/shards").unwrap_err();
+        let error = fetch(&Door::open(&addr), "/v1/shards").unwrap_err();
         assert!(error.to_string().contains(&addr) && error.to_string().contains("503"), "{error}");
         assert!(error.to_string().contains("stopping"));
 
@@ -519,7 +561,7 @@ mod tests {
             [&b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[]"[..], b"-ERR unknown command\r\n", b"", b"HTTP/1.1 200"]
         {
             let (addr, _) = serve_once(answer);
-            let error = fetch(&addr, "/").unwrap_err();
+            let error = fetch(&Door::open(&addr), "/").unwrap_err();
             assert!(matches!(error, CliError::Failed(_)) && error.to_string().contains(&addr), "{error}");
         }
     }
@@ -527,11 +569,11 @@ mod tests {
     #[test]
     fn an_unreachable_node_and_a_bad_address_differ_in_exit_code() {
         let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let error = fetch(&free, "/").unwrap_err();
+        let error = fetch(&Door::open(&free), "/").unwrap_err();
         assert!(error.to_string().contains(&free), "{error}");
         assert_eq!(error.exit_code(), 1);
         for bad in ["nonsense", ":80", "host:", "host:99999", "a b:1", "h\r\n:1"] {
-            assert_eq!(fetch(bad, "/").unwrap_err().exit_code(), 2, "{bad:?}");
+            assert_eq!(fetch(&Door::open(bad), "/").unwrap_err().exit_code(), 2, "{bad:?}");
         }
     }
 }

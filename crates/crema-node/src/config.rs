@@ -14,7 +14,8 @@ use clap::ArgAction;
 use confique::{Config as _, Layer as _};
 use crema_core::EvictionPolicy;
 use crema_core::NodeId;
-use crema_gossip::SeedAddr;
+use crema_gossip::seal::MAX_KEY_FILE_BYTES;
+use crema_gossip::{KeyRing, SeedAddr};
 use crema_shard::meta::MAX_ZONE_BYTES;
 use crema_shard::{AutoVoters, MemoryOptions, ReadMode};
 use serde::Deserialize;
@@ -110,7 +111,16 @@ pub struct Config {
     #[config(layer_attr(arg(skip)))]
     pub metadata: BTreeMap<String, String>,
 
-    /// File with the password that Redis clients must give (AUTH). Its first line counts.
+    /// File with the cluster's keys, the same on every node: lines of 64 hexadecimal digits, or of 32 bytes in base64, as
+    /// `openssl rand -hex 32` makes them. The first line is the key in use, further ones are accepted, too.
+    /// With it gossip is encrypted, and a peer is heard only once it has proved that it has one of the keys. The file is
+    /// read again when it changes: to change keys, first add the new one as the second line on every node, then make it the
+    /// first line everywhere, then remove the old one.
+    #[config(env = "CREMA_CLUSTER_KEY_FILE", layer_attr(arg(long, value_name = "FILE")))]
+    pub cluster_key_file: Option<PathBuf>,
+
+    /// File with the password that Redis clients must give (AUTH), and users of HTTP but for health (as a bearer token).
+    /// Its first line counts.
     #[config(env = "CREMA_REQUIREPASS_FILE", layer_attr(arg(long, value_name = "FILE")))]
     pub requirepass_file: Option<PathBuf>,
 
@@ -270,7 +280,8 @@ impl Config {
         self.check_addresses_differ()?;
         self.check_advertise_host()?;
         let requirepass = self.requirepass_file.as_deref().map(read_password).transpose()?;
-        let warnings = self.check_exposure(requirepass.is_some())?;
+        let cluster_keys = self.cluster_key_file.as_deref().map(read_keys).transpose()?;
+        let warnings = self.check_exposure(cluster_keys.is_some(), requirepass.is_some())?;
         Ok(Settings {
             node: NodeConfig {
                 node_id: NodeId(self.node_id),
@@ -290,6 +301,8 @@ impl Config {
                 },
                 advertise_host: self.advertise_host.clone(),
                 metadata: self.metadata.clone(),
+                cluster_keys,
+                cluster_key_file: self.cluster_key_file.clone(),
                 requirepass,
                 request_deadline: Duration::from_millis(self.request_deadline_ms),
                 reads: self.reads.into(),
@@ -393,31 +406,28 @@ impl Config {
     }
 
     /// Refuses doors that are open to the network without a lock; with `insecure`, names them as warnings.
-    fn check_exposure(&self, has_password: bool) -> Result<Vec<String>, ConfigError> {
+    fn check_exposure(&self, has_keys: bool, has_password: bool) -> Result<Vec<String>, ConfigError> {
         let mut warnings = Vec::new();
+        let key = (has_keys, "there are no cluster keys", "set cluster_key_file");
+        let password = (has_password, "no password is set", "set requirepass_file");
         let doors = [
-            ("gossip_addr", self.gossip_addr, false),
-            ("raft_addr", self.raft_addr, false),
-            ("http_addr", self.http_addr, false),
-            ("redis_addr", self.redis_addr, true),
-            ("redis_cluster_addr", self.redis_cluster_addr, true),
+            ("gossip_addr", self.gossip_addr, key),
+            ("raft_addr", self.raft_addr, key),
+            ("http_addr", self.http_addr, password),
+            ("redis_addr", self.redis_addr, password),
+            ("redis_cluster_addr", self.redis_cluster_addr, password),
         ];
-        for (key, addr, is_redis) in doors {
-            if is_loopback(addr) || (is_redis && has_password) {
+        for (name, addr, (locked, missing, remedy)) in doors {
+            if is_loopback(addr) || locked {
                 continue;
             }
-            let (missing, remedy) = if is_redis {
-                ("no password is set", "set requirepass_file, bind it to a loopback address")
-            } else {
-                ("this port has no credentials yet", "bind it to a loopback address")
-            };
             if !self.insecure {
                 return bad(format!(
-                    "{key} {addr} is open to the network and {missing}: {remedy}, or pass --insecure if everyone who \
-                     can reach it is trusted"
+                    "{name} {addr} is open to the network and {missing}: {remedy}, bind it to a loopback address, or pass \
+                     --insecure if everyone who can reach it is trusted"
                 ));
             }
-            warnings.push(format!("insecure: {key} {addr} is open to the network and {missing}"));
+            warnings.push(format!("insecure: {name} {addr} is open to the network and {missing}"));
         }
         Ok(warnings)
     }
@@ -488,7 +498,18 @@ fn read_file(path: &Path) -> Result<ConfigLayer, ConfigError> {
         .map_err(|e| ConfigError(format!("configuration file {}: {}", path.display(), e.to_string().trim_end())))
 }
 
-fn read_password(path: &Path) -> Result<Secret, ConfigError> {
+/// Reads the cluster's keys.
+///
+/// Errors: a file that cannot be read or holds something else; the text never tells what.
+pub(crate) fn read_keys(path: &Path) -> Result<KeyRing, ConfigError> {
+    let text = read_capped("cluster_key_file", path, MAX_KEY_FILE_BYTES as u64)?;
+    KeyRing::parse(&text).map_err(|e| ConfigError(format!("cluster_key_file: {}: {e}", path.display())))
+}
+
+/// Reads a password.
+///
+/// Errors: a file that cannot be read, or whose first line is empty.
+pub(crate) fn read_password(path: &Path) -> Result<Secret, ConfigError> {
     // The line's end does not belong to the password; what follows it is not read as one.
     let text = read_capped("requirepass_file", path, MAX_PASSWORD_BYTES)?;
     match text.lines().next() {
@@ -628,6 +649,17 @@ impl Secret {
     pub fn new(password: impl Into<String>) -> Self {
         Secret(password.into())
     }
+    /// Compares without telling by its duration where a wrong one differs. Its length may become known.
+    pub fn is(&self, given: &[u8]) -> bool {
+        let wanted = self.0.as_bytes();
+        let mut difference = u8::from(wanted.len() != given.len());
+        for (i, byte) in given.iter().enumerate() {
+            difference |= byte ^ wanted.get(i).copied().unwrap_or(0);
+            // Keeps the compiler from leaving the loop early.
+            difference = std::hint::black_box(difference);
+        }
+        difference == 0
+    }
     /// The password itself.
     pub fn expose(&self) -> &str {
         &self.0
@@ -747,7 +779,7 @@ mod tests {
                     text.push_str("node_id = 1\n")
                 }
                 Some(key) if key.trim_end().ends_with('=') => assert!(
-                    ["advertise_host", "requirepass_file", "max_memory", "data_dir", "state_dir"]
+                    ["advertise_host", "cluster_key_file", "requirepass_file", "max_memory", "data_dir", "state_dir"]
                         .iter()
                         .any(|k| key.starts_with(k)),
                     "only these are optional: {key}"
@@ -819,7 +851,7 @@ mod tests {
             (&["--node-id", "1", "--seeds", "a:1"], "no initial_members"),
             (&["--node-id", "1", "--join"], "join needs seeds"),
             (&["--node-id", "1", "--initial-members", "1,2", "--seeds", "host"], "host:port"),
-            (&["--node-id", "1", "--initial-members", "1,2", "--seeds", ":8001"], "host:port"),
+            (&["--node-id", "1", "--initial-members", "1,2", "--seeds", ":8001"], "the host must be"),
             (&["--node-id", "1", "--redis-addr", "127.0.0.1:9001"], "raft_addr and redis_addr"),
             (&["--node-id", "1", "--insecure", "--raft-addr", "0.0.0.0:9001"], "advertise_host"),
             (&["--node-id", "1", "--advertise-host", "host:80"], "advertise_host"),
@@ -852,7 +884,7 @@ mod tests {
             let lifted = with(&[key, "0.0.0.0:5000", "--insecure"]);
             assert_eq!(config(&lifted).resolve().unwrap().warnings.len(), 1);
         }
-        // A password is a lock for Redis clients only.
+        // A password is a lock for Redis clients and HTTP, a key for gossip and peers.
         let dir = tempdir("pass");
         let file = dir.join("p");
         std::fs::write(&file, "s3cret\n").unwrap();
@@ -862,7 +894,19 @@ mod tests {
         assert_eq!(settings.node.requirepass.as_ref().unwrap().expose(), "s3cret");
         assert!(!format!("{settings:?}").contains("s3cret"), "secrets are never shown");
         c.http_addr = "0.0.0.0:8080".parse().unwrap();
-        assert!(c.resolve().is_err());
+        c.resolve().unwrap();
+        (c.raft_addr, c.gossip_addr) = ("0.0.0.0:9001".parse().unwrap(), "0.0.0.0:8001".parse().unwrap());
+        assert!(c.resolve().unwrap_err().0.contains("cluster_key_file"));
+        let keys = dir.join("k");
+        c.cluster_key_file = Some(keys.clone());
+        assert!(c.resolve().unwrap_err().0.contains("cannot be opened"));
+        std::fs::write(&keys, "zz\n").unwrap();
+        assert!(c.resolve().unwrap_err().0.starts_with("cluster_key_file: "));
+        let secret = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+        std::fs::write(&keys, format!("{secret}\n")).unwrap();
+        let settings = c.resolve().unwrap();
+        assert!(settings.warnings.is_empty() && settings.node.cluster_keys.is_some());
+        assert!(!format!("{settings:?}").contains(&secret[..16]), "nor are keys");
         std::fs::write(&file, "\nx").unwrap();
         assert!(c.resolve().unwrap_err().0.contains("empty"));
         std::fs::remove_dir_all(dir).unwrap();

@@ -11,7 +11,7 @@
 //! Prints the table of nodes and addresses at once, a line that starts with `ready` when every node is ready, and then
 //! runs until it is told to stop. The cluster is stopped as a whole, so nobody waits for successors.
 
-use crate::cli::{CliError, DevArgs, http_get, say, table_text};
+use crate::cli::{CliError, DevArgs, Door, http_get, say, table_text};
 use crate::config::{Config, ConfigLayer};
 use crate::node::Node;
 use crate::run::Signals;
@@ -403,7 +403,8 @@ async fn attend(args: &DevArgs, processes: &mut Processes, begin: Instant) -> Re
         if explain {
             for process in processes.0.iter().filter(|p| !is_ready(p)) {
                 let addr = process.http_addr.clone();
-                let answer = tokio::task::spawn_blocking(move || http_get(&addr, "/readyz", 64 * 1024)).await;
+                let answer =
+                    tokio::task::spawn_blocking(move || http_get(&Door::open(addr), "/readyz", 64 * 1024)).await;
                 match answer {
                     Ok(Ok((_, body))) => {
                         tracing::info!("node {} is not ready: {}", process.node, body.trim())

@@ -29,7 +29,7 @@ use crate::resp::{FrontConfig, ListenerKind, Server, ServerHandle};
 use crate::storage::{Opened, Storage, StorageError};
 use crema_core::{ClusterUuid, Incarnation, NodeId};
 use crema_gossip::events::EventHub;
-use crema_gossip::{EventReceiver, GossipConfig, GossipError, Member, SeedAddr};
+use crema_gossip::{EventReceiver, GossipConfig, GossipError, KeyRing, Member, SeedAddr};
 use crema_shard::meta::{NO_LIFE, WHOLE_SHARE};
 use crema_shard::{
     AutoVoters, Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
@@ -58,6 +58,8 @@ const MAX_MEMBERS_BYTES: usize = 4 << 20;
 const DRIVER_ANSWER: Duration = Duration::from_secs(2);
 /// Period at which a stopping node asks who still needs it.
 const DRAIN_LOOK: Duration = Duration::from_millis(20);
+/// Period of looking whether the file with the cluster's keys has changed.
+const KEYS_LOOK: Duration = Duration::from_secs(2);
 /// Period at which INFO's figure of used memory is brought up to date.
 const MEMORY_LOOK: Duration = Duration::from_secs(5);
 /// Longest time for RESP connections to finish what is in flight.
@@ -110,6 +112,10 @@ pub struct NodeConfig {
     pub advertise_host: Option<String>,
     /// Custom metadata.
     pub metadata: BTreeMap<String, String>,
+    /// The cluster's keys: with them gossip is encrypted, and nobody is heard who does not have one of them.
+    pub cluster_keys: Option<KeyRing>,
+    /// The file that they came from: it is read again when it changes.
+    pub cluster_key_file: Option<PathBuf>,
     /// The password of Redis clients.
     pub requirepass: Option<Secret>,
     /// After this, a command is answered with an error; 10 ms to 10 min.
@@ -273,6 +279,8 @@ impl fmt::Debug for Inner {
 /// What the admin API and the tasks look at. Does not keep the node alive.
 struct Watch {
     facts: Facts,
+    /// Opens the other nodes' HTTP as well as our own.
+    password: Option<Secret>,
     incarnation: Incarnation,
     driver: DriverHandle,
     membership: Option<Arc<Membership>>,
@@ -565,6 +573,7 @@ impl Node {
             node: config.node_id,
             incarnation,
             boot,
+            keys: config.cluster_keys.clone(),
             options: PeerOptions { snapshot_bytes_per_second: config.snapshot_rate, ..PeerOptions::default() },
         };
         let listener = raft.listener.into_std().map_err(|e| failed("raft_addr", &e))?;
@@ -598,6 +607,7 @@ impl Node {
 
         let watch = Arc::new(Watch {
             incarnation,
+            password: config.requirepass.clone(),
             facts: Facts {
                 cluster: config.cluster.clone(),
                 node: config.node_id,
@@ -618,13 +628,17 @@ impl Node {
             failure: watch::channel(None).0,
             view_changed,
         });
-        let admin = http.map(|bound| AdminServer::start(bound.listener, admin::router(watch.clone())));
+        let admin = http
+            .map(|bound| AdminServer::start(bound.listener, admin::router(watch.clone(), config.requirepass.clone())));
         let mut tasks = vec![
             tokio::spawn(watch_registration(watch.clone())),
             tokio::spawn(follow_events(watch.clone(), outputs.events, data_dir, (book.clone(), peers.clone()))),
         ];
         if config.bind.redis.is_some() || config.bind.redis_cluster.is_some() {
             tasks.push(tokio::spawn(follow_memory(watch.driver.clone(), front.clone())));
+        }
+        if let Some(path) = config.cluster_key_file.clone().filter(|_| config.cluster_keys.is_some()) {
+            tasks.push(tokio::spawn(follow_keys(path, watch.membership.clone(), peers.clone())));
         }
         if config.bound_resident && config.memory.max_memory > 0 {
             tasks.push(tokio::spawn(bound_resident(watch.driver.clone(), config.memory.max_memory)));
@@ -886,6 +900,7 @@ fn gossip_config(
     gossip.http_addr = addrs.http.clone();
     gossip.metadata = config.metadata.clone();
     gossip.seeds = config.seeds.clone();
+    gossip.keys = config.cluster_keys.clone();
     gossip.advertise = advertise;
     config.gossip.tuning.apply(&mut gossip);
     // Whoever made this configuration has checked what may be open, and has warned.
@@ -938,6 +953,42 @@ fn view_hook(
         }
         changes.send_replace(());
     })
+}
+
+/// Takes the cluster's keys from their file again whenever that changes.
+async fn follow_keys(path: PathBuf, membership: Option<Arc<Membership>>, peers: PeersHandle) {
+    let mut known = None;
+    let mut look = tokio::time::interval(KEYS_LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        let path = path.clone();
+        let read = tokio::task::spawn_blocking(move || crate::config::read_keys(&path)).await;
+        let Ok(read) = read else { continue };
+        let found = read.map(|ring| (ring.primary(), ring.ids().collect::<Vec<_>>(), ring));
+        match found {
+            // Told once; what was read last stays in force.
+            Err(error) if known != Some(Err(error.clone())) => {
+                tracing::error!(%error, "the cluster's keys were not read again");
+                known = Some(Err(error));
+            }
+            Err(_) => {}
+            Ok((primary, ids, ring)) if known != Some(Ok((primary, ids.clone()))) => {
+                peers.set_keys(ring.clone());
+                if let Some(membership) = &membership
+                    && let Err(error) = membership.gossip().set_keys(ring)
+                {
+                    tracing::error!(%error, "gossip does not take the cluster's keys");
+                }
+                if known.is_some() {
+                    let ids: Vec<_> = ids.iter().map(ToString::to_string).collect();
+                    tracing::info!(%primary, keys = ids.join(" "), "the cluster's keys have changed");
+                }
+                known = Some(Ok((primary, ids)));
+            }
+            Ok(_) => {}
+        }
+    }
 }
 
 /// Acts on what the driver reports.
@@ -1070,7 +1121,8 @@ async fn find_rival(watch: &Watch) -> Option<String> {
     let members = watch.membership.as_ref()?.gossip().members();
     let others = members.into_iter().filter(|m| m.meta.node_id != this && m.state.is_present());
     for addr in others.filter_map(|m| m.meta.http_addr).take(3) {
-        let asked = tokio::task::spawn_blocking(move || crate::cli::http_get(&addr, "/v1/members", MAX_MEMBERS_BYTES));
+        let door = crate::cli::Door { addr, password: watch.password.clone() };
+        let asked = tokio::task::spawn_blocking(move || crate::cli::http_get(&door, "/v1/members", MAX_MEMBERS_BYTES));
         let Ok(Ok((200, body))) = asked.await else {
             continue;
         };
@@ -1228,6 +1280,8 @@ mod tests {
             max_clients: 10,
             stop_grace: Duration::from_secs(10),
             max_log_bytes: 1 << 20,
+            cluster_keys: None,
+            cluster_key_file: None,
             auto_voters: AutoVoters::default(),
             memory: MemoryOptions::default(),
             bound_resident: false,
@@ -1240,7 +1294,9 @@ mod tests {
 
     async fn get(node: &Node, path: &'static str) -> (u16, String) {
         let http = node.addresses().iter().find(|(key, _)| *key == "http_addr").unwrap().1;
-        let asked = tokio::task::spawn_blocking(move || crate::cli::http_get(&http.to_string(), path, 1 << 20));
+        let asked = tokio::task::spawn_blocking(move || {
+            crate::cli::http_get(&crate::cli::Door::open(http.to_string()), path, 1 << 20)
+        });
         asked.await.unwrap().unwrap()
     }
 

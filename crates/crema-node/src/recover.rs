@@ -7,7 +7,7 @@
 //! Without `accept_data_loss` the answer only says what would be done.
 
 use crate::admin::AdminSource;
-use crate::cli::{CliError, http_request, plain, say};
+use crate::cli::{CliError, HttpArgs, http_request, plain, say};
 use crate::driver::Recover;
 use axum::Json;
 use axum::extract::State;
@@ -29,9 +29,9 @@ pub(crate) const RECOVER_TIMEOUT: Duration = Duration::from_secs(40);
 /// Flags of `crema recover`.
 #[derive(Clone, Debug, Args)]
 pub struct RecoverArgs {
-    /// HTTP address of a node that has what is left, or of any.
-    #[arg(long, value_name = "HOST:PORT", env = "CREMA_HTTP_ADDR", default_value = "127.0.0.1:8080")]
-    pub http_addr: String,
+    /// Where to ask.
+    #[command(flatten)]
+    pub at: HttpArgs,
     /// Do it: what only the lost replicas had is given up for ever. Without this, only say what would be done.
     #[arg(long)]
     pub accept_data_loss: bool,
@@ -150,14 +150,14 @@ pub(crate) async fn handle(
 pub fn recover(args: &RecoverArgs) -> Result<(), CliError> {
     let request = RecoverRequestBody { accept_data_loss: args.accept_data_loss, stopped: args.stopped.clone() };
     let body = serde_json::to_string(&request).map_err(|e| CliError::Failed(e.to_string()))?;
-    let (code, text) = http_request(&args.http_addr, "/v1/recover", Some(&body), 64 << 20, RECOVER_TIMEOUT)?;
+    let (code, text) = http_request(&args.at.door()?, "/v1/recover", Some(&body), 64 << 20, RECOVER_TIMEOUT)?;
     if code != 200 {
         let reason = serde_json::from_str::<serde_json::Value>(&text).ok();
         let reason = reason.as_ref().and_then(|v| v["reason"].as_str()).unwrap_or("no reason given");
         return Err(CliError::Failed(plain(reason)));
     }
     let answer: RecoverBody = serde_json::from_str(&text)
-        .map_err(|e| CliError::Failed(format!("{} answers something else: {e}", args.http_addr)))?;
+        .map_err(|e| CliError::Failed(format!("{} answers something else: {e}", args.at.http_addr)))?;
     say(if args.json { text.trim_end().to_owned() } else { in_words(&answer, args.accept_data_loss) });
     if args.accept_data_loss && !answer.done && !(answer.lost.is_empty() && answer.waiting.is_empty()) {
         return Err(CliError::Failed("nothing was recovered".to_owned()));

@@ -8,7 +8,7 @@
 //! An approval is done once it is committed; replicas move afterwards, and `--wait` waits for them.
 
 use crate::admin::{AdminSource, VoterBody};
-use crate::cli::{AskArgs, CliError, http_get, http_request, or_dash, plain, say, table, table_text};
+use crate::cli::{AskArgs, CliError, Door, HttpArgs, http_get, http_request, or_dash, plain, say, table, table_text};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -48,9 +48,9 @@ pub struct ChangeArgs {
     /// The nodes, one after the other.
     #[arg(required = true, value_name = "NODE")]
     pub nodes: Vec<u64>,
-    /// HTTP address of any node.
-    #[arg(long, value_name = "HOST:PORT", env = "CREMA_HTTP_ADDR", default_value = "127.0.0.1:8080")]
-    pub http_addr: String,
+    /// Where to ask.
+    #[command(flatten)]
+    pub at: HttpArgs,
     /// Wait until all replicas are where they should be.
     #[arg(long)]
     pub wait: bool,
@@ -145,8 +145,8 @@ fn read<T: DeserializeOwned>(addr: &str, (code, text): (u16, String)) -> Result<
 pub fn voters(command: &VotersCommand) -> Result<(), CliError> {
     match command {
         VotersCommand::List(args) => {
-            let answer = http_get(&args.http_addr, "/v1/voters", MAX_ANSWER_BYTES)?;
-            let (voters, text): (Vec<VoterBody>, _) = read(&args.http_addr, answer)?;
+            let answer = http_get(&args.at.door()?, "/v1/voters", MAX_ANSWER_BYTES)?;
+            let (voters, text): (Vec<VoterBody>, _) = read(&args.at.http_addr, answer)?;
             say(if args.json { text.trim_end().to_owned() } else { show_voters(&voters) });
             Ok(())
         }
@@ -156,18 +156,19 @@ pub fn voters(command: &VotersCommand) -> Result<(), CliError> {
 }
 
 fn change_all(args: &ChangeArgs, approved: bool) -> Result<(), CliError> {
+    let door = args.at.door()?;
     for node_id in &args.nodes {
         let body = serde_json::to_string(&ChangeBody { node_id: *node_id, approved });
         let body = body.map_err(|e| CliError::Failed(e.to_string()))?;
-        let answer = http_request(&args.http_addr, "/v1/voters", Some(&body), MAX_ANSWER_BYTES, APPROVE_TIMEOUT)?;
-        let _: (ChangeBody, _) = read(&args.http_addr, answer)?;
+        let answer = http_request(&door, "/v1/voters", Some(&body), MAX_ANSWER_BYTES, APPROVE_TIMEOUT)?;
+        let _: (ChangeBody, _) = read(&args.at.http_addr, answer)?;
         say(if approved {
             format!("node {node_id} may hold replicas")
         } else {
             format!("node {node_id} shall hold no replicas; stop it once they have moved")
         });
     }
-    if args.wait { watch(&args.http_addr, true) } else { Ok(()) }
+    if args.wait { watch(&door, true) } else { Ok(()) }
 }
 
 /// Runs `crema shards --moves`; with `follow`, until nothing moves any more.
@@ -175,23 +176,24 @@ fn change_all(args: &ChangeArgs, approved: bool) -> Result<(), CliError> {
 /// Errors: the node cannot be reached ([`CliError::Failed`]); the address is none ([`CliError::Usage`]).
 pub fn show_moves(args: &AskArgs, follow: bool) -> Result<(), CliError> {
     if follow {
-        return watch(&args.http_addr, false);
+        return watch(&args.at.door()?, false);
     }
-    let answer = http_get(&args.http_addr, "/v1/moves", MAX_ANSWER_BYTES)?;
-    let (moves, text): (MovesBody, _) = read(&args.http_addr, answer)?;
+    let answer = http_get(&args.at.door()?, "/v1/moves", MAX_ANSWER_BYTES)?;
+    let (moves, text): (MovesBody, _) = read(&args.at.http_addr, answer)?;
     say(if args.json { text.trim_end().to_owned() } else { moves_table(&moves) });
     Ok(())
 }
 
 /// Follows moves to their end, with a bar where there is a terminal. `begins`: something was asked for just now, which the
 /// asked node may not have heard of yet.
-fn watch(addr: &str, begins: bool) -> Result<(), CliError> {
+fn watch(door: &Door, begins: bool) -> Result<(), CliError> {
     let style = indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} groups in place, {elapsed}  {msg}");
     let bar = indicatif::ProgressBar::new(0).with_style(style.map_err(|e| CliError::Failed(e.to_string()))?);
     let began = Instant::now();
     let (mut most, mut failures, mut quiet) = (0, 0, 0);
     loop {
-        let answer = http_get(addr, "/v1/moves", MAX_ANSWER_BYTES).and_then(|answer| read::<MovesBody>(addr, answer));
+        let answer = http_get(door, "/v1/moves", MAX_ANSWER_BYTES);
+        let answer = answer.and_then(|answer| read::<MovesBody>(&door.addr, answer));
         match answer {
             Ok((MovesBody { open, moves }, _)) => {
                 failures = 0;

@@ -554,6 +554,7 @@ fn real(node: u64, members: &[u64]) -> Real {
         cluster: "driver test".to_owned(),
         node: NodeId(node),
         incarnation,
+        keys: None,
         boot: 0,
         options: PeerOptions::default(),
     };

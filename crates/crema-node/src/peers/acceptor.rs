@@ -1,5 +1,6 @@
 //! Accepts connections, judges who they are from, and has those that may be read.
 
+use super::auth::{self, Proof, Session, prove};
 use super::claims::{Claim, ConnNumber};
 use super::reader::{read_frames, send_pulses};
 use super::stats::add;
@@ -77,20 +78,30 @@ impl Drop for Counted {
 /// An incoming connection from its handshake to its end.
 async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: SocketAddr) {
     let limit = shared.options.handshake_timeout;
-    let (mut claim, channel) = match within(limit, accept_hello(&shared, &mut stream)).await {
-        Ok(Ok(accepted)) => accepted,
-        Ok(Err((reject, text))) => {
+    let accepted = within(limit, async {
+        let keys = shared.keys.load_full();
+        let session = match &keys {
+            Some(ring) => Some(auth::accept(&mut stream, ring).await?),
+            None => None,
+        };
+        let accepted = accept_hello(&shared, &mut stream, session.as_ref()).await?;
+        Ok((session, accepted))
+    });
+    let (session, mut claim, channel) = match accepted.await {
+        Ok((session, Ok((claim, channel)))) => (session, claim, channel),
+        Ok((session, Err((reject, text)))) => {
             add(&shared.stats.handshakes_rejected, 1);
             if let Some(left_out) = shared.accept_log.allow() {
                 tracing::warn!(%addr, ?reject, text, left_out, "peer connection rejected");
             }
             let answer = Answer::Reject { code: reject as u8, text: cut(&text, MAX_REASON_BYTES) };
-            let _ = timeout(limit, stream.write_all(&handshake_bytes(&answer))).await;
+            let _ = timeout(limit, stream.write_all(&answer_bytes(session.as_ref(), &answer))).await;
             return;
         }
         Err(error) => {
             let counter = match error {
                 HandshakeError::TimedOut => &shared.stats.handshakes_timed_out,
+                HandshakeError::Keys(_) => &shared.stats.unauthenticated,
                 _ => &shared.stats.garbage,
             };
             add(counter, 1);
@@ -115,7 +126,7 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
     }
     let ((peer, incarnation), number) = (claim.life(), claim.number());
     let welcome = Answer::Welcome { node: shared.node, incarnation: shared.incarnation, boot: shared.boot };
-    if !matches!(timeout(limit, stream.write_all(&handshake_bytes(&welcome))).await, Ok(Ok(()))) {
+    if !matches!(timeout(limit, stream.write_all(&answer_bytes(session.as_ref(), &welcome))).await, Ok(Ok(()))) {
         return;
     }
     let (mut from, to) = stream.into_split();
@@ -136,13 +147,23 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
     tracing::debug!(%peer, %incarnation, ?channel, ?number, why, "incoming stream ended");
 }
 
+/// An answer with its preamble, behind its proof where there is one.
+fn answer_bytes(session: Option<&Session>, answer: &Answer<'_>) -> Vec<u8> {
+    prove(session, Proof::Answer, handshake_bytes(answer))
+}
+
 /// Reads and judges a Hello. The inner error is told to the dialer.
 #[allow(clippy::type_complexity)] // one use
 async fn accept_hello(
     shared: &Arc<Shared>,
     stream: &mut TcpStream,
+    session: Option<&Session>,
 ) -> Result<Result<(Claim, Channel), (Reject, String)>, HandshakeError> {
     stream.set_nodelay(true)?;
+    let proof = match session {
+        Some(_) => Some(auth::read_proof(stream).await?),
+        None => None,
+    };
     let body = match read_handshake(stream).await {
         Err(HandshakeError::Version(theirs)) => {
             let text = format!("this node speaks version {VERSION} of the peer protocol, not {theirs}");
@@ -150,6 +171,9 @@ async fn accept_hello(
         }
         body => body?,
     };
+    if let (Some(session), Some(proof)) = (session, &proof) {
+        session.check(Proof::Dialer, &body, proof)?;
+    }
     let hello: Hello<'_> = decode_handshake(&body)?;
     let channel = channel_from_code(hello.channel).ok_or(HandshakeError::Garbage("unknown channel"))?;
     let is_fenced = is_fenced(&shared.fences.borrow(), hello.from, hello.incarnation);

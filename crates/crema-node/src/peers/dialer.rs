@@ -4,6 +4,7 @@
 //!  no address --> dialing --> link up --> (broken, fenced, moved) --> link down --> pause --> dialing ...
 //! ```
 
+use super::auth::{self, Proof};
 use super::claims::{Claim, ConnNumber};
 use super::link::PeerLink;
 use super::stats::add;
@@ -93,9 +94,22 @@ async fn dial(
         channel: channel as u8,
         number: ConnNumber { boot: shared.boot, counter },
     };
+    let keys = shared.keys.load_full();
     within(limit, async {
-        stream.write_all(&handshake_bytes(&hello)).await?;
+        let session = match &keys {
+            Some(ring) => Some(auth::dial(&mut stream, ring).await?),
+            None => None,
+        };
+        let session = session.as_ref();
+        stream.write_all(&auth::prove(session, Proof::Dialer, handshake_bytes(&hello))).await?;
+        let proof = match session {
+            Some(_) => Some(auth::read_proof(&mut stream).await?),
+            None => None,
+        };
         let body = read_handshake(&mut stream).await?;
+        if let (Some(session), Some(proof)) = (session, &proof) {
+            session.check(Proof::Answer, &body, proof)?;
+        }
         match decode_handshake(&body)? {
             Answer::Welcome { node, .. } if node != peer => Err(HandshakeError::WrongNode(node)),
             Answer::Welcome { incarnation, boot, .. } => Ok(Process { incarnation, boot }),
@@ -161,8 +175,10 @@ pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: wat
             Err(error) => {
                 add(&shared.stats.dials_failed, 1);
                 let fenced = matches!(error, HandshakeError::Rejected { code: Some(Reject::Fenced), .. });
-                if let HandshakeError::Rejected { .. } | HandshakeError::WrongNode(_) | HandshakeError::Version(_) =
-                    error
+                if let HandshakeError::Rejected { .. }
+                | HandshakeError::WrongNode(_)
+                | HandshakeError::Version(_)
+                | HandshakeError::Keys(_) = error
                 {
                     if let Some(left_out) = shared.dial_log.allow() {
                         tracing::warn!(%peer, address = ?target, %error, left_out, "peer refused");

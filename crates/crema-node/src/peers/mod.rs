@@ -28,6 +28,7 @@
 //! frames apart, which have a budget), or wait without a limit.
 
 mod acceptor;
+mod auth;
 mod claims;
 mod dialer;
 mod link;
@@ -47,9 +48,11 @@ pub use wire::MAX_CLUSTER_NAME_BYTES;
 
 use crate::driver::Input;
 use acceptor::run_acceptor;
+use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use claims::{Life, LifeKey, revoke};
 use crema_core::{Incarnation, NodeId};
+use crema_gossip::KeyRing;
 use crema_shard::Channel;
 use crossbeam::channel::{Sender, TrySendError};
 use dialer::run_peer;
@@ -138,6 +141,8 @@ pub struct PeersConfig {
     /// Which start of this life: higher than that of every earlier process with the same incarnation, and durable before
     /// it is used here. Peers read nothing of a lower one once they have heard a higher. 0 where every start is a new life.
     pub boot: u64,
+    /// The cluster's keys: with them nobody is heard who does not prove to have one of them.
+    pub keys: Option<KeyRing>,
     /// Limits and periods.
     pub options: PeerOptions,
 }
@@ -237,6 +242,7 @@ struct Shared {
     node: NodeId,
     incarnation: Incarnation,
     boot: u64,
+    keys: ArcSwapOption<KeyRing>,
     options: PeerOptions,
     driver: Sender<Input>,
     stats: Arc<PeerStats>,
@@ -305,6 +311,7 @@ impl Peers {
             node: config.node,
             incarnation: config.incarnation,
             boot: config.boot,
+            keys: ArcSwapOption::from_pointee(config.keys),
             options: config.options,
             driver,
             stats: Arc::default(),
@@ -361,6 +368,15 @@ impl PeersHandle {
     /// Where peers connect to this node.
     pub fn local_addr(&self) -> SocketAddr {
         self.inner.local_addr
+    }
+
+    /// Replaces the cluster's keys: for connections from now on, those that stand stay. Nothing on a node without keys, which
+    /// would shut out peers that have none.
+    pub fn set_keys(&self, keys: KeyRing) {
+        let shared = &self.inner.shared;
+        if shared.keys.load().is_some() {
+            shared.keys.store(Some(Arc::new(keys)));
+        }
     }
 
     /// Counters.

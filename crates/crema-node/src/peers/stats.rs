@@ -13,6 +13,8 @@ pub struct PeerStats {
     pub handshakes_timed_out: AtomicU64,
     /// Incoming connections that did not speak this protocol.
     pub garbage: AtomicU64,
+    /// Incoming connections that did not have the cluster's key, or had one where this node has none.
+    pub unauthenticated: AtomicU64,
     /// Incoming connections over the limit.
     pub over_limit: AtomicU64,
     /// Incoming connections at present (a gauge).

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! All integers are little-endian. The preamble is the same in every version, so that a node of another version can be
-//! told why it is refused.
+//! told why it is refused. Where the cluster has keys, `auth` comes first, and each of these messages follows its proof.
 
+use super::auth::KEYED_MAGIC;
 use super::claims::ConnNumber;
 use bytes::BufMut;
 use crema_core::{Incarnation, NodeId};
@@ -80,6 +81,8 @@ pub(super) enum HandshakeError {
     TimedOut,
     #[error("not a peer: {0}")]
     Garbage(&'static str),
+    #[error("not of this cluster: {0}")]
+    Keys(&'static str),
     #[error("speaks version {0} of the peer protocol, this node speaks {VERSION}")]
     Version(u16),
     #[error("rejected ({code:?}): {text:?}")]
@@ -117,6 +120,9 @@ pub(super) async fn read_handshake(stream: &mut TcpStream) -> Result<Vec<u8>, Ha
     let mut magic = [0; 4];
     stream.read_exact(&mut magic).await?;
     // Four bytes tell a stranger: there is no need to wait for more of them.
+    if magic == KEYED_MAGIC {
+        return Err(HandshakeError::Keys("it has a cluster key, and this node has none"));
+    }
     if magic != MAGIC {
         return Err(HandshakeError::Garbage("unknown magic"));
     }

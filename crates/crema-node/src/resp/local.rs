@@ -1,6 +1,5 @@
 //! Commands that a connection answers by itself: greeting, settings, and what clients ask about the server.
 
-use crate::config::Secret;
 use crate::resp::command::{self, COMMANDS, Cmd, FAST, FLAG_NAMES, READONLY, Spec, WRITE};
 use crate::resp::decode::{Args, OwnedArgs, parse_i64};
 use crate::resp::encode::{self, Proto};
@@ -21,18 +20,6 @@ pub const REDIS_VERSION: &str = "7.4.0";
 const MAX_NAME_BYTES: usize = 1024;
 
 const WRONGPASS: &[u8] = b"WRONGPASS invalid username-password pair or user is disabled.";
-
-/// Compares without telling by its duration where a wrong password differs. Its length may become known.
-fn same(secret: &Secret, given: &[u8]) -> bool {
-    let wanted = secret.expose().as_bytes();
-    let mut difference = u8::from(wanted.len() != given.len());
-    for (i, byte) in given.iter().enumerate() {
-        difference |= byte ^ wanted.get(i).copied().unwrap_or(0);
-        // Keeps the compiler from leaving the loop early.
-        difference = std::hint::black_box(difference);
-    }
-    difference == 0
-}
 
 /// Answers `spec`, one of the commands that need no shard.
 pub fn run(ctx: &Context<'_>, state: &mut ClientState, spec: &'static Spec, args: Args<'_>, out: &mut BytesMut) {
@@ -160,7 +147,7 @@ fn select(state: &mut ClientState, arg: &[u8], out: &mut BytesMut) {
 
 /// Whether a user with this password may come in. There is one user, `default`.
 fn admits(ctx: &Context<'_>, user: &[u8], password: &[u8]) -> bool {
-    let admitted = user == b"default" && ctx.front.requirepass.as_ref().is_none_or(|secret| same(secret, password));
+    let admitted = user == b"default" && ctx.front.requirepass.as_ref().is_none_or(|secret| secret.is(password));
     if !admitted {
         ctx.front.stats.auth_failures.fetch_add(1, Ordering::Relaxed);
     }
@@ -793,10 +780,10 @@ mod tests {
 
     #[test]
     fn passwords_are_compared_as_a_whole() {
-        let secret = Secret::new("secret");
-        assert!(same(&secret, b"secret"));
+        let secret = crate::config::Secret::new("secret");
+        assert!(secret.is(b"secret"));
         for wrong in [&b""[..], b"s", b"secre", b"secrets", b"Secret", b"secret\0", b"secretsecret"] {
-            assert!(!same(&secret, wrong), "{wrong:?}");
+            assert!(!secret.is(wrong), "{wrong:?}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Nodes, dialers and acceptors for the tests, which are beside this file by theme.
 
+mod auth;
 mod boots;
 mod claims;
 mod flow;
@@ -37,7 +38,14 @@ fn options() -> PeerOptions {
 }
 
 fn config(node: u64, life: u128, options: PeerOptions) -> PeersConfig {
-    PeersConfig { cluster: "test".to_owned(), node: NodeId(node), incarnation: Incarnation(life), boot: 0, options }
+    PeersConfig {
+        cluster: "test".to_owned(),
+        node: NodeId(node),
+        incarnation: Incarnation(life),
+        boot: 0,
+        keys: None,
+        options,
+    }
 }
 
 fn listener() -> std::net::TcpListener {
