@@ -5,6 +5,8 @@
 //!   0 | message4 | index1 | count1 | bytes         a part of a message, by UDP
 //!   1 | counter8                                   a greeting: "I do not know you; this is my boot", by UDP
 //!   2 | 4 or 6 | ip | port2 | bytes                a whole message and where to answer it, by TCP
+//!   3 | node8 | generation8                        a goodbye: "this life of mine is over", by UDP
+//!   4 | generation8                                the receipt of a goodbye, by UDP
 //! ```
 //!
 //! No datagram is larger than 1,200 bytes, which passes every network that carries IPv6 without fragmentation by IP. One lost
@@ -42,6 +44,8 @@ const MAX_WHOLE_HEADER_BYTES: usize = 1 + 1 + 16 + 2;
 const KIND_PART: u8 = 0;
 const KIND_HELLO: u8 = 1;
 const KIND_WHOLE: u8 = 2;
+const KIND_GOODBYE: u8 = 3;
+const KIND_HEARD: u8 = 4;
 
 /// The body of a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +63,18 @@ pub enum Body<'a> {
         from: SocketAddr,
         /// The message.
         message: &'a [u8],
+    },
+    /// The sender leaves.
+    Goodbye {
+        /// Its node id.
+        node: u64,
+        /// The life that ends.
+        generation: u64,
+    },
+    /// The goodbye of this generation was received.
+    Heard {
+        /// The generation.
+        generation: u64,
     },
 }
 
@@ -88,6 +104,12 @@ impl<'a> Body<'a> {
                 valid.then_some(Body::Part(part))
             }
             KIND_HELLO => Some(Body::Hello { counter: u64::from_be_bytes(rest.try_into().ok()?) }),
+            KIND_GOODBYE => {
+                let (node, generation) = rest.split_first_chunk::<8>()?;
+                let generation = u64::from_be_bytes(generation.try_into().ok()?);
+                Some(Body::Goodbye { node: u64::from_be_bytes(*node), generation })
+            }
+            KIND_HEARD => Some(Body::Heard { generation: u64::from_be_bytes(rest.try_into().ok()?) }),
             KIND_WHOLE => {
                 let (family, rest) = rest.split_first()?;
                 let (ip, rest): (IpAddr, _) = match family {
@@ -118,6 +140,17 @@ impl<'a> Body<'a> {
             Body::Hello { counter } => {
                 let mut body = vec![KIND_HELLO];
                 body.extend_from_slice(&counter.to_be_bytes());
+                body
+            }
+            Body::Goodbye { node, generation } => {
+                let mut body = vec![KIND_GOODBYE];
+                body.extend_from_slice(&node.to_be_bytes());
+                body.extend_from_slice(&generation.to_be_bytes());
+                body
+            }
+            Body::Heard { generation } => {
+                let mut body = vec![KIND_HEARD];
+                body.extend_from_slice(&generation.to_be_bytes());
                 body
             }
             Body::Whole { from, message } => {
@@ -277,6 +310,8 @@ mod tests {
         for body in [
             Body::Part(part),
             Body::Hello { counter: u64::MAX },
+            Body::Goodbye { node: 7, generation: 1 << 60 },
+            Body::Heard { generation: 1 << 60 },
             Body::Whole { from: "10.1.2.3:8001".parse().unwrap(), message: b"x" },
             Body::Whole { from: "[fe80::1]:8001".parse().unwrap(), message: b"" },
         ] {
@@ -366,7 +401,7 @@ mod tests {
             let len = rng.below(40) as usize;
             let mut body = bytes(&mut rng, len);
             if let Some(kind) = body.first_mut() {
-                *kind %= 4;
+                *kind %= 6;
             }
             if let Some(Body::Part(part)) = Body::parse(&body) {
                 let now = MonoTime(rng.below(10_000_000_000));

@@ -51,6 +51,8 @@ const SCAN_GAP: Duration = Duration::from_millis(5);
 const FULL_SCAN_TICKS: u64 = 20;
 /// Most lives of nodes that one snapshot considers.
 const MAX_LIVES: usize = 8_192;
+/// Most goodbyes remembered that were said directly.
+const MAX_GOODBYES: usize = 1_024;
 /// A leaving node greets this many peers at a time, so that many that leave together do not drown each other's news, and one
 /// that has not confirmed within the pause again after the others.
 const LEAVE_WINDOW: usize = 8;
@@ -232,7 +234,7 @@ impl Gossip {
         let wall_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
         let generation = config.generation.unwrap_or(wall_ns).max(1);
         let pairs = encode_node(&config.meta(advertise))?;
-        let Started { wire, transport, greeted } =
+        let Started { wire, transport, greeted, heard_goodbyes } =
             Wire::start(sockets, advertise, &config.cluster, config.keys.clone(), hooks.clone())
                 .await
                 .map_err(|error| GossipError::Start(format!("{error:#}")))?;
@@ -272,7 +274,7 @@ impl Gossip {
             goodbyes_unconfirmed: AtomicU64::new(0),
             wire,
         });
-        let mut watcher = Watcher::new(shared.clone(), &config, greeted);
+        let mut watcher = Watcher::new(shared.clone(), &config, greeted, heard_goodbyes);
         // This node is a member before anybody can ask.
         watcher.scan(true).await;
         tokio::spawn(watcher.run(config.interval));
@@ -542,7 +544,7 @@ impl Shared {
         let chitchat = self.handle.chitchat();
         let peers: HashSet<SocketAddr> = {
             let mut chitchat = chitchat.lock().await;
-            self.wire.arm_evidence();
+            self.wire.arm_evidence(self.generation);
             chitchat.self_node_state().set(STATE_KEY, STATE_LEFT);
             let own = chitchat.self_chitchat_id();
             // Who has left does not listen; a newcomer knows of it from chitchat only.
@@ -575,6 +577,8 @@ impl Shared {
                 if self.handle.gossip(peer).is_err() {
                     return;
                 }
+                // The life's end in one datagram, and, so that it also spreads as gossip, an exchange.
+                self.wire.tell_goodbye(peer, self.this, self.generation).await;
                 greeted.insert(peer, Farewell { until: now + LEAVE_PAUSE, by_stream, told: false });
             }
             // The news itself goes out with the answer to the peer's answer, 1.5 round trips from the greeting. Another greeting
@@ -690,10 +694,18 @@ struct Watcher {
     rng: SplitMix,
     /// Peers that asked to be told again.
     greeted: mpsc::Receiver<SocketAddr>,
+    heard_goodbyes: mpsc::Receiver<(NodeId, u64)>,
+    /// Lives that said goodbye to this node directly; gossip of it may come later or never.
+    goodbyes: HashSet<(NodeId, u64)>,
 }
 
 impl Watcher {
-    fn new(shared: Arc<Shared>, config: &GossipConfig, greeted: mpsc::Receiver<SocketAddr>) -> Self {
+    fn new(
+        shared: Arc<Shared>,
+        config: &GossipConfig,
+        greeted: mpsc::Receiver<SocketAddr>,
+        heard_goodbyes: mpsc::Receiver<(NodeId, u64)>,
+    ) -> Self {
         let view = View::new(ViewConfig {
             this: config.node_id,
             generation: shared.generation,
@@ -701,7 +713,17 @@ impl Watcher {
             dead_ticks: config.dead_ticks,
         });
         let rng = SplitMix::new(shared.generation ^ config.node_id.0);
-        Watcher { shared, view, lives: HashMap::new(), started: Instant::now(), ticks: 0, rng, greeted }
+        Watcher {
+            shared,
+            view,
+            lives: HashMap::new(),
+            started: Instant::now(),
+            ticks: 0,
+            rng,
+            greeted,
+            heard_goodbyes,
+            goodbyes: HashSet::new(),
+        }
     }
 
     async fn run(mut self, period: Duration) {
@@ -744,6 +766,15 @@ impl Watcher {
                 Some(peer) = self.greeted.recv() => {
                     // Its answer will be taken now. An error means that chitchat has stopped, which is seen above.
                     let _ = shared.handle.gossip(peer);
+                }
+                Some(goodbye) = self.heard_goodbyes.recv() => {
+                    // Those that were said long ago stand in gossip by now.
+                    if self.goodbyes.len() >= MAX_GOODBYES {
+                        self.goodbyes.clear();
+                    }
+                    if self.goodbyes.insert(goodbye) {
+                        shared.heard.notify_one();
+                    }
                 }
                 () = shared.publish.notified() => {
                     flush_at.get_or_insert_with(|| Instant::now() + PUBLISH_DEBOUNCE);
@@ -831,7 +862,7 @@ impl Watcher {
                 meta: meta.clone(),
                 generation: id.generation_id,
                 chitchat_alive,
-                left: *left,
+                left: *left || self.goodbyes.contains(&(meta.node_id, id.generation_id)),
                 beats: life.beats,
             });
         }
@@ -1211,7 +1242,7 @@ mod tests {
         let seeds = Seeds { addrs: vec![a.addr()], names: vec![] };
         let sockets = Bound::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let addr = sockets.addr;
-        let Started { wire, transport, greeted: _greeted } =
+        let Started { wire, transport, greeted: _greeted, heard_goodbyes: _goodbyes } =
             Wire::start(sockets, addr, "test", None, Hooks::default()).await.unwrap();
         let mut stranger = chitchat_config(&config(9, &[]), &seeds, 1, addr, addr);
         stranger.chitchat_id.node_id = "nobody".into();

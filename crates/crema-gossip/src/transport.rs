@@ -23,7 +23,7 @@ use crate::seal::{BootId, Foreign, KeyRing, Opener, Refusal, Sealer};
 use async_trait::async_trait;
 use chitchat::transport::{RecvOutcome, SendOutcome, Socket, Transport, UdpSocket as ChitchatUdp};
 use chitchat::{ChitchatEnvelope, ChitchatMessage, ProtocolVersion, Serializable};
-use crema_core::MonoTime;
+use crema_core::{MonoTime, NodeId};
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::io;
@@ -73,6 +73,8 @@ const HELLOS_PER_SECOND: u32 = 256;
 const WARN_PERIOD: Duration = Duration::from_secs(10);
 /// Greeted peers that wait to be told again.
 const GREET_QUEUE: usize = 64;
+/// Goodbyes that wait to be noted. One that finds no place is not confirmed and comes again.
+const GOODBYE_QUEUE: usize = 256;
 /// How often a free port is looked for that is free in both protocols.
 const BIND_ATTEMPTS: usize = 16;
 /// Chitchat's shortest valid datagram, a refusal, which no peer of the same cluster sends. It marks the end of what is decoded.
@@ -207,6 +209,9 @@ pub(crate) struct Wire {
     inbound: Mutex<HashMap<IpAddr, usize>>,
     raw: mpsc::Sender<RawMessage>,
     greet: mpsc::Sender<SocketAddr>,
+    goodbyes: mpsc::Sender<(NodeId, u64)>,
+    /// The generation that says goodbye, 0 before, and the peers that have sent a receipt for it.
+    leaving: Mutex<(u64, HashSet<SocketAddr>)>,
     evidence: Mutex<Evidence>,
     answered: Notify,
     stop: watch::Sender<bool>,
@@ -265,6 +270,8 @@ pub(crate) struct Started {
     pub(crate) transport: OpenedTransport,
     /// Peers that ask to be told again, now that they are known.
     pub(crate) greeted: mpsc::Receiver<SocketAddr>,
+    /// Nodes that said goodbye, and in which generation.
+    pub(crate) heard_goodbyes: mpsc::Receiver<(NodeId, u64)>,
 }
 
 impl Wire {
@@ -280,6 +287,7 @@ impl Wire {
         getrandom::fill(&mut boot.0).map_err(|error| anyhow::anyhow!("no randomness from the system: {error}"))?;
         let (raw, raw_messages) = mpsc::channel(RAW_QUEUE);
         let (greet, greeted) = mpsc::channel(GREET_QUEUE);
+        let (goodbyes, heard_goodbyes) = mpsc::channel(GOODBYE_QUEUE);
         let (alive, all_gone) = mpsc::channel(1);
         let udp = Arc::new(bound.udp);
         let wire = Arc::new(Wire {
@@ -303,6 +311,8 @@ impl Wire {
             inbound: Mutex::default(),
             raw,
             greet,
+            goodbyes,
+            leaving: Mutex::default(),
             evidence: Mutex::default(),
             answered: Notify::new(),
             stop: watch::channel(false).0,
@@ -322,7 +332,7 @@ impl Wire {
         }
         let socket = WireSocket { wire: wire.clone(), encoder, decoded, _alive: alive };
         let transport = OpenedTransport { socket: Mutex::new(Some(Box::new(socket))) };
-        Ok(Started { wire, transport, greeted })
+        Ok(Started { wire, transport, greeted, heard_goodbyes })
     }
 
     /// A snapshot of the keys; `None` if there never were any.
@@ -340,16 +350,23 @@ impl Wire {
         lock(&self.state).peer(peer).prefer_stream = prefer;
     }
 
-    /// Begins to collect which peers know everything. Call it with chitchat locked, when the goodbye is set.
-    pub(crate) fn arm_evidence(&self) {
+    /// Begins to collect which peers know of the end of this generation. Call it with chitchat locked, when the goodbye is set.
+    pub(crate) fn arm_evidence(&self, generation: u64) {
+        *lock(&self.leaving) = (generation, HashSet::new());
         *lock(&self.evidence) = Evidence::Armed;
+    }
+
+    /// Tells a peer directly, in one datagram, that this node leaves.
+    pub(crate) async fn tell_goodbye(&self, to: SocketAddr, node: NodeId, generation: u64) {
+        self.send_body(to, &Body::Goodbye { node: node.0, generation }).await;
     }
 
     /// The peers in question that are not known to know everything.
     pub(crate) fn unconfirmed(&self, peers: &HashSet<SocketAddr>) -> HashSet<SocketAddr> {
+        let silent = peers - &lock(&self.leaving).1;
         match &*lock(&self.evidence) {
-            Evidence::Collecting { confirmed, .. } => peers - confirmed,
-            Evidence::Off | Evidence::Armed => peers.clone(),
+            Evidence::Collecting { confirmed, .. } => &silent - confirmed,
+            Evidence::Off | Evidence::Armed => silent,
         }
     }
 
@@ -491,6 +508,18 @@ impl Wire {
         }
     }
 
+    async fn send_body(&self, to: SocketAddr, body: &Body<'_>) {
+        let frame = {
+            let now_s = self.now_s();
+            let state = &mut *lock(&self.state);
+            let boot = state.peer(to).boot;
+            let counter = state.sealer.next_counter();
+            state.peer(to).last = Some((counter, counter));
+            state.sealer.seal(state.ring.as_ref(), now_s, boot, &body.encode())
+        };
+        self.send_datagram(to, &frame).await;
+    }
+
     async fn greet_back(&self, to: SocketAddr, boot: BootId, counter: u64) {
         let frame = {
             let now_s = self.now_s();
@@ -612,12 +641,13 @@ impl Wire {
 
     async fn take_datagram(&self, from: SocketAddr, frame: &[u8]) -> Option<(SocketAddr, Vec<u8>)> {
         let now_s = self.now_s();
+        let mut receipt = None;
         let refusal = 'refused: {
             let state = &mut *lock(&self.state);
             let opened = match state.opener.open(state.ring.as_ref(), now_s, frame) {
-                Ok(_) if frame.len() > MAX_DATAGRAM_BYTES => break 'refused Foreign::Malformed.into(),
+                Ok(_) if frame.len() > MAX_DATAGRAM_BYTES => break 'refused Some(Foreign::Malformed.into()),
                 Ok(opened) => opened,
-                Err(refusal) => break 'refused refusal,
+                Err(refusal) => break 'refused Some(refusal),
             };
             add(&self.traffic.received_datagrams, 1);
             add(&self.traffic.received_bytes, frame.len());
@@ -640,10 +670,26 @@ impl Wire {
                     let _ = self.greet.try_send(addr);
                     return None;
                 }
-                _ => Foreign::Malformed.into(),
+                Some(Body::Goodbye { node, generation }) => {
+                    let noted = self.goodbyes.try_send((NodeId(node), generation)).is_ok();
+                    receipt = noted.then_some(generation);
+                    None
+                }
+                Some(Body::Heard { generation }) => {
+                    let mut leaving = lock(&self.leaving);
+                    if generation != 0 && leaving.0 == generation && leaving.1.len() < MAX_PEERS {
+                        leaving.1.insert(from);
+                        self.answered.notify_one();
+                    }
+                    None
+                }
+                _ => Some(Foreign::Malformed.into()),
             }
         };
-        match refusal {
+        if let Some(generation) = receipt {
+            self.send_body(from, &Body::Heard { generation }).await;
+        }
+        match refusal? {
             Refusal::Foreign(kind) => self.note_foreign(kind, from),
             Refusal::Unproven(opened) => {
                 add(&self.traffic.unproven, 1);
