@@ -237,14 +237,18 @@ async fn leaves(batches: u64, batch: u64, hooks: impl Fn() -> Hooks, with_keys: 
             all_see(&[joiner], &[1, 2]).await;
         }
         let mut leaving = JoinSet::new();
-        for joiner in joiners {
+        let mut story = Vec::new();
+        for (joiner, id) in joiners.into_iter().zip(ids.clone()) {
             leaving.spawn(async move {
+                assert!(joiner.health(), "{id} has ended by itself");
+                let began = Instant::now();
                 timeout(PATIENCE, joiner.leave()).await.expect("leaving ends");
-                joiner.stats()
+                (joiner.stats(), format!("{id} left within {:?}: {:?}", began.elapsed(), joiner.stats()))
             });
         }
         while let Some(stats) = leaving.join_next().await {
-            let stats = stats.unwrap();
+            let (stats, line) = stats.unwrap();
+            story.push(line);
             confirmed += stats.goodbyes_confirmed;
             unconfirmed += stats.goodbyes_unconfirmed;
         }
@@ -253,7 +257,10 @@ async fn leaves(batches: u64, batch: u64, hooks: impl Fn() -> Hooks, with_keys: 
             while !missing.is_empty() {
                 match timeout(PATIENCE, events.recv()).await.expect("all are seen to leave").unwrap() {
                     MemberEvent::Leave { node } => drop(missing.remove(&node)),
-                    MemberEvent::Failed { node } => panic!("{node} is taken as failed"),
+                    MemberEvent::Failed { node } => {
+                        let views = observers.map(|g| (state(g, node.0), g.stats()));
+                        panic!("{node} is taken as failed: {story:#?} {views:#?}");
+                    }
                     MemberEvent::Join { .. } | MemberEvent::Update { .. } => {}
                 }
             }

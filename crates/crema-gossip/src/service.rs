@@ -463,8 +463,9 @@ impl Gossip {
     /// known to have heard it; takes at most half a second, for instance because one is dead, and the time to stop. A peer that
     /// hears nothing learns of it from others.
     pub async fn leave(&self) {
-        if self.health() {
-            self.shared.say_goodbye().await;
+        // The inner limit is that of waiting; the outer one holds should chitchat or the system not answer.
+        if self.health() && timeout(2 * LEAVE_LIMIT, self.shared.say_goodbye()).await.is_err() {
+            tracing::warn!(node = %self.shared.this, "gossip: the goodbye was not finished");
         }
         self.shutdown().await;
     }
@@ -553,6 +554,7 @@ impl Shared {
             let others = states.filter(|(id, state)| *id != own && here(state)).map(|(id, _)| id.gossip_advertise_addr);
             others.filter(|addr| !away.contains(addr)).collect()
         };
+        let required = &required & &peers;
         let mut order: Vec<SocketAddr> = peers.iter().copied().collect();
         let mut rng = SplitMix::new(self.generation ^ self.this.0);
         rng.keep_random(&mut order, usize::MAX);
