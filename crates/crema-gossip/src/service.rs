@@ -1245,7 +1245,7 @@ mod tests {
         let sockets = Bound::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let addr = sockets.addr;
         let Started { wire, transport, greeted: _greeted, heard_goodbyes: _goodbyes } =
-            Wire::start(sockets, addr, "test", None, Hooks::default()).await.unwrap();
+            Wire::start(sockets, addr, &config(9, &[]).cluster, None, Hooks::default()).await.unwrap();
         let mut stranger = chitchat_config(&config(9, &[]), &seeds, 1, addr, addr);
         stranger.chitchat_id.node_id = "nobody".into();
         let mut pairs = encode_node(&config(9, &[]).meta(addr)).unwrap();

@@ -10,6 +10,7 @@ use hickory_resolver::proto::op::{Message, ResponseCode};
 use hickory_resolver::proto::rr::rdata::SRV;
 use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
@@ -53,10 +54,18 @@ pub(crate) fn fuzz_count() -> u32 {
 /// Generous, because the machine may be busy; every wait ends as soon as its condition holds.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(15);
 
+/// A cluster of this test's own. Ports are used again and again, by other tests and other runs, and nodes look for those that
+/// have left: with one name for all, tests would meet.
+fn cluster() -> String {
+    let mut hasher = DefaultHasher::new();
+    std::thread::current().name().hash(&mut hasher);
+    format!("test-{}-{:x}", std::process::id(), hasher.finish())
+}
+
 pub(crate) fn config(node: u64, seeds: &[SocketAddr]) -> GossipConfig {
     let bind = "127.0.0.1:0".parse().unwrap();
     let raft_addr = format!("127.0.0.1:{}", 9000 + node);
-    let mut config = GossipConfig::new(NodeId(node), Incarnation(node.into()), raft_addr, "test", bind);
+    let mut config = GossipConfig::new(NodeId(node), Incarnation(node.into()), raft_addr, cluster(), bind);
     config.seeds = seeds.iter().copied().map(SeedAddr::from).collect();
     config.interval = Duration::from_millis(50);
     config.initial_interval = Duration::from_millis(50);
