@@ -545,7 +545,7 @@ impl Shared {
         let chitchat = self.handle.chitchat();
         let peers: HashSet<SocketAddr> = {
             let mut chitchat = chitchat.lock().await;
-            self.wire.arm_evidence(self.generation);
+            self.wire.arm_evidence(self.this, self.generation);
             chitchat.self_node_state().set(STATE_KEY, STATE_LEFT);
             let own = chitchat.self_chitchat_id();
             // Who has left does not listen; a newcomer knows of it from chitchat only.

@@ -196,6 +196,13 @@ enum Evidence {
     },
 }
 
+/// What this node says when it leaves, and the peers that have sent a receipt for it.
+#[derive(Debug, Default)]
+struct Leaving {
+    goodbye: Option<(NodeId, u64)>,
+    heard: HashSet<SocketAddr>,
+}
+
 /// The network of one run of gossip.
 pub(crate) struct Wire {
     bound: SocketAddr,
@@ -210,8 +217,7 @@ pub(crate) struct Wire {
     raw: mpsc::Sender<RawMessage>,
     greet: mpsc::Sender<SocketAddr>,
     goodbyes: mpsc::Sender<(NodeId, u64)>,
-    /// The generation that says goodbye, 0 before, and the peers that have sent a receipt for it.
-    leaving: Mutex<(u64, HashSet<SocketAddr>)>,
+    leaving: Mutex<Leaving>,
     evidence: Mutex<Evidence>,
     answered: Notify,
     stop: watch::Sender<bool>,
@@ -351,8 +357,8 @@ impl Wire {
     }
 
     /// Begins to collect which peers know of the end of this generation. Call it with chitchat locked, when the goodbye is set.
-    pub(crate) fn arm_evidence(&self, generation: u64) {
-        *lock(&self.leaving) = (generation, HashSet::new());
+    pub(crate) fn arm_evidence(&self, node: NodeId, generation: u64) {
+        *lock(&self.leaving) = Leaving { goodbye: Some((node, generation)), heard: HashSet::new() };
         *lock(&self.evidence) = Evidence::Armed;
     }
 
@@ -363,7 +369,7 @@ impl Wire {
 
     /// The peers in question that are not known to know everything.
     pub(crate) fn unconfirmed(&self, peers: &HashSet<SocketAddr>) -> HashSet<SocketAddr> {
-        let silent = peers - &lock(&self.leaving).1;
+        let silent = peers - &lock(&self.leaving).heard;
         match &*lock(&self.evidence) {
             Evidence::Collecting { confirmed, .. } => &silent - confirmed,
             Evidence::Off | Evidence::Armed => silent,
@@ -641,7 +647,7 @@ impl Wire {
 
     async fn take_datagram(&self, from: SocketAddr, frame: &[u8]) -> Option<(SocketAddr, Vec<u8>)> {
         let now_s = self.now_s();
-        let mut receipt = None;
+        let (mut receipt, mut again) = (None, None);
         let refusal = 'refused: {
             let state = &mut *lock(&self.state);
             let opened = match state.opener.open(state.ring.as_ref(), now_s, frame) {
@@ -668,7 +674,8 @@ impl Wire {
                     state.peer(addr).boot = Some(opened.boot);
                     // If many ask at once, some are told in the next round.
                     let _ = self.greet.try_send(addr);
-                    return None;
+                    again = Some(addr);
+                    None
                 }
                 Some(Body::Goodbye { node, generation }) => {
                     let noted = self.goodbyes.try_send((NodeId(node), generation)).is_ok();
@@ -677,8 +684,9 @@ impl Wire {
                 }
                 Some(Body::Heard { generation }) => {
                     let mut leaving = lock(&self.leaving);
-                    if generation != 0 && leaving.0 == generation && leaving.1.len() < MAX_PEERS {
-                        leaving.1.insert(from);
+                    let mine = leaving.goodbye.is_some_and(|(_, said)| said == generation);
+                    if mine && leaving.heard.len() < MAX_PEERS {
+                        leaving.heard.insert(from);
                         self.answered.notify_one();
                     }
                     None
@@ -686,6 +694,13 @@ impl Wire {
                 _ => Some(Foreign::Malformed.into()),
             }
         };
+        if let Some(addr) = again {
+            // A goodbye that was not taken is worth more than a greeting, and there is little time.
+            let goodbye = lock(&self.leaving).goodbye;
+            if let Some((node, generation)) = goodbye {
+                self.tell_goodbye(addr, node, generation).await;
+            }
+        }
         if let Some(generation) = receipt {
             self.send_body(from, &Body::Heard { generation }).await;
         }
