@@ -137,6 +137,10 @@ pub struct StatusBody {
     pub replication: Vec<ReplicationLine>,
     /// Leader of the meta group, if known.
     pub meta_leader: Option<u64>,
+    /// Nodes that may hold replicas and to which the asked node has no working connection.
+    pub away: Vec<u64>,
+    /// Groups whose replicas are not where they should be.
+    pub moving: u32,
     /// Placement epoch.
     pub epoch: u64,
     /// Generation of the cluster's table: 1, and one more for each recovery of the meta group.
@@ -309,6 +313,8 @@ pub fn status_body(source: &dyn AdminSource) -> StatusBody {
         replicas: facts.replicas,
         replication: replication(&view, facts.replicas),
         meta_leader: view.meta_leader.map(|n| n.0),
+        away: away(&view),
+        moving: moving(&view),
         epoch: view.epoch.0,
         generation: view.generation,
         notice: notice(&view),
@@ -316,6 +322,16 @@ pub fn status_body(source: &dyn AdminSource) -> StatusBody {
         down: down(&view),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
+}
+
+fn away(view: &RoutingView) -> Vec<u64> {
+    let away = |(id, route): &(&NodeId, &crema_shard::NodeRoute)| route.approved && **id != view.this && !route.live;
+    view.nodes.iter().filter(away).map(|(id, _)| id.0).collect()
+}
+
+fn moving(view: &RoutingView) -> u32 {
+    let moves = |standing| matches!(standing, Standing::Incoming | Standing::Outgoing);
+    view.shards.iter().filter(|s| s.replicas.iter().any(|(.., standing)| moves(*standing))).count() as u32
 }
 
 fn notice(view: &RoutingView) -> Option<String> {

@@ -392,12 +392,20 @@ fn show_status(s: &StatusBody) -> String {
         ("placement epoch", s.epoch.to_string()),
         ("version", plain(&s.version)),
     ];
+    let away: Vec<String> = s.away.iter().map(u64::to_string).collect();
+    let away = (!away.is_empty()).then(|| {
+        let what = format!("node {} may hold replicas and does not answer", away.join(", "));
+        ("AWAY", format!("{what}; `crema voters remove` gives them to others"))
+    });
+    let moving = (s.moving > 0).then(|| ("moving", format!("{}; see `crema shards --moves`", shards(s.moving))));
     let notice = s.notice.iter().map(|text| ("notice", plain(text)));
     let more = s.down.len().saturating_sub(MAX_DOWN_SHOWN);
     let down = s.down.iter().take(MAX_DOWN_SHOWN).map(|d| (if d.lost { "LOST" } else { "down" }, plain(&d.reason)));
     let more = (more > 0).then(|| ("", format!("and {more} groups more: see --json")));
     let hint = s.down.iter().any(|d| d.lost).then(|| ("", "`crema recover` says what can be done".to_owned()));
     rows.into_iter()
+        .chain(away)
+        .chain(moving)
         .chain(notice)
         .chain(down)
         .chain(more)

@@ -361,8 +361,9 @@ impl Config {
         Ok(members.into_iter().map(NodeId).collect())
     }
 
-    fn tcp_addrs(&self) -> [(&'static str, SocketAddr); 4] {
+    fn addrs(&self) -> [(&'static str, SocketAddr); 5] {
         [
+            ("gossip_addr", self.gossip_addr),
             ("raft_addr", self.raft_addr),
             ("redis_addr", self.redis_addr),
             ("redis_cluster_addr", self.redis_cluster_addr),
@@ -371,7 +372,7 @@ impl Config {
     }
 
     fn check_addresses_differ(&self) -> Result<(), ConfigError> {
-        let addrs = self.tcp_addrs();
+        let addrs = self.addrs();
         for (i, (key, addr)) in addrs.iter().enumerate() {
             if let Some((other, _)) = addrs[..i].iter().find(|(_, a)| a == addr && a.port() != 0) {
                 return bad(format!("{other} and {key} are both {addr}"));
@@ -395,9 +396,7 @@ impl Config {
             }
             return Ok(());
         }
-        let mut all = self.tcp_addrs().to_vec();
-        all.push(("gossip_addr", self.gossip_addr));
-        match all.iter().find(|(_, addr)| addr.ip().is_unspecified()) {
+        match self.addrs().iter().find(|(_, addr)| addr.ip().is_unspecified()) {
             Some((key, addr)) => bad(format!(
                 "{key} is {addr}, which others cannot connect to: set advertise_host to this machine's name or address"
             )),

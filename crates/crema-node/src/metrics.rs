@@ -14,7 +14,7 @@ use crate::driver::DriverStats;
 use crate::peers::PeerStats;
 use crate::resp::FrontStats;
 use crema_core::NodeId;
-use crema_gossip::GossipStats;
+use crema_gossip::{Foreign, GossipStats};
 use crema_shard::{HostStatus, RoutingView};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -102,6 +102,8 @@ pub fn view_samples(view: &RoutingView, into: &mut Vec<Sample>) {
     into.push(gauge("shards", "Data shards of the cluster", view.shards.len() as f64));
     into.push(gauge("shards_led", "Data shards that this node leads", led as f64));
     into.push(gauge("shards_leaderless", "Data shards without a known leader", leaderless as f64));
+    let away = view.nodes.iter().filter(|(id, route)| route.approved && **id != view.this && !route.live).count();
+    into.push(gauge("voters_away", "Nodes that may hold replicas and are not heard", away as f64));
     into.push(gauge("peers_live", "Other registered nodes that this node hears", live as f64));
     into.push(gauge("placement_epoch", "Version of the placement table", view.epoch.0 as f64));
     into.push(gauge("ready", "1 if this node is ready, else 0", if view.not_ready.is_none() { 1.0 } else { 0.0 }));
@@ -198,12 +200,33 @@ pub fn gossip_samples(stats: &GossipStats, leader_conflicts: u64, into: &mut Vec
         counter("gossip_malformed_values", "Values of other nodes that do not parse", stats.malformed_values),
         counter("gossip_conflicts", "Duplicate node ids noticed by gossip", stats.conflicts),
         counter("gossip_refused_members", "Sightings of nodes beyond the most that are held", stats.refused_members),
-        counter("gossip_received_datagrams", "Gossip datagrams that decoded", stats.received_datagrams),
-        counter("gossip_received_bytes", "Bytes of gossip datagrams that decoded", stats.received_bytes),
+        counter("gossip_received_datagrams", "Gossip datagrams of this cluster received", stats.received_datagrams),
+        counter("gossip_received_bytes", "Bytes of these datagrams", stats.received_bytes),
         counter("gossip_sent_datagrams", "Gossip datagrams sent", stats.sent_datagrams),
         counter("gossip_sent_bytes", "Bytes of gossip datagrams sent", stats.sent_bytes),
+        counter("gossip_received_stream_bytes", "Bytes of gossip received by TCP", stats.received_stream_bytes),
+        counter("gossip_sent_stream_bytes", "Bytes of gossip sent by TCP", stats.sent_stream_bytes),
+        counter("gossip_dropped_messages", "Gossip messages beyond what could be decoded", stats.dropped_messages),
+        counter("gossip_undecodable_messages", "Gossip messages that do not decode", stats.undecodable_messages),
+        counter("gossip_socket_errors", "Errors of gossip's sockets", stats.socket_errors),
+        counter("gossip_unproven", "Gossip of senders that had not proven to speak now", stats.unproven),
         counter("leader_conflicts", "Claims of two leaders for one shard and term", leader_conflicts),
     ]);
+    into.extend(stats.foreign.iter().map(|(kind, count)| counter(foreign_name(kind), kind.reason(), count)));
+}
+
+fn foreign_name(kind: Foreign) -> &'static str {
+    match kind {
+        Foreign::Garbage => "gossip_foreign_garbage",
+        Foreign::Plaintext => "gossip_foreign_plaintext",
+        Foreign::Unsealed => "gossip_foreign_unsealed",
+        Foreign::Sealed => "gossip_foreign_sealed",
+        Foreign::OtherCluster => "gossip_foreign_other_cluster",
+        Foreign::WrongKey => "gossip_foreign_wrong_key",
+        Foreign::Replay => "gossip_foreign_replay",
+        Foreign::Clock => "gossip_foreign_clock",
+        Foreign::Malformed => "gossip_foreign_malformed",
+    }
 }
 
 /// What the driver's picture says in numbers.
@@ -211,6 +234,7 @@ fn host_samples(status: &HostStatus, into: &mut Vec<Sample>) {
     let own = || status.shards.iter().filter_map(|s| s.own);
     let sum = |pick: fn(&crema_shard::host::OwnReplica) -> u64| own().map(|o| pick(&o)).sum::<u64>() as f64;
     into.push(gauge("replicas", "Replicas of data shards on this node", own().count() as f64));
+    into.push(gauge("moves_open", "Groups whose replicas are not where they should be", status.moves_open as f64));
     into.push(gauge("replicas_asleep", "Replicas that sleep", own().filter(|o| o.asleep).count() as f64));
     into.push(gauge("keys", "Keys in this node's replicas", sum(|o| o.keys)));
     into.push(gauge(
