@@ -734,12 +734,18 @@ impl Replica {
         let Some(round) = self.sleep_round.as_mut().filter(|_| current) else { return };
         round.waiting_for.remove(&from);
         if round.waiting_for.is_empty() {
-            if self.at_rest() {
+            // What placement or memory wants may have come after the invitation.
+            if self.at_rest() && !self.has_changes_to_make() {
                 self.fall_asleep();
             } else {
                 self.wake();
             }
         }
+    }
+
+    /// Whether a leader has something to do that nobody asks for again.
+    fn has_changes_to_make(&self) -> bool {
+        !self.members.learners.is_empty() || self.filling.sends() || self.wants_change() || self.limits_differ()
     }
 
     /// A leader of a quiet group invites all voters to sleep. Until all have agreed it sends nothing, since anything
@@ -748,9 +754,7 @@ impl Replica {
         let last = self.raw.raft.raft_log.last_index();
         let all_match = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.matched == last);
         let told_commit = self.raw.raft.prs().iter().all(|(id, p)| *id == self.id.0 || p.committed_index >= last);
-        let changing = !self.members.learners.is_empty() || self.filling.sends() || self.wants_change();
-        let changing = changing || self.limits_differ();
-        if !all_match || !told_commit || changing || !self.at_rest() {
+        if !all_match || !told_commit || self.has_changes_to_make() || !self.at_rest() {
             self.quiet_ticks = 0;
             return;
         }

@@ -265,3 +265,16 @@ fn a_lie_about_a_leader_costs_a_hop_and_no_more() {
     assert_eq!(s.replica(leader).unwrap().leadership().term, term);
     assert_eq!(s.world.approved().len(), 3, "nor a voter");
 }
+
+/// The leader has invited its voters to sleep when placement changes: no request would ever wake it.
+#[test]
+fn a_group_that_is_about_to_fall_asleep_moves_nevertheless() {
+    for quiet_ms in (0..4_000).step_by(20) {
+        let mut c = Cluster::new(Options { spares: 2, shards: 6, ..Options::default() });
+        // Long enough on the way that some group is just being invited.
+        c.s.world.conditions.delay = (20 * MS, 40 * MS);
+        c.s.run(quiet_ms);
+        c.s.world.change_voters(NodeId(1), NodeId(4), true);
+        c.s.wait(15_000, "moved though nobody asks for anything", |w| w.approved().len() == 4 && Cluster::settled(w));
+    }
+}
