@@ -9,6 +9,8 @@ mod faults;
 mod kills;
 #[path = "process/recovery.rs"]
 mod recovery;
+#[path = "process/voters.rs"]
+mod voters;
 
 use crema_tests::process::cluster::{self, Cluster};
 use crema_tests::process::load::{Load, WriterReport, check_acknowledged};

@@ -281,6 +281,8 @@ struct Watch {
     facts: Facts,
     /// Opens the other nodes' HTTP as well as our own.
     password: Option<Secret>,
+    /// Whether gossip is authenticated.
+    keyed: bool,
     incarnation: Incarnation,
     driver: DriverHandle,
     membership: Option<Arc<Membership>>,
@@ -608,6 +610,7 @@ impl Node {
         let watch = Arc::new(Watch {
             incarnation,
             password: config.requirepass.clone(),
+            keyed: config.cluster_keys.is_some(),
             facts: Facts {
                 cluster: config.cluster.clone(),
                 node: config.node_id,
@@ -1121,7 +1124,9 @@ async fn find_rival(watch: &Watch) -> Option<String> {
     let members = watch.membership.as_ref()?.gossip().members();
     let others = members.into_iter().filter(|m| m.meta.node_id != this && m.state.is_present());
     for addr in others.filter_map(|m| m.meta.http_addr).take(3) {
-        let door = crate::cli::Door { addr, password: watch.password.clone() };
+        // Without keys anybody may have made that address up.
+        let password = watch.password.clone().filter(|_| watch.keyed);
+        let door = crate::cli::Door { addr, password };
         let asked = tokio::task::spawn_blocking(move || crate::cli::http_get(&door, "/v1/members", MAX_MEMBERS_BYTES));
         let Ok(Ok((200, body))) = asked.await else {
             continue;

@@ -121,6 +121,10 @@ pub struct Coordinator {
     logger: slog::Logger,
     dropped: u64,
     next_expiry_look: MonoTime,
+    /// Where the meta group's log ended that came back from disk: a table from before that is an old one.
+    meta_log_end: u64,
+    /// Whether a group was to begin here by a table that may be an old one: it has to wait.
+    postponed: bool,
     /// Replicas of groups before whose logs go once the table that says so is durable here.
     void: Vec<ReplicaId>,
 }
@@ -144,6 +148,8 @@ impl Coordinator {
             logger: crate::raft_log::logger(),
             dropped: 0,
             next_expiry_look: MonoTime(0),
+            meta_log_end: 0,
+            postponed: false,
             void: Vec::new(),
         }
     }
@@ -191,6 +197,10 @@ impl Coordinator {
                 Machine::Data(m) => m.log_time(),
                 Machine::Meta(_) => LogTime(0),
             };
+            if shard.is_meta() {
+                let last = r.entries.last().map_or(0, |e| e.index);
+                self.meta_log_end = last.max(r.record.begins_at().index);
+            }
             let members = r.record.begins_at().members;
             let init = ReplicaInit { members, log_time, ..self.init(shard, id, r.machine, groups) };
             let logger = self.logger.new(slog::o!("shard" => shard.0));
@@ -252,7 +262,12 @@ impl Coordinator {
     /// Follows placement: makes the replicas that it gives to this life of the node, empty or as the beginning of a group
     /// that is founded anew, ends those of groups that are none any more, and tells all what their groups' members should
     /// be. Returns whether replicas came or went.
-    pub fn adopt(&mut self, state: &Arc<MetaState>, now: Now) -> Result<bool, String> {
+    ///
+    /// `fresh` says that the table comes from the meta group's leader, or out of its log. Another one may be of before a restart,
+    /// and name a replica as the beginning of a group that has long since moved away: begun once more, it would be a group of
+    /// its own. What such a table wants begun, and has nothing left to begin with, waits: [`Coordinator::waits_for_table`].
+    pub fn adopt(&mut self, state: &Arc<MetaState>, fresh: bool, now: Now) -> Result<bool, String> {
+        self.postponed = false;
         self.present = state.nodes.iter().map(|(n, r)| (*n, r.incarnation)).collect();
         self.data.resize_with(state.shards.len(), || None);
         let mut changed = false;
@@ -266,9 +281,16 @@ impl Coordinator {
             // It is a member no more: of a group before, or since others have taken its place. A table that was made before the
             // replica says nothing of it.
             let kept = |id| placed.iter().chain(state.leaving(shard)).any(|r| r.id == id);
-            let void = self.replica(shard).is_some_and(|r| {
-                begins.is_some_and(|b| r.id() < b.founder) || (state.was_given(r.id()) && !kept(r.id()))
-            });
+            // Nor does one of a later generation know what the last ones of the generation before had decided.
+            let known = |id: ReplicaId| state.was_given(id) && id.0 >> 32 == u64::from(state.generation);
+            let void = self
+                .replica(shard)
+                .is_some_and(|r| begins.is_some_and(|b| r.id() < b.founder) || (known(r.id()) && !kept(r.id())));
+            let founds = wanted.is_some_and(|own| begins.is_some_and(|b| b.founder == own.id));
+            if founds && !(fresh && self.knows_table()) && self.replica(shard).is_none() {
+                self.postponed = true;
+                continue;
+            }
             if wanted.is_some() || void {
                 let old = self.take(shard);
                 let forget = old.as_ref().map(|r| r.on_disk()).unwrap_or_default();
@@ -302,6 +324,16 @@ impl Coordinator {
             }
         }
         Ok(changed)
+    }
+
+    /// Whether a group waits to begin here until the table is known to be a present one.
+    pub fn waits_for_table(&self) -> bool {
+        self.postponed
+    }
+
+    /// Whether the meta group's replica here, if there is one, has committed all that it had before the last restart.
+    pub fn knows_table(&self) -> bool {
+        self.meta.as_deref().is_none_or(|r| r.is_empty() || r.committed().0 >= self.meta_log_end)
     }
 
     fn share_of(&self, node: NodeId) -> u8 {

@@ -282,7 +282,7 @@ impl Host {
         let mut host = Host::new(HostConfig { initial_members: members, ..config }, now);
         let lost = host.coordinator.recover(recovered, now);
         if let Some(state) = host.coordinator.meta_state() {
-            host.join(state, false, now);
+            host.join(state, false, false, now);
         }
         (host, lost)
     }
@@ -378,7 +378,7 @@ impl Host {
             let sends = self.founding.peer_up(peer, incarnation);
             self.control_all(sends);
         }
-        let epoch = self.epoch();
+        let epoch = self.told_epoch();
         self.control(peer, &Control::Beat { epoch, share: self.share });
         self.node_back(now, peer);
     }
@@ -663,6 +663,11 @@ impl Host {
         self.state.as_ref().map_or(Epoch(0), |s| s.epoch)
     }
 
+    /// The epoch that peers are told: none, while this node waits for the table from the one who has it for sure.
+    fn told_epoch(&self) -> Epoch {
+        if self.coordinator.waits_for_table() { Epoch(0) } else { self.epoch() }
+    }
+
     // ---- founding, registration, placement ---------------------------------------------------------------------
 
     fn control(&mut self, to: NodeId, c: &Control) {
@@ -700,9 +705,8 @@ impl Host {
                 let answer = Control::Answer { state: Some(state.encode()), addrs: self.config.addrs.clone() };
                 self.control(from, &answer);
             }
-            Control::Answer { state: Some(bytes), .. } | Control::Placement { state: bytes } => {
-                self.take_placement(&bytes, now);
-            }
+            Control::Answer { state: Some(bytes), .. } => self.take_placement(&bytes, false, now),
+            Control::Placement { state: bytes } => self.take_placement(&bytes, true, now),
             Control::Register { addrs, max_memory } => self.register(from, incarnation, addrs, max_memory, now),
             Control::RegisterRefused { refused, by } => {
                 let mine = refused == self.config.incarnation;
@@ -713,8 +717,11 @@ impl Host {
             }
             Control::SetDraining { draining } => self.set_draining(from, incarnation, draining),
             Control::Approve { round, node, approved } => self.take_approve(from, round, node, approved, now),
-            Control::ApproveRefused { round, reason } => self.take_approve_refused(round, reason),
-            Control::Settled { shard, members } => self.settle(shard, members),
+            Control::Approved { round } => self.take_approve_answer(round, Ok(())),
+            Control::ApproveRefused { round, reason } => {
+                self.take_approve_answer(round, Err(VoterError::Refused(reason)));
+            }
+            Control::Settled { shard, epoch, members } => self.settle(shard, epoch, members),
             // Of foundings and recoveries that are over.
             _ => {}
         }
@@ -731,21 +738,23 @@ impl Host {
             self.out.notes.push(Note::Misfit(reason));
             return;
         }
-        self.join(state, founded, now);
+        self.join(state, founded, founded, now);
     }
 
     /// The cluster is known, and what its table was.
-    fn join(&mut self, state: Arc<MetaState>, founded: bool, now: Now) {
+    /// `fresh` as [`Coordinator::adopt`] says.
+    fn join(&mut self, state: Arc<MetaState>, founded: bool, fresh: bool, now: Now) {
         self.gateway.set_shards(state.shards.len());
         self.router.set_shards(state.shards.len());
         let anew = state.recovery.is_some_and(|r| r.anew);
         self.out.notes.push(Note::Joined { uuid: state.uuid, generation: state.generation, founded, anew });
-        self.adopt(state, now);
+        self.adopt(state, fresh, now);
         self.retarget_all(now);
     }
 
     /// Takes a placement that came from outside the log.
-    fn take_placement(&mut self, bytes: &[u8], now: Now) {
+    /// `fresh`: from the meta group's leader.
+    fn take_placement(&mut self, bytes: &[u8], fresh: bool, now: Now) {
         let Some(mine) = &self.state else { return };
         let Ok(state) = MetaState::decode(bytes) else { return };
         if state.uuid != mine.uuid {
@@ -763,13 +772,14 @@ impl Host {
         let later = state.generation > mine.generation;
         // Also where there is a replica of the meta group: one that is a member no more hears nothing.
         let newer = later || state.version() > mine.version();
-        if newer && state.shards.len() == mine.shards.len() && state.check().is_ok() {
-            self.adopt(Arc::new(state), now);
+        let awaited = fresh && self.coordinator.waits_for_table() && state.version() == mine.version();
+        if (newer || awaited) && state.shards.len() == mine.shards.len() && state.check().is_ok() {
+            self.adopt(Arc::new(state), fresh, now);
         }
     }
 
-    fn adopt(&mut self, state: Arc<MetaState>, now: Now) {
-        if let Err(reason) = self.coordinator.adopt(&state, now) {
+    fn adopt(&mut self, state: Arc<MetaState>, fresh: bool, now: Now) {
+        if let Err(reason) = self.coordinator.adopt(&state, fresh, now) {
             self.out.notes.push(Note::Misfit(reason));
             return;
         }
@@ -1027,13 +1037,20 @@ impl Host {
             self.followers.expire(now.mono, INDEX_TIMEOUT, &mut due);
             self.settle_relaxed(due);
             self.check_beats(now);
+            if self.coordinator.waits_for_table()
+                && self.coordinator.keeps_meta()
+                && self.coordinator.knows_table()
+                && let Some(state) = self.state.clone()
+            {
+                self.adopt(state, true, now);
+            }
             self.keep_recovering(now);
             self.keep_placement(now);
             self.balance(now);
         }
         if now.mono >= self.next_beat {
             self.next_beat = now.mono.after(t.beat);
-            let epoch = self.epoch();
+            let epoch = self.told_epoch();
             self.control_to_all(&Control::Beat { epoch, share: self.share });
         }
         if now.mono >= self.next_ask {
@@ -1130,7 +1147,7 @@ impl Host {
                 // A replica that has just been filled may know less than was told before.
                 && self.state.as_ref().is_none_or(|mine| state.version() >= mine.version())
             {
-                self.adopt(state, now);
+                self.adopt(state, true, now);
                 let peers: Vec<NodeId> = self.peers.keys().copied().collect();
                 peers.into_iter().for_each(|p| self.push_placement(p));
                 self.retarget_all(now);

@@ -455,6 +455,11 @@ pub enum Control {
         /// Which of both.
         approved: bool,
     },
+    /// It is so, and committed, says the leader of the meta group.
+    Approved {
+        /// Of the question.
+        round: u64,
+    },
     /// The leader of the meta group does not do that.
     ApproveRefused {
         /// Of the question.
@@ -466,6 +471,8 @@ pub enum Control {
     Settled {
         /// The group.
         shard: ShardId,
+        /// Epoch of the decision that it has settled to.
+        epoch: Epoch,
         /// Its voters.
         #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
         members: Vec<ReplicaId>,

@@ -203,6 +203,8 @@ pub struct Moving {
     /// Replicas that are members until others have taken their places, and are kept until then.
     #[serde(deserialize_with = "bounded_vec::<_, _, MAX_LEAVING>")]
     pub leaving: Vec<ReplicaPlacement>,
+    /// Epoch of the decision, which tells it apart from an earlier one of the same content.
+    pub epoch: Epoch,
 }
 
 /// Most replicas of a group that leave at a time: a move that would make it more has to wait.
@@ -578,8 +580,8 @@ impl MetaState {
     /// `share_of` says how much of its memory a node can use for data at present, in parts of [`WHOLE_SHARE`].
     pub fn budgets(&self, share_of: impl Fn(NodeId) -> u8) -> Vec<u64> {
         let mut held: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for (i, s) in self.shards.iter().enumerate() {
-            for r in s.replicas.iter().chain(self.leaving(ShardId(i as u32))) {
+        for s in &self.shards {
+            for r in s.replicas.iter().chain(s.moving.iter().flat_map(|m| &m.leaving)) {
                 *held.entry(r.node).or_default() += 1;
             }
         }
@@ -589,7 +591,11 @@ impl MetaState {
             let data = limit / DATA_PARTS.1 * DATA_PARTS.0 / u64::from(WHOLE_SHARE) * part;
             (limit > 0).then(|| (data / held[node]).max(1))
         };
-        self.shards.iter().map(|s| s.replicas.iter().filter_map(|r| share(&r.node)).min().unwrap_or(0)).collect()
+        let holders = |s: &ShardPlacement| {
+            let leaving = s.moving.iter().flat_map(|m| &m.leaving);
+            s.replicas.iter().chain(leaving).filter_map(|r| share(&r.node)).min()
+        };
+        self.shards.iter().map(|s| holders(s).unwrap_or(0)).collect()
     }
 
     /// Whether the life of the node that the replica lives in is the one that counts. If not, the replica is lost.
@@ -667,6 +673,8 @@ pub enum MetaCommand {
     Settled {
         /// The group.
         shard: ShardId,
+        /// [`Moving::epoch`] of what it has settled to: void after any later decision.
+        epoch: Epoch,
         /// Its members: void unless placement says the same.
         #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
         members: Vec<ReplicaId>,
@@ -740,7 +748,7 @@ impl MetaMachine {
             Some(MetaCommand::Refound { groups, stopped }) => self.refound(&groups, &stopped),
             Some(MetaCommand::Approve { node, approved, operator }) => self.approve(node, approved, operator),
             Some(MetaCommand::Place { shard, was, nodes }) => self.place(shard, &was, &nodes),
-            Some(MetaCommand::Settled { shard, members }) => self.settled(shard, members),
+            Some(MetaCommand::Settled { shard, epoch, members }) => self.settled(shard, epoch, members),
             None => false,
         };
         self.applied = index;
@@ -860,18 +868,20 @@ impl MetaMachine {
             replicas.push(kept.unwrap_or(ReplicaPlacement { id, node: *node, incarnation }));
             next = after;
         }
-        let gone = |r: &&ReplicaPlacement| replicas.iter().all(|kept| kept.id != r.id);
+        // What is lost with its life needs not to be kept.
+        let gone = |r: &&ReplicaPlacement| state.replica_is_present(r) && replicas.iter().all(|kept| kept.id != r.id);
         let leaving: Vec<ReplicaPlacement> = known.iter().filter(gone).copied().collect();
         let many = || state.groups().filter(|s| state.moving(*s).is_some()).count() >= MAX_MOVING;
         if present == replicas || leaving.len() > MAX_LEAVING || (state.moving(shard).is_none() && many()) {
             return false;
         }
         // Only another order, which needs no members to change.
-        let same = next == state.next_replica && leaving.is_empty();
-        let moving = if same { state.moving(shard).map(|_| Moving::default()) } else { Some(Moving { leaving }) };
+        let only_turned = present.len() == replicas.len() && present.iter().all(|r| replicas.contains(r));
+        let moves = !only_turned || state.moving(shard).is_some();
         let state = self.change();
         state.next_replica = next;
         let epoch = state.epoch;
+        let moving = moves.then_some(Moving { leaving, epoch });
         match state.shards.get_mut(shard.0 as usize) {
             Some(s) => (s.replicas, s.moving, s.epoch) = (replicas, moving, epoch),
             None => (state.meta, state.meta_moving) = (replicas, moving),
@@ -879,11 +889,11 @@ impl MetaMachine {
         true
     }
 
-    fn settled(&mut self, shard: ShardId, mut members: Vec<ReplicaId>) -> bool {
+    fn settled(&mut self, shard: ShardId, epoch: Epoch, mut members: Vec<ReplicaId>) -> bool {
         members.sort_unstable();
         let mut wanted: Vec<ReplicaId> = self.state.replicas(shard).iter().map(|r| r.id).collect();
         wanted.sort_unstable();
-        if members != wanted || self.state.moving(shard).is_none() {
+        if members != wanted || self.state.moving(shard).is_none_or(|m| m.epoch != epoch) {
             return false;
         }
         let state = self.change();

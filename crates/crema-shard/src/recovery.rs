@@ -147,17 +147,22 @@ impl Census<'_> {
             return Hope::Election;
         }
         let replicas = || reports.iter().filter_map(|(node, life, g)| Some((*node, *life, g.replica.as_ref()?)));
-        let has_log = |m: &Member| {
+        let log_of = |m: &Member| {
             let mut here = replicas().filter(|(node, life, r)| (*node, *life, r.id) == (m.node, m.incarnation, m.id));
-            here.any(|(.., r)| !r.voters.is_empty())
+            here.find(|(.., r)| !r.voters.is_empty()).map(|(.., r)| (r.last_term, r.last))
         };
+        let has_log = |m: &Member| log_of(m).is_some();
         let logs = || replicas().filter(|(.., r)| !r.voters.is_empty());
-        let majority = |voters: &[Member]| voters.iter().filter(|v| has_log(v)).count() > voters.len() / 2;
-        let quorum = |r: &ReplicaReport| majority(&r.voters) && (r.outgoing.is_empty() || majority(&r.outgoing));
+        // Nobody votes for a log that is older than its own (Ongaro 2014, section 3.6.1).
+        let votes = |v: &Member, r: &ReplicaReport| log_of(v).is_some_and(|log| log <= (r.last_term, r.last));
+        let majority = |of: &[Member], r: &ReplicaReport| of.iter().filter(|v| votes(v, r)).count() > of.len() / 2;
+        let quorum = |r: &ReplicaReport| majority(&r.voters, r) && (r.outgoing.is_empty() || majority(&r.outgoing, r));
         if logs().any(|(.., r)| quorum(r)) {
             return Hope::Election;
         }
-        let placed = self.state.replicas(shard).iter().map(|r| (r.node, r.incarnation));
+        // Those that are about to leave may be all that has the data yet.
+        let placed = self.state.replicas(shard).iter().chain(self.state.leaving(shard));
+        let placed = placed.map(|r| (r.node, r.incarnation));
         let named = logs().flat_map(|(.., r)| r.voters.iter().chain(&r.outgoing).map(|v| (v.node, v.incarnation)));
         let all: BTreeSet<(NodeId, Incarnation)> = placed.chain(named).collect();
         let missing: BTreeSet<_> = all
@@ -406,5 +411,49 @@ mod tests {
         assert_eq!(best, Some(placed[1].node), "the later term counts, not the longer log");
         let r = census.refounding(S, best).unwrap();
         assert_eq!((r.index, r.term, r.epoch), (LogIndex(90), Term(3), Epoch(1)), "beyond all that is known");
+    }
+
+    /// A group on its way elsewhere: those that are about to leave have all of it, and whoever is to take their places nothing.
+    #[test]
+    fn whoever_is_about_to_leave_is_waited_for() {
+        let mut state = table();
+        let placed = state.shards[0].replicas.clone();
+        let moved = |(i, r): (usize, &ReplicaPlacement)| ReplicaPlacement {
+            id: ReplicaId(r.id.0 + 100),
+            node: NodeId(4 + i as u64),
+            incarnation: life(4 + i as u64),
+        };
+        state.shards[0].replicas = placed.iter().enumerate().map(moved).collect();
+        let here: Vec<_> = state.shards[0].replicas.iter().map(|r| (r.node.0, r.incarnation, nothing())).collect();
+        state.shards[0].moving = Some(crate::meta::Moving { leaving: placed.clone(), epoch: Epoch(1) });
+        match hope(&state, &here, &[]) {
+            Hope::Waiting { missing } => assert_eq!(missing.len(), 3, "{missing:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A voter that has gone on without whoever was cut off does not vote for that one's older log.
+    #[test]
+    fn an_older_log_has_no_majority_of_newer_ones() {
+        let state = table();
+        let old = voters(&state);
+        // The others have gone on to members of which only replica 1 of this one is left here.
+        let gone = Member { id: ReplicaId(old[1].id.0 + 50), node: NodeId(2), incarnation: life(9) };
+        let later = vec![old[0], Member { id: ReplicaId(old[2].id.0 + 50), ..old[2] }, gone];
+        let placed = &state.shards[0].replicas;
+        let at = |node: u64| *placed.iter().find(|r| r.node == NodeId(node)).unwrap();
+        let first = old[0].node.0;
+        let third = old[2].node.0;
+        let here = [
+            (first, life(first), report(&at(first), later, (3, 90))),
+            (third, life(third), report(&at(third), old.clone(), (2, 50))),
+        ];
+        assert_ne!(hope(&state, &here, &[]), Hope::Election, "nobody would be elected");
+        // With the newer log on the other side it is one.
+        let here = [
+            (first, life(first), report(&at(first), old.clone(), (2, 50))),
+            (third, life(third), report(&at(third), old, (3, 90))),
+        ];
+        assert_eq!(hope(&state, &here, &[]), Hope::Election);
     }
 }

@@ -9,10 +9,10 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::sync::atomic::{AtomicU16, Ordering};
 
 /// Most nodes a block has ports for.
-pub const MAX_NODES: u16 = 3;
+pub const MAX_NODES: u16 = 5;
 const BLOCK: u16 = 1 + 5 * MAX_NODES;
 const FIRST: u16 = 16_384;
-const BLOCKS: u16 = 1_000;
+const BLOCKS: u16 = 600;
 
 /// What a port of a node is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

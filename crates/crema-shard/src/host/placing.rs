@@ -15,7 +15,7 @@ use crate::effect::Note;
 use crate::message::Control;
 use crate::meta::{MetaCommand, MetaState, NO_LIFE};
 use crate::placement::Plan;
-use crema_core::{MonoTime, NodeId, Now, ReplicaId, ShardId};
+use crema_core::{Epoch, MonoTime, NodeId, Now, ReplicaId, ShardId};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::time::Duration;
@@ -27,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// What the meta group's leader has proposed is taken for lost after so long.
 const PROPOSED: Duration = Duration::from_secs(2);
 /// A question to the meta group's leader is repeated so often.
-const ASK_AGAIN: Duration = Duration::from_millis(500);
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// After so long a question without an end is given up.
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// Most questions that one node has open.
@@ -162,30 +162,33 @@ impl Host {
             return;
         };
         let mut questions = std::mem::take(&mut self.placing.questions);
+        let decides = self.decides();
         questions.retain_mut(|q| {
             let VoterRequest { id, node, approved } = q.request;
-            if is_so(&state, node, approved) {
+            if decides && is_so(&state, node, approved) {
                 self.out.voters.push((id, Ok(())));
                 return false;
             }
             if q.asked.is_some_and(|at| now.mono.since(at) < ASK_AGAIN) {
                 return true;
             }
-            if self.decides() {
-                self.admit(&state, node, approved);
-                if let Some(why) = self.objection(&state, node, approved) {
-                    self.out.voters.push((id, Err(VoterError::Refused(why))));
-                    return false;
-                }
-                if self.propose_approval(node, approved, true, now) {
-                    q.asked = Some(now.mono);
-                }
-            } else if let Some(leader) = self.router.claim(ShardId::META).leader
-                && leader != self.config.node
-            {
+            if !decides {
+                // To all, since whom this node takes for the leader may be hearsay; the one that leads answers.
                 q.asked = Some(now.mono);
-                self.control(leader, &Control::Approve { round: id, node, approved });
+                let round = self.round_of(id);
+                self.control_to_all(&Control::Approve { round, node, approved });
+                return true;
             }
+            if self.approval_under_way(now) {
+                return true;
+            }
+            self.admit(&state, node, approved);
+            if let Some(why) = self.objection(&state, node, approved) {
+                self.out.voters.push((id, Err(VoterError::Refused(why))));
+                return false;
+            }
+            q.asked = Some(now.mono);
+            self.propose_approval(node, approved, true, now);
             true
         });
         questions.append(&mut self.placing.questions);
@@ -205,29 +208,36 @@ impl Host {
         });
     }
 
+    /// Marks of different processes differ.
+    fn round_of(&self, id: u64) -> u64 {
+        self.config.process.wrapping_add(id)
+    }
+
     /// One at a time: whether the next one does harm depends on the one before.
-    fn propose_approval(&mut self, node: NodeId, approved: bool, operator: bool, now: Now) -> bool {
+    fn approval_under_way(&self, now: Now) -> bool {
         let is = |n: NodeId| self.state.as_ref().and_then(|s| s.nodes.get(&n)).is_some_and(|r| r.approved);
-        let under_way = |(n, a, at): (NodeId, bool, MonoTime)| is(n) != a && now.mono.since(at) < PROPOSED;
-        if self.placing.approving.is_some_and(under_way) {
-            return false;
-        }
+        self.placing.approving.is_some_and(|(n, a, at)| is(n) != a && now.mono.since(at) < PROPOSED)
+    }
+
+    fn propose_approval(&mut self, node: NodeId, approved: bool, operator: bool, now: Now) {
         self.placing.approving = Some((node, approved, now.mono));
         self.coordinator.meta_command(MetaCommand::Approve { node, approved, operator }.encode().into());
-        true
     }
 
     /// Another node's operator asks.
     pub(super) fn take_approve(&mut self, from: NodeId, round: u64, node: NodeId, approved: bool, now: Now) {
         let Some(state) = self.state.clone().filter(|_| self.decides()) else { return };
         if is_so(&state, node, approved) {
-            // The asker will see it in the table.
+            return self.control(from, &Control::Approved { round });
+        }
+        if self.approval_under_way(now) {
+            // It asks again.
             return;
         }
         self.admit(&state, node, approved);
         match self.objection(&state, node, approved) {
             Some(reason) => self.control(from, &Control::ApproveRefused { round, reason }),
-            None => _ = self.propose_approval(node, approved, true, now),
+            None => self.propose_approval(node, approved, true, now),
         }
     }
 
@@ -238,12 +248,12 @@ impl Host {
         }
     }
 
-    /// The leader that was asked refuses.
-    pub(super) fn take_approve_refused(&mut self, round: u64, reason: String) {
-        let at = self.placing.questions.iter().position(|q| q.request.id == round && q.asked.is_some());
-        if let Some(at) = at {
+    /// The leader that was asked says how it ended.
+    pub(super) fn take_approve_answer(&mut self, round: u64, result: VoterResult) {
+        let of = |q: &Question| self.round_of(q.request.id) == round && q.asked.is_some();
+        if let Some(at) = self.placing.questions.iter().position(of) {
             let id = self.placing.questions.remove(at).request.id;
-            self.out.voters.push((id, Err(VoterError::Refused(reason))));
+            self.out.voters.push((id, result));
         }
     }
 
@@ -316,30 +326,31 @@ impl Host {
     /// Tells the meta group's leader of groups that this node leads and that have arrived.
     fn report_settled(&mut self) {
         let Some(state) = self.state.clone() else { return };
-        let mut arrived: Vec<(ShardId, Vec<ReplicaId>)> = Vec::new();
-        for shard in state.groups().filter(|s| state.moving(*s).is_some()) {
+        let mut arrived: Vec<(ShardId, Epoch, Vec<ReplicaId>)> = Vec::new();
+        for shard in state.groups() {
+            let Some(moving) = state.moving(shard) else { continue };
             let Some(replica) = self.coordinator.replica(shard) else { continue };
             if replica.leads_with_all_applied() && replica.is_settled() {
-                arrived.push((shard, replica.members().voters.iter().map(|v| v.id).collect()));
+                let members = replica.members().voters.iter().map(|v| v.id).collect();
+                arrived.push((shard, moving.epoch, members));
             }
         }
-        for (shard, members) in arrived {
+        for (shard, epoch, members) in arrived {
             if self.decides() {
-                self.settle(shard, members);
-            } else if let Some(leader) = self.router.claim(ShardId::META).leader {
-                self.control(leader, &Control::Settled { shard, members });
+                self.settle(shard, epoch, members);
+            } else {
+                self.control_to_all(&Control::Settled { shard, epoch, members });
             }
         }
     }
 
     /// A group's leader says that it has arrived.
-    pub(super) fn settle(&mut self, shard: ShardId, members: Vec<ReplicaId>) {
-        let Some(state) = &self.state else { return };
-        let known = state.moving(shard).is_some() && members.iter().all(|id| state.was_given(*id));
-        if !known || !self.decides() {
+    pub(super) fn settle(&mut self, shard: ShardId, epoch: Epoch, members: Vec<ReplicaId>) {
+        let moving = self.state.as_ref().and_then(|s| s.moving(shard));
+        if moving.is_none_or(|m| m.epoch != epoch) || !self.decides() {
             return;
         }
-        self.coordinator.meta_command(MetaCommand::Settled { shard, members }.encode().into());
+        self.coordinator.meta_command(MetaCommand::Settled { shard, epoch, members }.encode().into());
         // The next change of it need not wait.
         self.placing.proposed.remove(&shard);
     }
@@ -357,7 +368,8 @@ impl Host {
                 *seen = (here, now.mono);
             }
         }
-        if state.groups().any(|s| state.moving(s).is_some()) {
+        // One at a time, and only when everything is where it should be.
+        if self.moves_open() > 0 || self.approval_under_way(now) {
             return;
         }
         let lasts = |node: &NodeId, here: bool| {

@@ -751,9 +751,9 @@ impl Host {
     fn adopt_recovered(&mut self, state: Arc<MetaState>, now: Now) {
         tracing::warn!(generation = state.generation, epoch = %state.epoch, "the meta group is founded anew here");
         if self.state.is_none() {
-            return self.join(state, false, now);
+            return self.join(state, false, true, now);
         }
-        self.adopt(state, now);
+        self.adopt(state, true, now);
         self.retarget_all(now);
     }
 

@@ -446,7 +446,8 @@ fn run_place(m: &mut MetaMachine, shard: ShardId, nodes: &[u64]) -> bool {
 
 fn run_settled(m: &mut MetaMachine, shard: ShardId) -> bool {
     let members = m.state().replicas(shard).iter().map(|r| r.id).collect();
-    run(m, MetaCommand::Settled { shard, members })
+    let epoch = m.state().moving(shard).map_or(Epoch(0), |m| m.epoch);
+    run(m, MetaCommand::Settled { shard, epoch, members })
 }
 
 fn approve(node: u64, approved: bool) -> MetaCommand {
@@ -503,7 +504,8 @@ fn a_group_is_placed_elsewhere_and_settles() {
     assert_eq!(m.state().leaving(s)[0].node, NodeId(4));
     assert_eq!(m.state().check(), Ok(()));
     // Arrived by its leader's word, which has to fit.
-    let other = MetaCommand::Settled { shard: s, members: vec![ReplicaId(1)] };
+    let epoch = m.state().moving(s).unwrap().epoch;
+    let other = MetaCommand::Settled { shard: s, epoch, members: vec![ReplicaId(1)] };
     assert!(!run(&mut m, other));
     assert!(run_settled(&mut m, s));
     assert!(m.state().moving(s).is_none() && !run_settled(&mut m, s));
@@ -533,6 +535,27 @@ fn a_node_that_begins_anew_while_it_moves_is_nobody_that_stays() {
     run(&mut m, register(leaves.node.0, life(77)));
     assert!(run_place(&mut m, s, &nodes));
     assert!(m.state().replicas(s).iter().all(|r| r.id != leaves.id));
-    assert!(m.state().leaving(s).iter().any(|r| r.id == leaves.id));
+    // Nor is it kept, since there is nothing to keep.
+    assert!(m.state().leaving(s).iter().all(|r| r.id != leaves.id));
     assert_eq!(m.state().check(), Ok(()));
+}
+
+/// A group that went, came back and goes again: the news of its first arrival says nothing of the second.
+#[test]
+fn an_arrival_counts_for_its_own_decision_only() {
+    let mut m = machine();
+    run(&mut m, register(4, life(4)));
+    run(&mut m, approve(4, true));
+    let s = ShardId(0);
+    let there: Vec<u64> = on(&m, s).iter().map(|(n, _)| *n).collect();
+    let away = [there[0], there[1], 4];
+    run_place(&mut m, s, &away);
+    let epoch = m.state().moving(s).unwrap().epoch;
+    let members = m.state().replicas(s).iter().map(|r| r.id).collect();
+    let first = MetaCommand::Settled { shard: s, epoch, members };
+    run_place(&mut m, s, &there);
+    run_place(&mut m, s, &away);
+    assert!(!run(&mut m, first), "late news");
+    assert!(!m.state().leaving(s).is_empty());
+    assert!(run_settled(&mut m, s));
 }

@@ -113,7 +113,9 @@ impl Replica {
             return known.node == sender.node
                 && (known.incarnation == sender.incarnation || planted(Mutant::VoteAfterWipe));
         }
-        if self.members.all().any(|m| m.id > sender.id) {
+        // Unless placement wants it: one that was about to leave, and stays, keeps its id.
+        let wanted = self.intent.0.iter().any(|w| Member::from(w) == sender);
+        if !wanted && self.members.all().any(|m| m.id > sender.id) {
             return false;
         }
         if self.strangers.len() >= MAX_STRANGERS {

@@ -10,6 +10,7 @@
 mod committed;
 mod durable;
 mod election_safety;
+mod gone;
 mod lease;
 mod log_matching;
 mod membership;
@@ -113,6 +114,9 @@ pub struct Standing<'a> {
 
 /// Something that must hold. All hooks push a line for each violation; they run at every step and must be cheap.
 pub trait Invariant {
+    /// A node's process begins, perhaps in the life that it had before.
+    fn restarted(&mut self, _node: NodeId, _incarnation: Incarnation) {}
+
     /// Looks at a node after a step.
     fn after_step(&mut self, _seen: &Sighting<'_>, _bad: &mut Vec<String>) {}
 
@@ -154,6 +158,7 @@ impl Default for Invariants {
                 Box::new(lease::OneLease),
                 Box::new(ready::Ready),
                 Box::new(membership::Membership::default()),
+                Box::new(gone::Gone::default()),
             ],
             last: BTreeMap::new(),
         }
@@ -164,6 +169,7 @@ impl Invariants {
     /// A node's process begins: what it has not made durable is gone, so that it may stand behind where it stood.
     pub fn restarted(&mut self, node: NodeId, incarnation: Incarnation) {
         self.last.remove(&(node, incarnation));
+        self.all.iter_mut().for_each(|i| i.restarted(node, incarnation));
     }
 
     /// Looks at a node after a step, with `whole` at the whole logs too.
