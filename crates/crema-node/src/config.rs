@@ -45,9 +45,15 @@ pub const MAX_NAMED_NODES: usize = 64;
 #[config(layer_attr(derive(clap::Args, Clone, Debug)))]
 #[config(layer_attr(serde(deny_unknown_fields)))]
 pub struct Config {
-    /// Id of this node: a number from 1 on that no other node of the cluster has.
+    /// Id of this node: a number from 1 on that no other node of the cluster has. May be absent with node_id_from_hostname.
     #[config(env = "CREMA_NODE_ID", layer_attr(arg(long, value_name = "ID")))]
     pub node_id: u64,
+
+    /// Take this node's id from its host name instead: the number after the last dash, plus 1, so that crema-0 is node 1.
+    /// For pods of a Kubernetes StatefulSet, which are named so, and keep their names.
+    #[config(env = "CREMA_NODE_ID_FROM_HOSTNAME", default = false)]
+    #[config(layer_attr(arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")))]
+    pub node_id_from_hostname: bool,
 
     /// Name of the cluster. Nodes of differently named clusters refuse each other.
     #[config(env = "CREMA_CLUSTER", default = "crema", layer_attr(arg(long, value_name = "NAME")))]
@@ -232,16 +238,14 @@ impl Config {
     /// Merges flags, the environment, the file and the defaults, in falling precedence.
     ///
     /// Errors: an unreadable, overlong or malformed file, an unknown key in it, a value that is not of its key's type,
-    /// and a missing `node_id`.
+    /// a missing `node_id`, one that is given twice, and a host name without one.
     pub fn load(flags: ConfigLayer, file: Option<&Path>) -> Result<Config, ConfigError> {
         let mut layer = flags.with_fallback(ConfigLayer::from_env().map_err(explain)?);
         if let Some(path) = file {
             layer = layer.with_fallback(read_file(path)?);
         }
-        let merged = layer.with_fallback(ConfigLayer::default_values());
-        if merged.node_id.is_none() {
-            return bad("node_id is required: set it with --node-id, CREMA_NODE_ID or in the configuration file");
-        }
+        let mut merged = layer.with_fallback(ConfigLayer::default_values());
+        name_node(&mut merged, &rustix::system::uname().nodename().to_string_lossy())?;
         Config::from_layer(merged).map_err(explain)
     }
 
@@ -429,6 +433,39 @@ impl Config {
             warnings.push(format!("insecure: {name} {addr} is open to the network and {missing}"));
         }
         Ok(warnings)
+    }
+}
+
+/// Settles which node this is, by its number or by its host name.
+fn name_node(layer: &mut ConfigLayer, hostname: &str) -> Result<(), ConfigError> {
+    match (layer.node_id, layer.node_id_from_hostname == Some(true)) {
+        (Some(id), true) => bad(format!(
+            "node_id is {id}, and node_id_from_hostname asks for the host name's number: set only one of the two"
+        )),
+        (Some(_), false) => Ok(()),
+        (None, true) => {
+            layer.node_id = Some(id_of_hostname(hostname)?);
+            Ok(())
+        }
+        (None, false) => {
+            bad("node_id is required: set it with --node-id, CREMA_NODE_ID or in the configuration file, or set \
+             node_id_from_hostname")
+        }
+    }
+}
+
+/// `crema-0`, `crema-0.crema-headless.default.svc`: 1.
+fn id_of_hostname(hostname: &str) -> Result<u64, ConfigError> {
+    let name = hostname.split('.').next().unwrap_or_default();
+    // The dash keeps names that end with digits by chance, as those of containers do, from becoming ids.
+    let ordinal = name.rsplit_once('-').map(|(_, ordinal)| ordinal).unwrap_or_default();
+    // `parse` would take a leading plus sign.
+    let number = ordinal.bytes().all(|b| b.is_ascii_digit()).then(|| ordinal.parse::<u64>().ok()).flatten();
+    match number.and_then(|n| n.checked_add(1)) {
+        Some(id) => Ok(id),
+        None => bad(format!(
+            "node_id_from_hostname: the host name {hostname:?} does not end with a dash and a number, as crema-0 does"
+        )),
     }
 }
 
@@ -817,6 +854,29 @@ mod tests {
         assert!(read_file(&file).unwrap_err().0.contains("longer than"));
         assert!(read_file(&dir.join("absent.toml")).unwrap_err().0.contains("cannot be opened"));
         std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_node_is_named_by_its_number_or_by_its_host() {
+        let named = |flags: &[&str], hostname: &str| {
+            let cli = Cli::try_parse_from(std::iter::once(&"crema").chain(flags)).expect("flags parse");
+            let mut layer = cli.start.settings.with_fallback(ConfigLayer::default_values());
+            name_node(&mut layer, hostname).map(|()| layer.node_id.expect("named"))
+        };
+        let host = ["--node-id-from-hostname"];
+        assert_eq!(named(&host, "crema-0"), Ok(1));
+        assert_eq!(named(&host, "my-cache-11"), Ok(12));
+        assert_eq!(named(&host, "crema-3.crema-headless.default.svc.cluster.local"), Ok(4));
+        for name in ["", "crema", "-", "crema-", "3", "crema3", "5f2a9c1b7d04", "crema-+1", "crema-1a", "crema.svc-1"] {
+            let error = named(&host, name).unwrap_err().0;
+            assert!(error.contains("node_id_from_hostname") && error.contains(&format!("{name:?}")), "{error}");
+        }
+        assert!(named(&host, "crema-18446744073709551615").is_err(), "ids end there");
+        // Neither wins silently: they may differ.
+        let both = ["--node-id", "1", "--node-id-from-hostname"];
+        assert!(named(&both, "crema-0").unwrap_err().0.contains("only one"));
+        assert_eq!(named(&["--node-id", "7", "--node-id-from-hostname=false"], "crema-0"), Ok(7));
+        assert!(named(&[], "crema-0").unwrap_err().0.contains("node_id is required"), "never unasked");
     }
 
     #[test]
