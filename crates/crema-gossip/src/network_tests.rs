@@ -5,7 +5,7 @@ use crate::events::GossipUpdate;
 use crate::fragment::MAX_DATAGRAM_BYTES;
 use crate::seal::{ClusterKey, Foreign, KeyRing};
 use crate::service::{Gossip, GossipError};
-use crate::testing::{FakeDns, PATIENCE, Rng, all_see, config, eventually, fuzz_count, start, state};
+use crate::testing::{FakeDns, PATIENCE, Rng, all_see, config, eventually, fuzz_count, resident_bytes, start, state};
 use crate::transport::{Filter, Hooks};
 use crate::view::{MemberEvent, MemberState};
 use chitchat::transport::UdpTransport;
@@ -133,6 +133,11 @@ async fn strangers_are_counted_by_kind_and_no_member_comes_of_them() {
     }
 }
 
+/// From this many hostile datagrams on, the test is run alone and also judges memory: it may grow by a few bytes for
+/// each that is refused, which is less than anything that could be kept of it.
+const LONG_FUZZ: u32 = 500_000;
+const FUZZ_GROWTH_BYTES: u64 = 4 << 20;
+
 /// Random and mutated datagrams never end gossip and make nobody a member. `CREMA_FUZZ` sets their number.
 async fn hostile_datagrams(keys: Option<KeyRing>) {
     let captured = Arc::new(Mutex::new(Vec::new()));
@@ -152,6 +157,10 @@ async fn hostile_datagrams(keys: Option<KeyRing>) {
     let mut rng = Rng::from_clock();
     let arrived = || a.stats().foreign.total() + a.stats().unproven + a.stats().received_datagrams;
     let mut seen = arrived();
+    let began = Instant::now();
+    // By then every buffer is as large as it gets.
+    let warm = fuzz_count() / 10;
+    let mut resident = (None, None);
     for i in 1..=fuzz_count() {
         let mut datagram = {
             let captured = captured.lock().unwrap();
@@ -181,6 +190,17 @@ async fn hostile_datagrams(keys: Option<KeyRing>) {
             }
             seen = arrived();
         }
+        if i == warm {
+            resident.0 = resident_bytes();
+        }
+    }
+    resident.1 = resident_bytes();
+    let (took, stats) = (began.elapsed(), a.stats());
+    eprintln!("{} datagrams in {took:?}; resident bytes after a tenth and at the end: {resident:?}", fuzz_count());
+    eprintln!("{stats:?}");
+    // Fewer say nothing about growth, and in an ordinary run other tests of this process take memory too.
+    if let (Some(after_tenth), Some(at_end), true) = (resident.0, resident.1, fuzz_count() >= LONG_FUZZ) {
+        assert!(at_end < after_tenth + FUZZ_GROWTH_BYTES, "memory grows with what is refused: {resident:?}");
     }
     assert!(a.stats().foreign.total() > u64::from(fuzz_count()) / 2, "{:?}", a.stats());
     let claim = (ShardId(1), Term(1), Epoch(1));

@@ -51,6 +51,13 @@ pub(crate) fn fuzz_count() -> u32 {
     std::env::var("CREMA_FUZZ").ok().and_then(|s| s.parse().ok()).unwrap_or(20_000)
 }
 
+/// Resident memory of this process in bytes, where the system tells it as Linux does.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = text.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * 4_096)
+}
+
 /// Generous, because the machine may be busy; every wait ends as soon as its condition holds.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(15);
 
