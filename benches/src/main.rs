@@ -11,6 +11,7 @@
 //!   transfer  crema start × 3       <--writers, kill -9--- followers   writes while a large shard fills a node again
 //!   durable   crema dev --data-dir  <--RESP over loopback-- clients   SET against memory alone, writes a sync
 //!   restart   crema start --data-dir × 3  <--kill -9, start           time to ready, to a write on every shard
+//!   gossip    nodes of crema_gossip in this process                bytes at rest, time of news, of detection, of discovery
 //!   soak      crema start --max-memory × 3  <--mixed load, kill -9    resident memory, by phase, against the limit
 //! ```
 //!
@@ -24,6 +25,7 @@ mod durable;
 mod evict;
 mod failover;
 mod fill;
+mod gossip;
 mod load;
 mod memory;
 mod reads;
@@ -72,6 +74,8 @@ enum Bench {
     Durable(durable::Args),
     /// Time from kill -9 of nodes full of data on disk to ready, and to a write on every shard.
     Restart(restart::Args),
+    /// Bytes of gossip at rest, and how soon it knows: of leaders, of ended nodes, of each other.
+    Gossip(gossip::Args),
     /// Resident memory of each node at its limit, under mixed load with restarts, for an hour.
     Soak(soak::Args),
 }
@@ -92,6 +96,7 @@ fn main() -> ExitCode {
         Bench::Transfer(args) => transfer::run(args),
         Bench::Durable(args) => durable::run(args),
         Bench::Restart(args) => restart::run(args),
+        Bench::Gossip(args) => gossip::run(args),
         Bench::Soak(args) => soak::run(args),
     };
     match result {

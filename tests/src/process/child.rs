@@ -87,6 +87,15 @@ impl Process {
     ///
     /// If the program does not build or does not start.
     pub fn spawn(name: &str, scratch: &Scratch, args: &[String]) -> Result<Process> {
+        Process::spawn_logging(name, scratch, args, None)
+    }
+
+    /// As [`Process::spawn`], with this filter for its log in place of the default.
+    ///
+    /// # Errors
+    ///
+    /// As [`Process::spawn`].
+    pub fn spawn_logging(name: &str, scratch: &Scratch, args: &[String], filter: Option<&str>) -> Result<Process> {
         let stdout = scratch.path().join(format!("{name}.out"));
         let stderr = scratch.path().join(format!("{name}.err"));
         let open = |path: &Path| {
@@ -101,6 +110,7 @@ impl Process {
             command.env_remove(key);
         }
         command.env("RUST_BACKTRACE", "1");
+        command.envs(filter.map(|filter| ("CREMA_LOG", filter)));
         let child = command.spawn().context(format!("starting crema {}", args.join(" ")))?;
         Ok(Process { child, name: name.into(), stdout, stderr })
     }

@@ -51,6 +51,8 @@ pub struct Cluster {
     keeps: Keeps,
     /// Further flags of every node.
     flags: Vec<String>,
+    /// The filter of every node's log; `None` for the program's default.
+    log: Option<String>,
 }
 
 impl Cluster {
@@ -65,13 +67,21 @@ impl Cluster {
     /// If `count` is not 1 to [`MAX_NODES`].
     pub fn start(count: u64, shards: u32) -> Result<Cluster> {
         assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
-        Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, Keeps::Memory, &[])
+        Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, Keeps::Memory, &[], None)
     }
 
-    fn start_at(place: Place, count: u64, shards: u32, keeps: Keeps, flags: &[&str]) -> Result<Cluster> {
+    fn start_at(
+        place: Place,
+        count: u64,
+        shards: u32,
+        keeps: Keeps,
+        flags: &[&str],
+        log: Option<&str>,
+    ) -> Result<Cluster> {
         let flags = flags.iter().map(|flag| flag.to_string()).collect();
-        let mut cluster =
-            Cluster { nodes: BTreeMap::new(), scratch: Scratch::new()?, place, count, shards, keeps, flags };
+        let log = log.map(str::to_string);
+        let (nodes, scratch) = (BTreeMap::new(), Scratch::new()?);
+        let mut cluster = Cluster { nodes, scratch, place, count, shards, keeps, flags, log };
         for node in 1..=count {
             cluster.spawn(node)?;
         }
@@ -100,7 +110,24 @@ impl Cluster {
     /// As [`Cluster::start`].
     pub fn ready_keeping(keeps: Keeps, count: u64, shards: u32, flags: &[&str]) -> Result<Cluster> {
         assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
-        let mut cluster = Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, keeps, flags)?;
+        let mut cluster = Cluster::start_at(Place::Loopback(ports::reserve()?), count, shards, keeps, flags, None)?;
+        cluster.wait_ready(Duration::from_secs(60))?;
+        Ok(cluster)
+    }
+
+    /// As [`Cluster::ready`], with nodes that log what `filter` lets through.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cluster::ready`].
+    ///
+    /// # Panics
+    ///
+    /// As [`Cluster::start`].
+    pub fn ready_logging(count: u64, shards: u32, filter: &str) -> Result<Cluster> {
+        assert!((1..=u64::from(MAX_NODES)).contains(&count), "1 to {MAX_NODES} nodes");
+        let place = Place::Loopback(ports::reserve()?);
+        let mut cluster = Cluster::start_at(place, count, shards, Keeps::Memory, &[], Some(filter))?;
         cluster.wait_ready(Duration::from_secs(60))?;
         Ok(cluster)
     }
@@ -111,14 +138,15 @@ impl Cluster {
     ///
     /// As [`Cluster::ready`].
     pub fn ready_in(net: Arc<Network>, count: u64, shards: u32) -> Result<Cluster> {
-        let mut cluster = Cluster::start_at(Place::Network(net), count, shards, Keeps::Memory, &[])?;
+        let mut cluster = Cluster::start_at(Place::Network(net), count, shards, Keeps::Memory, &[], None)?;
         cluster.wait_ready(Duration::from_secs(60))?;
         Ok(cluster)
     }
 
     fn spawn(&mut self, node: u64) -> Result<()> {
         let args = self.args(node, &|purpose| self.addr(node, purpose));
-        let spawn = || Process::spawn(&format!("node-{node}"), &self.scratch, &args);
+        let name = format!("node-{node}");
+        let spawn = || Process::spawn_logging(&name, &self.scratch, &args, self.log.as_deref());
         let process = match &self.place {
             Place::Loopback(_) => spawn()?,
             Place::Network(net) => net.within_node(node, spawn)??,
