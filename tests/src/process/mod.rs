@@ -11,6 +11,7 @@
 //!   readiness, leaders    commands, writers that remember what was acknowledged
 //!
 //!   scenarios: a Cluster, on loopback or in a netns::Network -> Recorder -> fault -> history -> verdict
+//!   partitions: a Cluster in a netns::Network -> cuts of gossip, of raft, of both -> one cluster, the same voters
 //!   kills:     a Cluster, in memory or on disk -> rounds of Recorder -> kill -9, restart -> history -> verdict, Ledger
 //! ```
 //!
@@ -25,6 +26,7 @@ pub mod kills;
 pub mod ledger;
 pub mod load;
 pub mod netns;
+pub mod partitions;
 pub mod ports;
 pub mod recorder;
 pub mod resp;

@@ -41,7 +41,7 @@ pub enum Traffic {
     /// The sender's own connections, on which its frames travel. What the other sends it, and the answers to that on the
     /// connections of the other, get through: a sender that is not heard and hears.
     Frames,
-    /// Gossip only.
+    /// Gossip only, by datagrams and by connections.
     Gossip,
 }
 
@@ -185,7 +185,11 @@ impl Network {
             Traffic::All => &[&[]],
             Traffic::Raft => &[&["-p", "tcp", "--dport", &raft], &["-p", "tcp", "--sport", &raft]],
             Traffic::Frames => &[&["-p", "tcp", "--dport", &raft]],
-            Traffic::Gossip => &[&["-p", "udp", "--dport", &gossip]],
+            Traffic::Gossip => &[
+                &["-p", "udp", "--dport", &gossip],
+                &["-p", "tcp", "--dport", &gossip],
+                &["-p", "tcp", "--sport", &gossip],
+            ],
         };
         for rule in rules {
             // At the receiver: a sender would see an error, which a network does not give.
