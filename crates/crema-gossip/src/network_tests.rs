@@ -307,6 +307,44 @@ async fn leaves_need_no_connections() {
     eprintln!("goodbyes confirmed {confirmed}, not {unconfirmed}");
 }
 
+/// All of the observer stops, as a process does that is stopped: its clock goes on, and what is sent to it waits or is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_observer_that_stalls_again_and_again_takes_nobody_as_failed() {
+    const STALLS: u32 = 6;
+    // Longer than the silence, about 0.9 s, after which a node that ran on would take another as failed.
+    const STALL: Duration = Duration::from_millis(1_200);
+    let quick = |node, seeds: &[SocketAddr]| GossipConfig { dead_ticks: 10, ..keyed(node, seeds) };
+    let a = start_with(quick(1, &[]), Hooks::default()).await;
+    let b = start_with(quick(2, &[a.addr()]), Hooks::default()).await;
+    let mut others = [a.events(), b.events()];
+    let config = quick(3, &[a.addr()]);
+    // A thread with a runtime of its own: where it sleeps, every task of this node stands still.
+    let observer = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let observer = start_with(config, Hooks::default()).await;
+            let mut events = observer.events();
+            for _ in 0..STALLS {
+                all_see(&[&observer], &[1, 2]).await;
+                // The stall under test.
+                std::thread::sleep(STALL);
+                // It counts only once it has done all that it does late.
+                let heard = observer.stats().received_datagrams;
+                eventually("it hears again", || observer.stats().received_datagrams > heard + 20).await;
+            }
+            all_see(&[&observer], &[1, 2]).await;
+            std::iter::from_fn(|| events.try_recv()).collect::<Vec<_>>()
+        })
+    });
+    let seen = tokio::task::spawn_blocking(|| observer.join()).await.unwrap().unwrap();
+    assert!(seen.iter().all(|event| matches!(event, MemberEvent::Join { .. })), "{seen:?}");
+    assert_eq!(seen.len(), 3, "{seen:?}");
+    // To those who ran on it was silent for long enough: so it was for itself, and only that it stalled has saved them.
+    let failed = MemberEvent::Failed { node: NodeId(3) };
+    let seen: Vec<_> = others.iter_mut().flat_map(|events| std::iter::from_fn(|| events.try_recv())).collect();
+    assert!(seen.contains(&failed), "{seen:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_capture_played_to_a_restarted_observer_shows_no_ghost() {
     let captured = Arc::new(Mutex::new(Vec::new()));
