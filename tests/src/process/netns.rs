@@ -330,6 +330,7 @@ mod tests {
         for node in 1..=3 {
             echo(&net, node, Use::Raft);
             echo(&net, node, Use::Http);
+            echo(&net, node, Use::Gossip);
         }
         let from_to = |from, to, purpose, within| net.within_node(from, || ask(net.addr(to, purpose), within)).unwrap();
         from_to(1, 2, Use::Raft, LONG).unwrap();
@@ -347,6 +348,13 @@ mod tests {
         from_to(2, 1, Use::Raft, SHORT).expect_err("the answers are lost");
         from_to(2, 1, Use::Http, LONG).unwrap();
         net.heal().unwrap();
+
+        net.cut(1, 2, Traffic::Gossip).unwrap();
+        from_to(1, 2, Use::Gossip, SHORT).unwrap_err();
+        from_to(2, 1, Use::Gossip, SHORT).expect_err("the answers are lost");
+        from_to(1, 2, Use::Raft, LONG).unwrap();
+        net.heal().unwrap();
+        from_to(1, 2, Use::Gossip, LONG).unwrap();
 
         net.isolate(1, Traffic::All).unwrap();
         from_to(3, 1, Use::Http, SHORT).unwrap_err();
