@@ -82,7 +82,7 @@ pub struct DevArgs {
     /// First port for Redis Cluster clients.
     #[arg(long, value_name = "PORT", default_value_t = 7379, value_parser = clap::value_parser!(u16).range(1..))]
     pub redis_cluster_port: u16,
-    /// First UDP port for gossip.
+    /// First port for gossip, UDP and TCP.
     #[arg(long, value_name = "PORT", default_value_t = 8001, value_parser = clap::value_parser!(u16).range(1..))]
     pub gossip_port: u16,
     /// First port for connections between nodes.

@@ -48,18 +48,18 @@ pub async fn dev(args: &DevArgs) -> Result<(), CliError> {
 /// The configuration of every node.
 fn plan(args: &DevArgs) -> Result<Vec<Config>, CliError> {
     let bases = [
-        ("--redis-port", args.redis_port, "tcp"),
-        ("--redis-cluster-port", args.redis_cluster_port, "tcp"),
-        ("--raft-port", args.raft_port, "tcp"),
-        ("--http-port", args.http_port, "tcp"),
-        ("--gossip-port", args.gossip_port, "udp"),
+        ("--redis-port", args.redis_port),
+        ("--redis-cluster-port", args.redis_cluster_port),
+        ("--raft-port", args.raft_port),
+        ("--http-port", args.http_port),
+        ("--gossip-port", args.gossip_port),
     ];
-    for (i, (flag, base, protocol)) in bases.iter().enumerate() {
+    for (i, (flag, base)) in bases.iter().enumerate() {
         if base.checked_add(args.nodes - 1).is_none() {
             return Err(CliError::Usage(format!("{flag} {base}: {} nodes need ports above 65535", args.nodes)));
         }
-        let overlaps = |(_, other, p): &&(&str, u16, &str)| p == protocol && base.abs_diff(*other) < args.nodes;
-        if let Some((other_flag, other, _)) = bases[..i].iter().find(overlaps) {
+        let overlaps = |(_, other): &&(&str, u16)| base.abs_diff(*other) < args.nodes;
+        if let Some((other_flag, other)) = bases[..i].iter().find(overlaps) {
             return Err(CliError::Usage(format!(
                 "{other_flag} {other} and {flag} {base} overlap: node i of {} adds i - 1 to each",
                 args.nodes
@@ -116,7 +116,7 @@ fn flags(c: &Config) -> Vec<String> {
 fn show(configs: &[Config], pids: &[u32]) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    let mut header = vec!["node", "redis", "redis cluster", "http", "raft", "gossip (udp)"];
+    let mut header = vec!["node", "redis", "redis cluster", "http", "raft", "gossip"];
     if !pids.is_empty() {
         header.push("pid");
     }
@@ -460,8 +460,9 @@ mod tests {
             "{error}"
         );
         plan(&args("crema dev --redis-cluster-port 6382")).unwrap();
-        // UDP ports are others than TCP ports.
-        plan(&args("crema dev --gossip-port 9001")).unwrap();
+        // Gossip listens on TCP too.
+        let error = plan(&args("crema dev --gossip-port 9001")).unwrap_err();
+        assert!(matches!(&error, CliError::Usage(text) if text.contains("--raft-port 9001")), "{error}");
         let error = plan(&args("crema dev --http-port 65534")).unwrap_err();
         assert!(matches!(&error, CliError::Usage(text) if text.contains("65535")), "{error}");
     }

@@ -161,7 +161,8 @@ impl Default for PeerManagementConfig {
 
 /// Pace and patience of gossip. All nodes of a cluster should agree on them.
 ///
-/// A node that falls silent is suspect after about 2 s with the defaults, and counts as failed 5 s later. Shorter periods
+/// A node that falls silent is suspect after 2 to 4 s with the defaults, later where nodes are many, and counts as failed
+/// 4 s after that. Shorter periods
 /// find failures sooner, and take a busy node for a failed one sooner.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GossipTuning {
@@ -174,7 +175,7 @@ pub struct GossipTuning {
     /// An interval between heartbeats longer than this is an outage and not a sample, above `interval` and at most
     /// 60 s. Default: 5 s.
     pub max_interval: Duration,
-    /// After so many rounds as a suspect a node counts as failed, 1 to 1,000. Default: 20.
+    /// After so many rounds as a suspect a node counts as failed, 1 to 1,000. Default: 16.
     pub dead_ticks: u32,
     /// How long a failed node is remembered and still tried, 1 min to 7 days. Default: 15 min.
     pub grace: Duration,
@@ -187,7 +188,7 @@ impl Default for GossipTuning {
             phi: 16.0,
             window: 1_000,
             max_interval: Duration::from_secs(5),
-            dead_ticks: 20,
+            dead_ticks: 16,
             grace: Duration::from_secs(15 * 60),
         }
     }

@@ -60,6 +60,9 @@ pub(crate) struct AddressBook {
     configured: BTreeMap<NodeId, String>,
     placed: BTreeMap<NodeId, Placed>,
     gossiped: BTreeMap<NodeId, String>,
+    /// Where a registered life was reached when it began to answer, if the cluster has another address on record: that one
+    /// may be of before a restart, and only a majority can change it.
+    answering: BTreeMap<NodeId, String>,
 }
 
 impl AddressBook {
@@ -70,6 +73,7 @@ impl AddressBook {
             configured: BTreeMap::new(),
             placed: BTreeMap::new(),
             gossiped: BTreeMap::new(),
+            answering: BTreeMap::new(),
         }
     }
 
@@ -83,7 +87,7 @@ impl AddressBook {
             return None;
         }
         match placed {
-            Some(placed) if placed.live => Some(&placed.address),
+            Some(placed) if placed.live => Some(self.answering.get(&node).unwrap_or(&placed.address)),
             placed => {
                 let placed = placed.map(|placed| &placed.address);
                 self.gossiped.get(&node).or(placed).or_else(|| self.configured.get(&node))
@@ -124,7 +128,15 @@ impl AddressBook {
 
     pub(crate) fn set_placed(&mut self, new: BTreeMap<NodeId, Placed>) -> Vec<(NodeId, Option<String>)> {
         let touched: Vec<_> = self.placed.keys().chain(new.keys()).copied().collect();
-        self.update(touched, |book| book.placed = new)
+        self.update(touched, |book| {
+            let reached = |(node, now): (&NodeId, &Placed)| {
+                let recorded_anew = book.placed.get(node).is_some_and(|before| before.address != now.address);
+                let address = book.address(*node).filter(|_| now.live && !recorded_anew)?;
+                Some((*node, address.clone()))
+            };
+            let answering = new.iter().filter_map(reached).collect();
+            (book.answering, book.placed) = (answering, new);
+        })
     }
 }
 
@@ -464,9 +476,15 @@ mod tests {
         assert_eq!(book.set_placed(placed(&[(2, "c2", false), (3, "p3", false)])), [told(3, "p3")]);
         assert_eq!(book.set_gossiped(map(&[(2, "g2"), (4, "g4")])), [told(2, "g2"), told(4, "g4")]);
         assert!(book.set_placed(placed(&[(2, "p2", false), (3, "p3", false)])).is_empty(), "gossip knows better");
-        // A life that answers keeps its peers, whoever gossips under its id ...
-        assert_eq!(book.set_placed(placed(&[(2, "p2", true), (3, "p3", true)])), [told(2, "p2")]);
+        // A life that answers keeps its peers where they reached it, which is not on record after a restart of all
+        // nodes with other addresses, whoever gossips under its id ...
+        assert!(book.set_placed(placed(&[(2, "p2", true), (3, "p3", true)])).is_empty());
         assert!(book.set_gossiped(map(&[(2, "thief"), (4, "g4")])).is_empty());
+        assert!(book.set_placed(placed(&[(2, "p2", true), (3, "p3", true)])).is_empty());
+        // ... until it registers another address itself ...
+        let recorded = placed(&[(2, "r2", true), (3, "p3", true)]);
+        assert_eq!(book.set_placed(recorded.clone()), [told(2, "r2")]);
+        assert!(book.set_placed(recorded).is_empty());
         // ... and once it is silent, its successor is looked for.
         assert_eq!(book.set_placed(placed(&[(2, "p2", false), (3, "p3", true)])), [told(2, "thief")]);
         // What gossip forgets falls back; what nobody knows any more is not dialed.
