@@ -3,6 +3,8 @@
 //! Each test waits for its turn, so that clusters do not starve each other of processor time. A failed test shows the
 //! last lines of every log and keeps them.
 
+#[path = "process/addresses.rs"]
+mod addresses;
 #[path = "process/faults.rs"]
 mod faults;
 #[path = "process/kills.rs"]

@@ -352,6 +352,21 @@ impl Cluster {
         self.spawn(node)
     }
 
+    /// Gives the nodes other addresses, which count from their next start.
+    ///
+    /// # Errors
+    ///
+    /// If no ports are free.
+    ///
+    /// # Panics
+    ///
+    /// If a node runs, or the nodes are not on the loopback.
+    pub fn move_elsewhere(&mut self) -> Result<()> {
+        assert!(self.nodes.is_empty() && matches!(self.place, Place::Loopback(_)));
+        self.place = Place::Loopback(ports::reserve()?);
+        Ok(())
+    }
+
     /// Starts all nodes that do not run, with the same command lines.
     ///
     /// # Errors
