@@ -146,6 +146,9 @@ pub struct Operation {
     /// What was written, of operations that write a value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<Text>,
+    /// The value that must be there, of `compare_and_set`; without one there must be none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected: Option<Text>,
     /// Lifetime of the value in milliseconds, of `set_px`; greatest age, of `get_bounded`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub px: Option<u64>,
@@ -165,6 +168,7 @@ impl Operation {
             Command::GetRelaxed { max_age_ms: None } => ("get_local", None, None),
             Command::Set(v) => ("set", Some(v), None),
             Command::SetNx(v) => ("set_nx", Some(v), None),
+            Command::CompareAndSet { value, .. } => ("compare_and_set", Some(value), None),
             Command::Incr => ("incr", None, None),
             Command::Append(v) => ("append", Some(v), None),
             Command::Del => ("del", None, None),
@@ -174,6 +178,10 @@ impl Operation {
             Command::PairHalf(Half::A) => ("pair_get_a", None, None),
             Command::PairHalf(Half::B) => ("pair_get_b", None, None),
         };
+        let expected = match command {
+            Command::CompareAndSet { expected, .. } => expected.clone().map(Text),
+            _ => None,
+        };
         Operation {
             client,
             call,
@@ -181,6 +189,7 @@ impl Operation {
             op: op.into(),
             key: key.into(),
             value: value.cloned().map(Text),
+            expected,
             px,
             outcome: Outcome::Unknown,
             reply: None,
@@ -208,6 +217,9 @@ impl Operation {
             "get_local" => Command::GetRelaxed { max_age_ms: None },
             "set" => Command::Set(value()?),
             "set_nx" => Command::SetNx(value()?),
+            "compare_and_set" => {
+                Command::CompareAndSet { expected: self.expected.as_ref().map(|v| v.0.clone()), value: value()? }
+            }
             "incr" => Command::Incr,
             "append" => Command::Append(value()?),
             "del" => Command::Del,
@@ -222,8 +234,8 @@ impl Operation {
             other => return Err(format!("unknown op {other:?}")),
         };
         let plain = Operation::open(self.client, self.call, &self.key, &command);
-        if (&plain.value, plain.px) != (&self.value, self.px) {
-            return Err(format!("{} with a value or px that it does not take", self.op));
+        if (&plain.value, &plain.expected, plain.px) != (&self.value, &self.expected, self.px) {
+            return Err(format!("{} with a value, an expected one or px that it does not take", self.op));
         }
         Ok(command)
     }
@@ -418,6 +430,8 @@ mod tests {
             (Command::Set(v()), Reply::Ok),
             (Command::Set(binary()), Reply::Ok),
             (Command::SetNx(v()), Reply::Nil),
+            (Command::CompareAndSet { expected: None, value: v() }, Reply::Int(1)),
+            (Command::CompareAndSet { expected: Some(binary()), value: v() }, Reply::Int(0)),
             (Command::Incr, Reply::Int(i64::MIN)),
             (Command::Incr, Reply::Error(OpError::NotInteger)),
             (Command::Append(v()), Reply::Error(OpError::TooLong)),
@@ -472,7 +486,7 @@ mod tests {
             ("\"get\"", "\"getx\"", "unknown op \"getx\""),
             ("\"get\"", "\"set\"", "set needs a value"),
             ("\"get\"", "\"set_px\",\"value\":\"v\",\"px\":0", "set_px needs px"),
-            ("\"get\"", "\"get\",\"value\":\"v\"", "with a value or px that it does not take"),
+            ("\"get\"", "\"get\",\"value\":\"v\"", "with a value, an expected one or px that it does not take"),
             ("\"get\"", "\"set\",\"value\":{\"hex\":\"0g\"}", "hexadecimal"),
             ("\"nil\"", "{\"error\":\"gone\"}", "no operation answers the error"),
             ("\"call\":5,", "", "missing field `call`"),

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// First byte of an encoded record.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// What is on disk of one replica beside its entries. A replica without a state has nothing there: it has answered for
 /// nothing, and may begin again.

@@ -32,6 +32,13 @@ pub enum Command {
     Set(Vec<u8>),
     /// SET NX.
     SetNx(Vec<u8>),
+    /// The value is set if the one before is what was expected.
+    CompareAndSet {
+        /// That one; `None` for none.
+        expected: Value,
+        /// The new one.
+        value: Vec<u8>,
+    },
     /// INCR.
     Incr,
     /// APPEND.
@@ -97,6 +104,8 @@ impl Command {
             Command::PairSet(v) => (Some(v.clone()), Reply::Array(vec![Reply::Ok, Reply::Ok])),
             Command::SetNx(_) if value.is_some() => (value.clone(), Reply::Nil),
             Command::SetNx(v) => (Some(v.clone()), Reply::Ok),
+            Command::CompareAndSet { expected, value: new } if expected == value => (Some(new.clone()), Reply::Int(1)),
+            Command::CompareAndSet { .. } => (value.clone(), Reply::Int(0)),
             Command::Incr => {
                 let number = match value {
                     None => Some(0i64),
@@ -130,6 +139,9 @@ impl Command {
             Command::Get | Command::GetRelaxed { .. } => vec![Op::Get { key }],
             Command::Set(v) => vec![set(key, v, SetCond::Always, SetExpire::Clear)],
             Command::SetNx(v) => vec![set(key, v, SetCond::IfAbsent, SetExpire::Clear)],
+            Command::CompareAndSet { expected, value } => {
+                vec![Op::CompareAndSet { key, expected: expected.as_deref(), value, expire: SetExpire::Clear }]
+            }
             Command::Incr => vec![Op::IncrBy { key, by: 1 }],
             Command::Append(value) => vec![Op::Append { key, value }],
             Command::Del => vec![Op::Del { key }],

@@ -6,11 +6,11 @@
 //! connection has keys of its own, where the order of its commands shows.
 
 use super::judge::OWN;
-use super::model::{Command, Ended, Half, Record};
+use super::model::{Command, Ended, Half, Record, Value};
 use super::rng::Rng;
 use super::world::{Finished, MS, Pair, World};
 use crate::history::{self, Operation};
-use crema_core::{NodeId, ShardId};
+use crema_core::{NodeId, Reply, ShardId};
 use crema_shard::{ClientResult, ConnId, ReadLevel, Refusal, Token};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -68,6 +68,8 @@ pub struct Workload {
     keys: Vec<(String, Kind)>,
     /// Commands sent to the present key of each place in `keys`.
     used: Vec<u32>,
+    /// What a lock was last said to hold, by its key: what a comparison expects.
+    held: BTreeMap<String, Value>,
     history: Vec<Record>,
     open: BTreeMap<(ConnId, Token), usize>,
     /// Position among all sends and ends: their order, where simulated time would have ties.
@@ -121,6 +123,7 @@ impl Workload {
             rng,
             clients,
             used: vec![0; keys.len()],
+            held: BTreeMap::new(),
             keys,
             history: Vec::new(),
             open: BTreeMap::new(),
@@ -237,6 +240,11 @@ impl Workload {
             Kind::Counter => Command::Incr,
             Kind::List | Kind::Set => Command::Append(self.value()),
             Kind::Lock if self.rng.permille(300) => Command::Del,
+            // Often right, now and then out of date by the time it is looked at.
+            Kind::Lock if self.rng.permille(400) => {
+                let expected = self.held.get(&self.keys[place].0).cloned().flatten();
+                Command::CompareAndSet { expected, value: self.value() }
+            }
             Kind::Lock => Command::SetNx(self.value()),
             Kind::Ttl if self.rng.permille(50) => Command::Del,
             Kind::Ttl if self.rng.permille(100) => Command::Set(self.value()),
@@ -255,6 +263,7 @@ impl Workload {
         if self.used[place] > most {
             self.used[place] = 0;
             self.next_value += 1;
+            self.held.remove(&self.keys[place].0);
             let first = self.keys[place].0.split('.').next().unwrap_or("t").to_owned();
             self.keys[place].0 = format!("{first}.{}", self.next_value);
         }
@@ -304,6 +313,19 @@ impl Workload {
             // Absent: its client has gone away.
             let Some(place) = self.open.remove(&(conn, token)) else { continue };
             let record = &mut self.history[place];
+            if let ClientResult::Reply(reply) = &result
+                && record.key.starts_with('n')
+            {
+                let held = match (&record.command, reply) {
+                    (Command::SetNx(v), Reply::Ok) => Some(Some(v.clone())),
+                    (Command::CompareAndSet { value, .. }, Reply::Int(1)) => Some(Some(value.clone())),
+                    (Command::Del, _) => Some(None),
+                    (command, reply) => command.finds(reply),
+                };
+                if let Some(held) = held {
+                    self.held.insert(record.key.clone(), held);
+                }
+            }
             record.ret = ret;
             record.ret_ns = world.now();
             record.ended = Some(match result {

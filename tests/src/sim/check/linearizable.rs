@@ -206,6 +206,7 @@ fn values_return(items: &[Item<'_>]) -> bool {
     let other = |c: &Command| c.is_write() && *c != Command::Incr;
     let twice = items.iter().any(|i| match i.command {
         Command::Set(v) | Command::SetNx(v) | Command::Append(v) | Command::PairSet(v) => !values.insert(v),
+        Command::CompareAndSet { value, .. } => !values.insert(value),
         _ => false,
     });
     twice || (counts && items.iter().any(|i| other(i.command)))
@@ -349,6 +350,15 @@ mod tests {
         assert_eq!(judge(&[append("b,", 4, 1, 9), append("a,", 2, 2, 8), get("a,b,", 10, 11)]), Ok(()));
         assert!(wrong(&[append("b,", 4, 1, 9), append("a,", 2, 2, 8), get("b,a,", 10, 11)]));
         assert!(wrong(&[nx("a", Reply::Ok, 1, 4), nx("b", Reply::Ok, 2, 5)]), "two holders of a lock");
+        let cas = |was: Option<&str>, v: &str, done, call, ret| {
+            let command = Command::CompareAndSet { expected: was.map(|w| w.into()), value: v.into() };
+            ok(command, call, ret, Reply::Int(done))
+        };
+        let chain =
+            [cas(Some("a"), "b", 1, 1, 9), cas(None, "a", 1, 2, 8), cas(None, "c", 0, 10, 11), get("b", 12, 13)];
+        assert_eq!(judge(&chain), Ok(()));
+        assert!(wrong(&[set("a", 1, 2), cas(Some("a"), "b", 1, 3, 6), cas(Some("a"), "c", 1, 4, 7)]), "both have won");
+        assert!(wrong(&[set("a", 1, 2), cas(Some("a"), "b", 0, 3, 4)]), "refused without a reason");
     }
 
     #[test]
