@@ -1,7 +1,7 @@
 //! Gossip within a node: kept running, and its news passed on.
 //!
 //! ```text
-//!   gossip --members-----> address book --set_address--> peers      placement --view hook--> address book
+//!   gossip --members-----> address book --set_reach----> peers      placement --view hook--> address book
 //!   gossip --events------> Story --what is news--> EventHub (listeners)
 //!   gossip --leaders-----> LeaderHints, NodeGone ------> driver
 //!   driver --led---------> publish ---------------------> gossip
@@ -13,7 +13,7 @@
 
 use crate::driver::{DriverHandle, Input};
 use crate::memberlist::socket_addr;
-use crate::peers::PeersHandle;
+use crate::peers::{MAX_STRANGERS, PeersHandle, Reach};
 use arc_swap::ArcSwap;
 use crema_core::{Incarnation, NodeId, ShardId};
 use crema_gossip::events::EventHub;
@@ -43,7 +43,7 @@ const RETURN_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Placed {
     pub(crate) address: String,
-    /// Whether the registered life answers there.
+    /// Whether the registered life answers, wherever.
     pub(crate) live: bool,
     /// Whether the cluster lets it hold replicas.
     pub(crate) approved: bool,
@@ -59,11 +59,19 @@ pub(crate) struct AddressBook {
     admitted: BTreeSet<NodeId>,
     configured: BTreeMap<NodeId, String>,
     placed: BTreeMap<NodeId, Placed>,
-    gossiped: BTreeMap<NodeId, String>,
-    /// Where a registered life was reached when it began to answer, if the cluster has another address on record: that one
-    /// may be of before a restart, and only a majority can change it.
-    answering: BTreeMap<NodeId, String>,
+    gossiped: BTreeMap<NodeId, Gossiped>,
 }
+
+/// A node as gossip knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Gossiped {
+    address: String,
+    /// Not of one that is taken for failed.
+    present: bool,
+}
+
+/// Nodes of which the connections have to learn where they are.
+type Changes = Vec<(NodeId, Reach)>;
 
 impl AddressBook {
     pub(crate) fn new(strangers: bool) -> Self {
@@ -73,70 +81,74 @@ impl AddressBook {
             configured: BTreeMap::new(),
             placed: BTreeMap::new(),
             gossiped: BTreeMap::new(),
-            answering: BTreeMap::new(),
         }
     }
 
-    /// A registered life that answers is left alone: a second process under its id must not be able to divert its
-    /// peers by gossip. Otherwise gossip speaks of the newest life, placement of the registered one, and the
-    /// configuration of none in particular.
-    fn address(&self, node: NodeId) -> Option<&String> {
-        let placed = self.placed.get(&node);
-        let known = self.configured.contains_key(&node) || self.admitted.contains(&node);
-        if !self.strangers && !known && !placed.is_some_and(|p| p.approved) {
-            return None;
+    fn is_known(&self, node: NodeId) -> bool {
+        self.configured.contains_key(&node)
+            || self.admitted.contains(&node)
+            || self.placed.get(&node).is_some_and(|p| p.approved)
+    }
+
+    /// Gossip speaks of the newest life, placement of the registered one, the configuration of none in particular. Each
+    /// may be of before a restart, and a record is corrected by a majority only, for which its nodes must find each
+    /// other first: so all of them are tried, what gossip says of the dead last.
+    fn reach(&self, node: NodeId) -> Reach {
+        if !self.strangers && !self.is_known(node) {
+            return Reach::default();
         }
-        match placed {
-            Some(placed) if placed.live => Some(self.answering.get(&node).unwrap_or(&placed.address)),
-            placed => {
-                let placed = placed.map(|placed| &placed.address);
-                self.gossiped.get(&node).or(placed).or_else(|| self.configured.get(&node))
+        let placed = self.placed.get(&node);
+        let gossiped = |present| self.gossiped.get(&node).filter(|g| g.present == present).map(|g| &g.address);
+        let sources =
+            [gossiped(true), placed.map(|p| &p.address), self.configured.get(&node), gossiped(false)].into_iter();
+        let mut addresses: Vec<String> = Vec::new();
+        for address in sources.flatten() {
+            if !addresses.contains(address) {
+                addresses.push(address.clone());
             }
         }
+        // A second process under its id must not be able to divert the peers of a registered life by gossip.
+        Reach { addresses, pinned: placed.filter(|p| p.live).map(|p| p.address.clone()) }
     }
 
-    /// Applies `change`, which touches no other nodes than `touched`; returns those whose address is another now.
-    fn update(
-        &mut self,
-        touched: impl IntoIterator<Item = NodeId>,
-        change: impl FnOnce(&mut Self),
-    ) -> Vec<(NodeId, Option<String>)> {
+    /// Applies `change`, which touches no other nodes than `touched`; returns those which are reached otherwise now.
+    fn update(&mut self, touched: impl IntoIterator<Item = NodeId>, change: impl FnOnce(&mut Self)) -> Changes {
         let touched: BTreeSet<NodeId> = touched.into_iter().collect();
-        let before: Vec<_> = touched.into_iter().map(|node| (node, self.address(node).cloned())).collect();
+        let before: Vec<_> = touched.into_iter().map(|node| (node, self.reach(node))).collect();
         change(self);
-        let changed = before.into_iter().filter(|(node, old)| self.address(*node) != old.as_ref());
-        changed.map(|(node, _)| (node, self.address(node).cloned())).collect()
+        let now = before.into_iter().map(|(node, old)| (node, self.reach(node), old));
+        now.filter(|(_, new, old)| new != old).map(|(node, new, _)| (node, new)).collect()
     }
 
-    pub(crate) fn set_configured(&mut self, new: BTreeMap<NodeId, String>) -> Vec<(NodeId, Option<String>)> {
+    pub(crate) fn set_configured(&mut self, new: BTreeMap<NodeId, String>) -> Changes {
         let touched: Vec<_> = self.configured.keys().chain(new.keys()).copied().collect();
         self.update(touched, |book| book.configured = new)
     }
 
-    fn set_gossiped(&mut self, new: BTreeMap<NodeId, String>) -> Vec<(NodeId, Option<String>)> {
+    /// Of nodes that nobody but gossip knows at most [`MAX_STRANGERS`] count, so that whoever makes nodes up leaves room for
+    /// others.
+    fn set_gossiped(&mut self, mut new: BTreeMap<NodeId, Gossiped>) -> Changes {
+        let mut strangers = 0;
+        new.retain(|node, _| {
+            let known = self.is_known(*node) || self.placed.contains_key(node);
+            strangers += usize::from(!known);
+            known || strangers <= MAX_STRANGERS
+        });
         let touched: Vec<_> = self.gossiped.keys().chain(new.keys()).copied().collect();
         self.update(touched, |book| book.gossiped = new)
     }
 
     /// An operator wants the node to be approved: it is reached from now on, at most [`MAX_MEMBERS`] of them.
-    pub(crate) fn admit(&mut self, node: NodeId) -> Vec<(NodeId, Option<String>)> {
+    pub(crate) fn admit(&mut self, node: NodeId) -> Changes {
         if self.admitted.len() >= MAX_MEMBERS {
             return Vec::new();
         }
         self.update([node], |book| _ = book.admitted.insert(node))
     }
 
-    pub(crate) fn set_placed(&mut self, new: BTreeMap<NodeId, Placed>) -> Vec<(NodeId, Option<String>)> {
+    pub(crate) fn set_placed(&mut self, new: BTreeMap<NodeId, Placed>) -> Changes {
         let touched: Vec<_> = self.placed.keys().chain(new.keys()).copied().collect();
-        self.update(touched, |book| {
-            let reached = |(node, now): (&NodeId, &Placed)| {
-                let recorded_anew = book.placed.get(node).is_some_and(|before| before.address != now.address);
-                let address = book.address(*node).filter(|_| now.live && !recorded_anew)?;
-                Some((*node, address.clone()))
-            };
-            let answering = new.iter().filter_map(reached).collect();
-            (book.answering, book.placed) = (answering, new);
-        })
+        self.update(touched, |book| book.placed = new)
     }
 }
 
@@ -144,23 +156,24 @@ impl AddressBook {
 pub(crate) fn update_addresses(
     book: &Mutex<AddressBook>,
     peers: &PeersHandle,
-    change: impl FnOnce(&mut AddressBook) -> Vec<(NodeId, Option<String>)>,
+    change: impl FnOnce(&mut AddressBook) -> Changes,
 ) {
     let mut book = book.lock().expect("no panic while held");
-    for (node, address) in change(&mut book) {
-        peers.set_address(node, address);
+    for (node, reach) in change(&mut book) {
+        peers.set_reach(node, reach);
     }
 }
 
 /// Members that may be dialed: those that have left are not, until they come back. A dead one may only be cut off, and is
 /// tried on unless `drop_failed`.
-fn dialable(members: &[Member], drop_failed: bool) -> BTreeMap<NodeId, String> {
+fn dialable(members: &[Member], drop_failed: bool) -> BTreeMap<NodeId, Gossiped> {
     let here = members.iter().filter(|m| match m.state {
         MemberState::Alive | MemberState::Suspect => true,
         MemberState::Dead => !drop_failed,
         MemberState::Left => false,
     });
-    here.map(|m| (m.meta.node_id, m.meta.raft_addr.clone())).collect()
+    let gossiped = |m: &Member| Gossiped { address: m.meta.raft_addr.clone(), present: m.state != MemberState::Dead };
+    here.map(|m| (m.meta.node_id, gossiped(m))).collect()
 }
 
 /// What the task needs of its node.
@@ -460,7 +473,7 @@ mod tests {
     use crema_gossip::NodeMeta;
 
     #[test]
-    fn the_best_known_address_wins_and_only_changes_are_told() {
+    fn all_known_addresses_are_tried_the_likeliest_first_and_only_changes_are_told() {
         let map = |pairs: &[(u64, &str)]| {
             pairs.iter().map(|(n, a)| (NodeId(*n), (*a).to_owned())).collect::<BTreeMap<_, _>>()
         };
@@ -470,42 +483,67 @@ mod tests {
             };
             pairs.iter().map(placed).collect::<BTreeMap<_, _>>()
         };
-        let told = |n: u64, a: &str| (NodeId(n), Some(a.to_owned()));
+        let told = |n: u64, list: &[&str]| told(n, list, None);
         let mut book = AddressBook::new(true);
-        assert_eq!(book.set_configured(map(&[(2, "c2"), (3, "c3")])), [told(2, "c2"), told(3, "c3")]);
-        assert_eq!(book.set_placed(placed(&[(2, "c2", false), (3, "p3", false)])), [told(3, "p3")]);
-        assert_eq!(book.set_gossiped(map(&[(2, "g2"), (4, "g4")])), [told(2, "g2"), told(4, "g4")]);
-        assert!(book.set_placed(placed(&[(2, "p2", false), (3, "p3", false)])).is_empty(), "gossip knows better");
-        // A life that answers keeps its peers where they reached it, which is not on record after a restart of all
-        // nodes with other addresses, whoever gossips under its id ...
-        assert!(book.set_placed(placed(&[(2, "p2", true), (3, "p3", true)])).is_empty());
-        assert!(book.set_gossiped(map(&[(2, "thief"), (4, "g4")])).is_empty());
-        assert!(book.set_placed(placed(&[(2, "p2", true), (3, "p3", true)])).is_empty());
-        // ... until it registers another address itself ...
-        let recorded = placed(&[(2, "r2", true), (3, "p3", true)]);
-        assert_eq!(book.set_placed(recorded.clone()), [told(2, "r2")]);
-        assert!(book.set_placed(recorded).is_empty());
-        // ... and once it is silent, its successor is looked for.
-        assert_eq!(book.set_placed(placed(&[(2, "p2", false), (3, "p3", true)])), [told(2, "thief")]);
+        assert_eq!(book.set_configured(map(&[(2, "c2"), (3, "c3")])), [told(2, &["c2"]), told(3, &["c3"])]);
+        assert_eq!(book.set_placed(placed(&[(2, "c2", false), (3, "p3", false)])), [told(3, &["p3", "c3"])]);
+        let heard = gossiped(&[(2, "g2", true), (4, "g4", true)]);
+        assert_eq!(book.set_gossiped(heard), [told(2, &["g2", "c2"]), told(4, &["g4"])]);
+        // Of one that has failed, or is cut off from gossip alone, others know better.
+        let heard = gossiped(&[(2, "g2", false), (4, "g4", false)]);
+        assert_eq!(book.set_gossiped(heard.clone()), [told(2, &["c2", "g2"])]);
+        // A life that answers keeps its link wherever that leads, until it registers another address.
+        let pinned = |n, list: &[&str], at: &str| super::tests::told(n, list, Some(at));
+        assert_eq!(
+            book.set_placed(placed(&[(2, "p2", true), (3, "p3", true)])),
+            [pinned(2, &["p2", "c2", "g2"], "p2"), pinned(3, &["p3", "c3"], "p3")]
+        );
+        assert_eq!(
+            book.set_gossiped(gossiped(&[(2, "thief", true), (4, "g4", false)])),
+            [pinned(2, &["thief", "p2", "c2"], "p2")]
+        );
         // What gossip forgets falls back; what nobody knows any more is not dialed.
-        assert_eq!(book.set_gossiped(map(&[])), [told(2, "p2"), (NodeId(4), None)]);
+        assert_eq!(book.set_gossiped(gossiped(&[])), [pinned(2, &["p2", "c2"], "p2"), told(4, &[])]);
+        assert_eq!(book.set_placed(BTreeMap::new()), [told(2, &["c2"]), told(3, &["c3"])]);
+    }
+
+    fn told(n: u64, list: &[&str], pinned: Option<&str>) -> (NodeId, Reach) {
+        let addresses = list.iter().map(|a| (*a).to_owned()).collect();
+        (NodeId(n), Reach { addresses, pinned: pinned.map(str::to_owned) })
+    }
+
+    fn gossiped(all: &[(u64, &str, bool)]) -> BTreeMap<NodeId, Gossiped> {
+        let one = |(n, a, present): &(u64, &str, bool)| {
+            (NodeId(*n), Gossiped { address: (*a).to_owned(), present: *present })
+        };
+        all.iter().map(one).collect()
     }
 
     #[test]
     fn strangers_are_reached_only_where_they_may_be() {
-        let map = |pairs: &[(u64, &str)]| {
-            pairs.iter().map(|(n, a)| (NodeId(*n), (*a).to_owned())).collect::<BTreeMap<_, _>>()
-        };
         let placed = |n: u64, approved| {
             BTreeMap::from([(NodeId(n), Placed { address: format!("p{n}"), live: false, approved })])
         };
         let mut book = AddressBook::new(false);
-        assert_eq!(book.set_configured(map(&[(2, "c2")])), [(NodeId(2), Some("c2".to_owned()))]);
+        assert_eq!(book.set_configured(BTreeMap::from([(NodeId(2), "c2".to_owned())])), [told(2, &["c2"], None)]);
         // A seed node may move; a stranger is only heard of.
-        assert_eq!(book.set_gossiped(map(&[(2, "g2"), (4, "g4")])), [(NodeId(2), Some("g2".to_owned()))]);
+        assert_eq!(book.set_gossiped(gossiped(&[(2, "g2", true), (4, "g4", true)])), [told(2, &["g2", "c2"], None)]);
         assert!(book.set_placed(placed(4, false)).is_empty(), "registered, not approved");
-        assert_eq!(book.set_placed(placed(4, true)), [(NodeId(4), Some("g4".to_owned()))]);
-        assert_eq!(book.set_placed(BTreeMap::new()), [(NodeId(4), None)], "its approval was taken back");
+        assert_eq!(book.set_placed(placed(4, true)), [told(4, &["g4", "p4"], None)]);
+        assert_eq!(book.set_placed(BTreeMap::new()), [told(4, &[], None)], "its approval was taken back");
+    }
+
+    #[test]
+    fn made_up_nodes_leave_room_for_those_that_the_cluster_knows() {
+        let mut book = AddressBook::new(true);
+        let real = NodeId(1_000_000);
+        let at = |a: &str| Placed { address: a.to_owned(), live: false, approved: true };
+        book.set_placed(BTreeMap::from([(real, at("p"))]));
+        let all: Vec<u64> = (1..=2_000).chain([real.0]).collect();
+        let heard = all.iter().map(|n| (NodeId(*n), Gossiped { address: format!("g{n}"), present: true })).collect();
+        let told = book.set_gossiped(heard);
+        assert_eq!(told.len(), MAX_STRANGERS + 1);
+        assert_eq!(told.last().map(|(node, reach)| (*node, reach.addresses.len())), Some((real, 2)));
     }
 
     #[test]

@@ -1,5 +1,5 @@
 use super::*;
-use crate::peers::{PeerOptions, Peers, PeersConfig};
+use crate::peers::{PeerOptions, Peers, PeersConfig, Reach};
 use crema_core::{Epoch, KeyRef, Op, Reply, SetCond, SetExpire, Term, encode_ops};
 use crema_shard::{HostConfig, NodeAddrs, NodeRoute, PersistBatch, Timing};
 use std::collections::VecDeque;
@@ -590,7 +590,7 @@ async fn three_nodes_found_a_cluster_and_answer() {
     let mut nodes = [1, 2, 3].map(|n| real(n, &[1, 2, 3]));
     for (i, one) in nodes.iter().enumerate() {
         for (j, other) in nodes.iter().enumerate().filter(|(j, _)| *j != i) {
-            one.peers.set_address(NodeId(j as u64 + 1), Some(other.peers.local_addr().to_string()));
+            one.peers.set_reach(NodeId(j as u64 + 1), Reach::at(other.peers.local_addr().to_string()));
         }
     }
     let mut uuids = Vec::new();

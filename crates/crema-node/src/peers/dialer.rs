@@ -1,7 +1,8 @@
 //! The peer task: dials every stream of a peer, hands the driver a link once all stand, and dials again once one breaks.
 //!
 //! ```text
-//!  no address --> dialing --> link up --> (broken, fenced, moved) --> link down --> pause --> dialing ...
+//!  dialing, one address after another --> link up --> (broken, fenced, moved) --> link down --> pause --> dialing ...
+//!                                                                     no address: the task ends
 //! ```
 
 use super::auth::{self, Proof};
@@ -11,13 +12,13 @@ use super::stats::add;
 use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, cut, decode_handshake, handshake_bytes};
 use super::wire::{read_handshake, within};
 use super::writer::run_writer;
-use super::{PeerEvent, Shared, fenced, is_fenced, stopping};
+use super::{PeerEvent, PeerTasks, Reach, Shared, fenced, is_fenced, stopping};
 use crate::clock;
 use crema_core::{Incarnation, NodeId};
 use crema_shard::Channel;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -129,42 +130,50 @@ pub(super) fn jittered(base: Duration) -> Duration {
     base.mul_f64(0.75 + random / 2.0)
 }
 
-/// Keeps a link to `peer` wherever its address leads, until the shutdown.
-pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: watch::Receiver<Option<String>>) {
+/// Keeps a link to `peer` wherever it is reached, until the shutdown or until it is not to be reached any more.
+pub(super) async fn run_peer(
+    shared: Arc<Shared>,
+    tasks: Weak<PeerTasks>,
+    peer: NodeId,
+    mut reach: watch::Receiver<Reach>,
+) {
     let mut shutdown = shared.shutdown.clone();
     let options = shared.options;
     let mut backoff = options.backoff_min;
     let mut had_link = false;
     loop {
-        let target = address.borrow_and_update().clone();
-        let Some(target) = target else {
-            tokio::select! {
-                () = stopping(&mut shutdown) => return,
-                changed = address.changed() => if changed.is_err() { return },
+        let targets = reach.borrow_and_update().addresses.clone();
+        if targets.is_empty() {
+            let Some(tasks) = tasks.upgrade() else { return };
+            let mut tasks = tasks.lock().expect("no panic while held");
+            // Whoever tells addresses holds the lock: none can come that nobody reads.
+            if reach.borrow().addresses.is_empty() {
+                tasks.remove(&peer);
+                return;
             }
             continue;
-        };
+        }
         let dialed = tokio::select! {
             biased;
             () = stopping(&mut shutdown) => return,
-            changed = address.changed() => {
+            changed = other_addresses(&mut reach, &targets) => {
                 if changed.is_err() {
                     return;
                 }
                 backoff = options.backoff_min;
                 continue;
             }
-            dialed = dial_all(&shared, peer, &target) => dialed,
+            dialed = dial_any(&shared, peer, &targets) => dialed,
         };
         match dialed {
-            Ok((streams, claim)) => {
+            Ok((address, streams, claim)) => {
                 add(&shared.stats.links_up, 1);
                 if had_link {
                     add(&shared.stats.reconnects, 1);
                 }
                 had_link = true;
                 let since = clock::mono();
-                let again = run_link(&shared, claim, streams, &mut address).await;
+                let again = run_link(&shared, claim, streams, &address, &mut reach).await;
                 if !again {
                     return;
                 }
@@ -172,9 +181,45 @@ pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: wat
                     backoff = options.backoff_min;
                 }
             }
+            Err(Fenced(fenced)) => {
+                if fenced && shared.push(vec![PeerEvent::Fenced { by: peer }].into()).await.is_err() {
+                    return;
+                }
+            }
+        }
+        let pause = jittered(backoff);
+        backoff = (backoff * 2).min(options.backoff_max);
+        tokio::select! {
+            biased;
+            () = stopping(&mut shutdown) => return,
+            changed = other_addresses(&mut reach, &targets) => {
+                if changed.is_err() {
+                    return;
+                }
+                backoff = options.backoff_min;
+            }
+            () = sleep(pause) => {}
+        }
+    }
+}
+
+/// Waits until the node is reached at other addresses than `known`.
+async fn other_addresses(reach: &mut watch::Receiver<Reach>, known: &[String]) -> Result<(), watch::error::RecvError> {
+    reach.wait_for(|now| now.addresses != known).await.map(drop)
+}
+
+/// No address leads to the node; whether one of those that answered says that this life is over.
+struct Fenced(bool);
+
+/// Tries one address after another.
+async fn dial_any(shared: &Arc<Shared>, peer: NodeId, targets: &[String]) -> Result<(String, Streams, Claim), Fenced> {
+    let mut fenced = false;
+    for target in targets {
+        match dial_all(shared, peer, target).await {
+            Ok((streams, claim)) => return Ok((target.clone(), streams, claim)),
             Err(error) => {
                 add(&shared.stats.dials_failed, 1);
-                let fenced = matches!(error, HandshakeError::Rejected { code: Some(Reject::Fenced), .. });
+                fenced |= matches!(error, HandshakeError::Rejected { code: Some(Reject::Fenced), .. });
                 if let HandshakeError::Rejected { .. }
                 | HandshakeError::WrongNode(_)
                 | HandshakeError::Version(_)
@@ -186,25 +231,24 @@ pub(super) async fn run_peer(shared: Arc<Shared>, peer: NodeId, mut address: wat
                 } else {
                     tracing::debug!(%peer, address = ?target, %error, "peer not reached");
                 }
-                if fenced && shared.push(vec![PeerEvent::Fenced { by: peer }].into()).await.is_err() {
-                    return;
-                }
             }
-        }
-        let pause = jittered(backoff);
-        backoff = (backoff * 2).min(options.backoff_max);
-        tokio::select! {
-            biased;
-            () = stopping(&mut shutdown) => return,
-            changed = address.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-                backoff = options.backoff_min;
-            }
-            () = sleep(pause) => {}
         }
     }
+    Err(Fenced(fenced))
+}
+
+/// Waits until a link to `address` is not wanted any more: see [`Reach`].
+async fn unwanted(reach: &mut watch::Receiver<Reach>, address: &str) {
+    let mut registered: Option<String> = None;
+    let unwanted = |now: &Reach| {
+        let pinned = now.pinned.is_some() && (registered.is_none() || registered == now.pinned);
+        if now.pinned.is_some() {
+            registered.clone_from(&now.pinned);
+        }
+        let named = now.addresses.iter().any(|a| a == address);
+        now.addresses.is_empty() || !(named || pinned)
+    };
+    let _ = reach.wait_for(unwanted).await;
 }
 
 /// One link from Up to Down. Returns whether to dial again.
@@ -212,7 +256,8 @@ async fn run_link(
     shared: &Arc<Shared>,
     mut claim: Claim,
     streams: Streams,
-    address: &mut watch::Receiver<Option<String>>,
+    address: &str,
+    reach: &mut watch::Receiver<Reach>,
 ) -> bool {
     let (peer, incarnation) = claim.life();
     let boot = claim.number().boot;
@@ -228,7 +273,7 @@ async fn run_link(
     if shared.push(vec![PeerEvent::Up { peer, incarnation, link: link.clone() }].into()).await.is_err() {
         return false;
     }
-    tracing::info!(%peer, %incarnation, boot, "link up");
+    tracing::info!(%peer, %incarnation, boot, address, "link up");
     let why = tokio::select! {
         biased;
         () = stopping(&mut shutdown) => {
@@ -237,7 +282,7 @@ async fn run_link(
             let _ = timeout(shared.options.flush_timeout, all).await;
             return false;
         }
-        _ = address.changed() => "its address changed".to_owned(),
+        () = unwanted(reach, address) => "it is reached elsewhere, or not at all".to_owned(),
         () = fenced(&mut fences, peer, incarnation) => "it is fenced".to_owned(),
         () = claim.ended() => "a later start of its life has connected".to_owned(),
         end = writers.join_next() => match end {

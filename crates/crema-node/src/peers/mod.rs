@@ -73,6 +73,10 @@ use tokio::time::{sleep, timeout};
 const MAX_ADDRESS_BYTES: usize = 262;
 /// Most nodes that are ever dialed; further ones are ignored with a warning.
 const MAX_PEERS: usize = 1024;
+/// Most nodes to dial that nobody but gossip knows.
+pub(crate) const MAX_STRANGERS: usize = MAX_PEERS / 2;
+/// Most addresses of a node.
+const MAX_ADDRESSES: usize = 4;
 
 /// Limits and periods of the connections between nodes. The defaults are meant for production; tests shorten them.
 #[derive(Clone, Copy, Debug)]
@@ -291,7 +295,7 @@ pub struct Peers;
 
 impl Peers {
     /// Starts accepting on `listener` and hands what arrives to `driver`. Must be called within a tokio runtime, which
-    /// then runs the tasks. Nothing is dialed before [`PeersHandle::set_address`].
+    /// then runs the tasks. Nothing is dialed before [`PeersHandle::set_reach`].
     pub fn start(
         config: PeersConfig,
         listener: std::net::TcpListener,
@@ -332,7 +336,7 @@ impl Peers {
             local_addr,
             fences,
             shutdown,
-            peers: Mutex::default(),
+            peers: Arc::default(),
             acceptor: Mutex::new(Some(acceptor)),
             warned_of_limit: AtomicBool::new(false),
         };
@@ -340,11 +344,33 @@ impl Peers {
     }
 }
 
+/// Where a node is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// "host:port", resolved anew at each attempt: tried in this order, at most four. None: it is not to be reached. A link
+    /// to an address that is named no more is given up ...
+    pub addresses: Vec<String>,
+    /// ... unless the node answers, and has registered this address with the cluster: then it is given up only once another
+    /// is registered.
+    pub pinned: Option<String>,
+}
+
+#[cfg(test)]
+impl Reach {
+    /// At one address, whatever anybody registers.
+    pub(crate) fn at(address: impl Into<String>) -> Reach {
+        Reach { addresses: vec![address.into()], pinned: None }
+    }
+}
+
 #[derive(Debug)]
 struct PeerTask {
-    address: watch::Sender<Option<String>>,
+    reach: watch::Sender<Reach>,
     task: JoinHandle<()>,
 }
+
+/// The peer tasks. One that has nowhere to go takes itself out.
+type PeerTasks = Mutex<HashMap<NodeId, PeerTask>>;
 
 #[derive(Debug)]
 struct HandleInner {
@@ -353,7 +379,7 @@ struct HandleInner {
     local_addr: SocketAddr,
     fences: watch::Sender<Fences>,
     shutdown: watch::Sender<bool>,
-    peers: Mutex<HashMap<NodeId, PeerTask>>,
+    peers: Arc<PeerTasks>,
     acceptor: Mutex<Option<JoinHandle<()>>>,
     warned_of_limit: AtomicBool,
 }
@@ -384,35 +410,39 @@ impl PeersHandle {
         &self.inner.shared.stats
     }
 
-    /// Tells where a node is reached ("host:port", resolved anew at each attempt), or that it is not to be reached.
-    /// A new address replaces a standing link; the same address changes nothing. The own id is ignored, as are, with a
-    /// warning, overlong addresses and more than 1,024 nodes.
-    pub fn set_address(&self, node: NodeId, address: Option<String>) {
+    /// Tells where a node is reached, or that it is not to be reached. A standing link is kept as [`Reach`] says. The own id
+    /// is ignored, as are, with a warning, overlong addresses and more than 1,024 nodes.
+    pub fn set_reach(&self, node: NodeId, mut reach: Reach) {
         let shared = &self.inner.shared;
         if node == shared.node || *shared.shutdown.borrow() {
             return;
         }
-        if let Some(long) = address.as_ref().filter(|a| a.len() > MAX_ADDRESS_BYTES) {
-            tracing::warn!(%node, bytes = long.len(), "overlong peer address ignored");
-            return;
-        }
+        reach.addresses.retain(|address| {
+            let fits = address.len() <= MAX_ADDRESS_BYTES;
+            if !fits {
+                tracing::warn!(%node, bytes = address.len(), "overlong peer address ignored");
+            }
+            fits
+        });
+        reach.addresses.truncate(MAX_ADDRESSES);
         let mut peers = self.inner.peers.lock().expect("no panic while held");
         if let Some(peer) = peers.get(&node) {
-            peer.address.send_if_modified(|old| {
-                let changed = *old != address;
-                *old = address;
+            peer.reach.send_if_modified(|old| {
+                let changed = *old != reach;
+                *old = reach;
                 changed
             });
-        } else if address.is_some() {
+        } else if !reach.addresses.is_empty() {
             if peers.len() >= MAX_PEERS {
                 if !self.inner.warned_of_limit.swap(true, Ordering::Relaxed) {
                     tracing::warn!(%node, "more than {MAX_PEERS} peers: the further ones are ignored");
                 }
                 return;
             }
-            let (address, seen) = watch::channel(address);
-            let task = self.inner.runtime.spawn(run_peer(shared.clone(), node, seen));
-            peers.insert(node, PeerTask { address, task });
+            let (reach, seen) = watch::channel(reach);
+            let task =
+                self.inner.runtime.spawn(run_peer(shared.clone(), Arc::downgrade(&self.inner.peers), node, seen));
+            peers.insert(node, PeerTask { reach, task });
         }
     }
 

@@ -60,7 +60,7 @@ async fn keys_are_changed_while_nodes_talk() {
     }
     // What stands stays; what comes has the new one.
     assert!(one.events.try_recv().is_err());
-    one.peers.set_address(NodeId(2), None);
+    one.peers.set_reach(NodeId(2), Reach::default());
     one.down().await;
     one.dial(2, &two);
     one.up().await;
@@ -121,7 +121,7 @@ async fn changed_and_repeated_words_are_refused() {
             let _ = stream.write_all(&opening).await;
         }
     });
-    node.peers.set_address(NodeId(2), Some(addr.to_string()));
+    node.peers.set_reach(NodeId(2), Reach::at(addr.to_string()));
     eventually("it is not trusted", || count(&node.peers.stats().dials_failed) >= 2).await;
 }
 

@@ -154,7 +154,7 @@ async fn a_later_start_that_was_dialed_ends_the_streams_of_the_earlier_before_it
     let mut lingering =
         Claim::stream(&node.peers.inner.shared, life, Channel::Raft, ConnNumber { boot: 3, counter: 2 }).unwrap();
     let (addr, mut kept) = fake_acceptor(|_| (9, 90, 4));
-    node.peers.set_address(NodeId(9), Some(addr));
+    node.peers.set_reach(NodeId(9), Reach::at(addr));
     // Only the answers tell of the later start.
     until_closed(&mut old).await;
     timeout(PATIENCE, lingering.ended()).await.expect("told to end");

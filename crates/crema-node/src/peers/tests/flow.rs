@@ -56,7 +56,7 @@ async fn a_full_queue_says_so_and_loses_nothing_it_took() {
     // A driver that takes nothing for now, behind the shortest queue.
     let (sender, inputs) = crossbeam::channel::bounded(1);
     let two = Peers::start(config(2, 22, options()), listener(), sender).unwrap();
-    one.peers.set_address(NodeId(2), Some(two.local_addr().to_string()));
+    one.peers.set_reach(NodeId(2), Reach::at(two.local_addr().to_string()));
     let (_, _, link) = one.up().await;
     let mut taken = 0_u32;
     let mut refused = 0;
@@ -111,7 +111,7 @@ async fn a_driver_that_keeps_its_batches_stops_the_reader() {
     let (sender, inputs) = crossbeam::channel::bounded(1024);
     let node = Peers::start(config(1, 11, options()), listener(), sender).unwrap();
     let mut one = Node::new(2, 22);
-    one.peers.set_address(NodeId(1), Some(node.local_addr().to_string()));
+    one.peers.set_reach(NodeId(1), Reach::at(node.local_addr().to_string()));
     let (_, _, link) = one.up().await;
     let frames = 4 * CREDIT_BYTES / 500_000;
     for _ in 0..frames {
@@ -253,7 +253,7 @@ async fn a_snapshot_waits_for_its_driver_and_nothing_waits_for_the_snapshot() {
     let two = Peers::start(config(2, 22, options()), listener(), sender).unwrap();
     let unlimited = PeerOptions { snapshot_bytes_per_second: 0, ..options() };
     let mut one = Node::start(config(1, 11, unlimited));
-    one.peers.set_address(NodeId(2), Some(two.local_addr().to_string()));
+    one.peers.set_reach(NodeId(2), Reach::at(two.local_addr().to_string()));
     let (_, _, link) = one.up().await;
     // Until everything up to the driver, which keeps what it gets, is full.
     let chunk = noise(300_000);
@@ -309,7 +309,7 @@ async fn what_unpacks_to_much_counts_as_much() {
     let (sender, inputs) = crossbeam::channel::bounded(1024);
     let node = Peers::start(config(1, 11, options()), listener(), sender).unwrap();
     let mut one = Node::new(2, 22);
-    one.peers.set_address(NodeId(1), Some(node.local_addr().to_string()));
+    one.peers.set_reach(NodeId(1), Reach::at(node.local_addr().to_string()));
     let (_, _, link) = one.up().await;
     // Four kilobytes each on the wire: all of them are in the reader's first buffer.
     let frames = 10 * SNAPSHOT_CREDIT_BYTES / LARGE_FRAME_BYTES;

@@ -109,7 +109,7 @@ async fn a_node_of_another_cluster_comes_not_up() {
     eventually("rejected twice", || count(&two.peers.stats().handshakes_rejected) >= 2).await;
     assert!(count(&one.peers.stats().dials_failed) >= 1);
     // Its own address: answered by itself, rejected as well.
-    one.peers.set_address(NodeId(2), Some(one.addr()));
+    one.peers.set_reach(NodeId(2), Reach::at(one.addr()));
     eventually("rejected by itself", || count(&one.peers.stats().handshakes_rejected) >= 1).await;
     assert!(one.events.try_recv().is_err());
 }

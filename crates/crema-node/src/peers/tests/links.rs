@@ -8,19 +8,19 @@ async fn all_streams_must_reach_the_named_node_in_one_life() {
     let mut one = Node::new(1, 11);
     let (torn, mut kept) = fake_acceptor(|n| (2, u128::from(n), 0));
     tokio::spawn(async move { while kept.recv().await.is_some() {} });
-    one.peers.set_address(NodeId(2), Some(torn));
+    one.peers.set_reach(NodeId(2), Reach::at(torn));
     eventually("torn", || count(&one.peers.stats().dials_failed) >= 3).await;
     // One life, but the process was restarted in between: before the second stream, or before the third.
     for restart in [1, 2] {
         let (torn, mut kept) = fake_acceptor(move |n| (2, 22, u64::from(n % 3 >= restart)));
         tokio::spawn(async move { while kept.recv().await.is_some() {} });
         let before = count(&one.peers.stats().dials_failed);
-        one.peers.set_address(NodeId(2), Some(torn));
+        one.peers.set_reach(NodeId(2), Reach::at(torn));
         eventually("torn", || count(&one.peers.stats().dials_failed) >= before + 3).await;
     }
     let (wrong, mut kept) = fake_acceptor(|_| (3, 33, 0));
     tokio::spawn(async move { while kept.recv().await.is_some() {} });
-    one.peers.set_address(NodeId(2), Some(wrong));
+    one.peers.set_reach(NodeId(2), Reach::at(wrong));
     let before = count(&one.peers.stats().dials_failed);
     eventually("wrong node", || count(&one.peers.stats().dials_failed) >= before + 3).await;
     assert!(one.events.try_recv().is_err());
@@ -33,7 +33,7 @@ async fn a_peer_that_falls_silent_goes_down() {
     let mut one = Node::start(config(1, 11, quick));
     // It welcomes and keeps the connections open, but never sends a pulse.
     let (addr, mut kept) = fake_acceptor(|_| (2, 22, 0));
-    one.peers.set_address(NodeId(2), Some(addr));
+    one.peers.set_reach(NodeId(2), Reach::at(addr));
     one.up().await;
     let _held = (kept.recv().await, kept.recv().await, kept.recv().await);
     assert_eq!(one.down().await, NodeId(2));
@@ -44,7 +44,7 @@ async fn a_peer_that_takes_nothing_goes_down() {
     let quick = PeerOptions { write_timeout: Duration::from_millis(100), ..options() };
     let mut one = Node::start(config(1, 11, quick));
     let (addr, mut kept) = fake_acceptor(|_| (2, 22, 0));
-    one.peers.set_address(NodeId(2), Some(addr));
+    one.peers.set_reach(NodeId(2), Reach::at(addr));
     let (_, _, link) = one.up().await;
     let streams = [(); Channel::ALL.len()].map(|()| kept.try_recv().unwrap());
     // Pulses go on: only the missing progress can give it away.
@@ -164,18 +164,69 @@ async fn addresses_may_change_and_go() {
     one.dial(2, &second);
     assert_eq!(one.down().await, NodeId(2));
     assert_eq!(one.up().await.1, Incarnation(22));
-    one.peers.set_address(NodeId(2), None);
+    one.peers.set_reach(NodeId(2), Reach::default());
     assert_eq!(one.down().await, NodeId(2));
     eventually("both closed", || count(&second.peers.stats().incoming) == 0).await;
     // Names are resolved; nonsense is an attempt that failed, or ignored if overlong; the own id is ignored.
-    one.peers.set_address(NodeId(1), Some(first.addr()));
-    one.peers.set_address(NodeId(2), Some("no port".to_owned()));
+    one.peers.set_reach(NodeId(1), Reach::at(first.addr()));
+    one.peers.set_reach(NodeId(2), Reach::at("no port".to_owned()));
     let failed = count(&one.peers.stats().dials_failed);
     eventually("nonsense fails", || count(&one.peers.stats().dials_failed) > failed).await;
-    one.peers.set_address(NodeId(2), Some("x".repeat(300)));
-    one.peers.set_address(NodeId(2), Some(format!("localhost:{}", second.peers.local_addr().port())));
+    one.peers.set_reach(NodeId(2), Reach::at("x".repeat(300)));
+    one.peers.set_reach(NodeId(2), Reach::at(format!("localhost:{}", second.peers.local_addr().port())));
     assert_eq!(one.up().await.1, Incarnation(22));
     assert!(one.events.try_recv().is_err());
+}
+
+/// What is on record may be of before a restart: the next address is tried, and the link to it stays while it is named, or
+/// the node answers and registers no other one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_stays_where_the_node_was_found() {
+    let mut one = Node::new(1, 11);
+    let (mut first, second, third) = (Node::new(2, 21), Node::new(2, 22), Node::new(2, 23));
+    // Nobody listens there.
+    let nobody = listener().local_addr().unwrap().to_string();
+    let reach = |addresses: &[&String], pinned: Option<&str>| Reach {
+        addresses: addresses.iter().map(|a| (*a).clone()).collect(),
+        pinned: pinned.map(str::to_owned),
+    };
+    let (there, elsewhere, wrong) = (first.addr(), second.addr(), third.addr());
+    one.peers.set_reach(NodeId(2), reach(&[&nobody, &there], None));
+    let (_, incarnation, link) = one.up().await;
+    assert_eq!(incarnation, Incarnation(21));
+    for kept in [
+        reach(&[&wrong, &nobody, &there], None),
+        reach(&[&wrong, &there], Some("registered")),
+        reach(&[&wrong], Some("registered")),
+    ] {
+        one.peers.set_reach(NodeId(2), kept);
+        link.send(Channel::Requests, Bytes::from_static(b"still here")).unwrap();
+        link.flush(Channel::Requests);
+        assert_eq!(first.frame().await.3, b"still here"[..]);
+    }
+    one.peers.set_reach(NodeId(2), reach(&[&elsewhere], Some("registered anew")));
+    assert_eq!(one.down().await, NodeId(2));
+    assert_eq!(one.up().await.1, Incarnation(22));
+    // Nobody answers any more: what is pinned no longer holds the link to an address that is not named.
+    one.peers.set_reach(NodeId(2), reach(&[&there], Some("registered anew")));
+    one.peers.set_reach(NodeId(2), reach(&[&there], None));
+    assert_eq!(one.down().await, NodeId(2));
+    assert_eq!(one.up().await.1, Incarnation(21));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_come_and_go_use_no_places_up() {
+    let mut one = Node::new(1, 11);
+    for id in 2..MAX_PEERS as u64 * 3 {
+        one.peers.set_reach(NodeId(id), Reach::at("127.0.0.1:1"));
+        one.peers.set_reach(NodeId(id), Reach::default());
+        if id % 256 == 0 {
+            eventually("places are free again", || one.peers.inner.peers.lock().unwrap().is_empty()).await;
+        }
+    }
+    let two = Node::new(2, 22);
+    one.dial(2, &two);
+    assert_eq!(one.up().await.1, Incarnation(22));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

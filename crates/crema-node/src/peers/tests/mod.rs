@@ -74,7 +74,7 @@ impl Node {
     }
 
     fn dial(&self, node: u64, to: &Node) {
-        self.peers.set_address(NodeId(node), Some(to.addr()));
+        self.peers.set_reach(NodeId(node), Reach::at(to.addr()));
     }
 
     async fn next(&mut self) -> PeerEvent {
