@@ -264,13 +264,18 @@ fn free_addrs<const N: usize>() -> [SocketAddr; N] {
 }
 
 async fn three_nodes() -> Vec<DistributedCache> {
+    three_nodes_with(|_, config| config).await
+}
+
+/// Three nodes that know each other by their configuration alone, which `change` may change further.
+async fn three_nodes_with(change: impl Fn(u64, CacheConfig) -> CacheConfig) -> Vec<DistributedCache> {
     'again: loop {
         let addrs = free_addrs::<3>();
         let all: Vec<_> = (1..).zip(addrs).collect();
         let mut nodes = Vec::new();
         for (id, addr) in &all {
             let config = CacheConfig::new(*id, *addr).with_seed_nodes(all.clone()).with_stop_grace(Duration::ZERO);
-            match DistributedCache::new(config).await {
+            match DistributedCache::new(change(*id, config)).await {
                 Ok(node) => nodes.push(node),
                 Err(CacheError::Start(StartError::Bind { .. })) => continue 'again,
                 Err(error) => panic!("{error}"),
@@ -319,6 +324,24 @@ async fn three_embedded_nodes_are_one_cache() {
     // The others go on: a majority is left.
     b.put("k", "v").await.unwrap();
     assert_eq!(c.get("k").await, Ok(Some("v".into())));
+}
+
+/// The table on their disks says where they were, and without gossip nobody but the configuration knows better.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_know_each_other_by_configuration_may_all_move() {
+    let dirs = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    for round in 0..2 {
+        let on_disk = |id: u64, config: CacheConfig| config.with_data_dir(dirs[id as usize - 1].path());
+        let nodes = three_nodes_with(on_disk).await;
+        for node in &nodes {
+            node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+        }
+        assert_eq!(nodes[round].get("k").await, Ok((round > 0).then(|| "v".into())));
+        nodes[round].put("k", "v").await.unwrap();
+        for node in &nodes {
+            node.shutdown().await.unwrap();
+        }
+    }
 }
 
 #[test]
