@@ -11,24 +11,22 @@
 use crate::coordinator::{Coordinator, GroupOptions, Round};
 use crate::durable::Recovered;
 use crate::effect::{
-    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, LedShard, Note, ReadLevel, Refusal, Send,
+    Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, Note, ReadLevel, Refusal, Send,
 };
 use crate::follower::{Due, FollowerReads};
-use crate::founding::{Decision, Founding, FoundingConfig};
-use crate::gateway::{Gateway, Target};
+use crate::founding::{Founding, FoundingConfig};
+use crate::gateway::Gateway;
 use crate::message::{
     Answer, Control, KIND_ANSWERS, KIND_CHUNK, KIND_CHUNK_ACK, KIND_CONTROL, KIND_RAFT, KIND_REQUESTS, MAX_FRAME_BYTES,
     Request, RequestBody, TARGET_FRAME_BYTES, decode_answers, decode_chunk, decode_chunk_ack, decode_control,
-    decode_envelopes, decode_requests, encode_answer, encode_control, encode_request, split_process,
+    decode_envelopes, decode_requests, encode_answer, encode_request, split_process,
 };
-use crate::meta::{MAX_NODES, MetaCommand, MetaState, NodeAddrs, ReplicaPlacement, WHOLE_SHARE};
-use crate::placement::preferred_leader;
+use crate::meta::{MetaState, NodeAddrs, WHOLE_SHARE};
 use crate::proposals::Ticket;
-use crate::replica::{Machine, MemoryOptions, ReadMode, Replica};
-use crate::router::{NodeRoute, Router, RoutingView, ShardRoute, Standing};
+use crate::replica::{MemoryOptions, ReadMode};
+use crate::router::{Router, RoutingView};
 use crate::timing::Timing;
 use bytes::Bytes;
-use crema_core::mutant::{Mutant, planted};
 use crema_core::{
     ClusterUuid, CodecError, Epoch, Incarnation, LogIndex, MonoTime, NodeId, Now, Outcome, ReplicaId, Reply, ShardId,
     Term,
@@ -37,27 +35,27 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+mod leading;
 mod placing;
 mod recovering;
+mod table;
+mod view;
 
 use placing::Placing;
 pub use placing::{AutoVoters, VoterError, VoterRequest, VoterResult};
 use recovering::Recovering;
+pub use view::{HostStatus, OwnReplica, ShardStatus};
 
-/// A node must have been live this long before leaderships move back to it.
-const SETTLED: Duration = Duration::from_secs(2);
 /// Period of looking for leaderships to move.
 const BALANCE: Duration = Duration::from_secs(1);
 /// Most leaderships moved at once for balance; a drain moves all.
-const MOVES_AT_ONCE: usize = 16;
+const LEADERS_AT_ONCE: usize = 16;
 /// Lives of one node whose last sign is remembered.
 const LIVES_HEARD: usize = 4;
 /// A bounded read's round without an answer for this long is given up; the leader answers instead.
 const INDEX_TIMEOUT: Duration = Duration::from_millis(500);
 /// Kind of the marks of such rounds, beside those of [`crate::gateway`].
 const KIND_INDEX: u64 = 3 << 62;
-/// An id in use is reported to the shell this often at most.
-const NOTE_EVERY: Duration = Duration::from_secs(1);
 
 /// What a node is told at its start.
 #[derive(Clone, Debug)]
@@ -109,61 +107,6 @@ pub struct LeaderHint {
     pub leader: NodeId,
     /// In which term.
     pub term: Term,
-}
-
-/// One shard as this node sees it, for the admin API.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShardStatus {
-    /// The shard.
-    pub shard: ShardId,
-    /// Known leader.
-    pub leader: Option<NodeId>,
-    /// Its term.
-    pub term: Term,
-    /// Of this node's own replica: applied index, digest, keys, bytes, whether it sleeps.
-    pub own: Option<OwnReplica>,
-    /// By placement: node, replica id, how it stands.
-    pub replicas: Vec<(NodeId, ReplicaId, Standing)>,
-    /// Bytes of its state that this node, which leads it, has sent so far to the member that it fills.
-    pub sent_bytes: Option<u64>,
-}
-
-/// State of a replica on this node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OwnReplica {
-    /// Applied index.
-    pub applied: LogIndex,
-    /// Digest of its state at that index.
-    pub digest: u64,
-    /// Keys, expired ones that were not collected yet included.
-    pub keys: u64,
-    /// Accounted bytes of keys, values and overhead.
-    pub bytes: u64,
-    /// Whether it sleeps.
-    pub asleep: bool,
-    /// Whether it leads.
-    pub leads: bool,
-    /// Entries kept in its log.
-    pub log_entries: u64,
-}
-
-/// The node's own picture, for the admin API.
-#[derive(Clone, Debug, Default)]
-pub struct HostStatus {
-    /// Identity of the cluster, once known.
-    pub uuid: Option<ClusterUuid>,
-    /// Placement epoch.
-    pub epoch: Epoch,
-    /// Data shards, ascending.
-    pub shards: Vec<ShardStatus>,
-    /// Leader of the meta group.
-    pub meta_leader: Option<NodeId>,
-    /// The meta group's replicas.
-    pub meta: Vec<(NodeId, ReplicaId, Standing)>,
-    /// Groups, the meta group included, that are not where they should be.
-    pub moves_open: usize,
-    /// Counters for metrics: name and value, monotonic.
-    pub counters: Vec<(&'static str, u64)>,
 }
 
 struct Peer {
@@ -668,361 +611,6 @@ impl Host {
         if self.coordinator.waits_for_table() { Epoch(0) } else { self.epoch() }
     }
 
-    // ---- founding, registration, placement ---------------------------------------------------------------------
-
-    fn control(&mut self, to: NodeId, c: &Control) {
-        self.out.sends.push(Send { to, channel: Channel::Raft, frame: encode_control(c) });
-    }
-
-    fn control_all(&mut self, sends: Vec<(NodeId, Control)>) {
-        for (to, c) in sends {
-            self.control(to, &c);
-        }
-    }
-
-    fn take_control(&mut self, now: Now, from: NodeId, incarnation: Incarnation, c: Control) {
-        if let Control::Beat { epoch, share } = c {
-            if let Some(p) = self.peers.get_mut(&from).filter(|p| p.incarnation == incarnation) {
-                p.epoch = epoch;
-                if let Some(state) = &self.state {
-                    self.coordinator.set_share(from, share.clamp(1, WHOLE_SHARE), state);
-                }
-            }
-            self.push_placement(from);
-            return;
-        }
-        let Some(c) = self.take_recovery(now, from, incarnation, c) else { return };
-        let Some(state) = self.state.clone() else {
-            let (sends, decision) = self.founding.receive(from, c, now.wall);
-            self.control_all(sends);
-            if let Some(d) = decision {
-                self.decided(d, now);
-            }
-            return;
-        };
-        match c {
-            Control::Ask | Control::Propose { .. } => {
-                let answer = Control::Answer { state: Some(state.encode()), addrs: self.config.addrs.clone() };
-                self.control(from, &answer);
-            }
-            Control::Answer { state: Some(bytes), .. } => self.take_placement(&bytes, false, now),
-            Control::Placement { state: bytes } => self.take_placement(&bytes, true, now),
-            Control::Register { addrs, max_memory } => self.register(from, incarnation, addrs, max_memory, now),
-            Control::RegisterRefused { refused, by } => {
-                let mine = refused == self.config.incarnation;
-                if mine && self.last_id_note.is_none_or(|t| now.mono.since(t) >= NOTE_EVERY) {
-                    self.last_id_note = Some(now.mono);
-                    self.out.notes.push(Note::IdInUse { by });
-                }
-            }
-            Control::SetDraining { draining } => self.set_draining(from, incarnation, draining),
-            Control::Approve { round, node, approved } => self.take_approve(from, round, node, approved, now),
-            Control::Approved { round } => self.take_approve_answer(round, Ok(())),
-            Control::ApproveRefused { round, reason } => {
-                self.take_approve_answer(round, Err(VoterError::Refused(reason)));
-            }
-            Control::Settled { shard, epoch, members } => self.settle(shard, epoch, members),
-            // Of foundings and recoveries that are over.
-            _ => {}
-        }
-    }
-
-    fn decided(&mut self, decision: Decision, now: Now) {
-        let (state, founded) = match decision {
-            Decision::Activate(s) => (Arc::new(*s), true),
-            Decision::Join(s) => (Arc::new(*s), false),
-        };
-        if (founded || planted(Mutant::VoteAfterWipe))
-            && let Err(reason) = self.coordinator.found(&state, now)
-        {
-            self.out.notes.push(Note::Misfit(reason));
-            return;
-        }
-        self.join(state, founded, founded, now);
-    }
-
-    /// The cluster is known, and what its table was.
-    /// `fresh` as [`Coordinator::adopt`] says.
-    fn join(&mut self, state: Arc<MetaState>, founded: bool, fresh: bool, now: Now) {
-        self.gateway.set_shards(state.shards.len());
-        self.router.set_shards(state.shards.len());
-        let anew = state.recovery.is_some_and(|r| r.anew);
-        self.out.notes.push(Note::Joined { uuid: state.uuid, generation: state.generation, founded, anew });
-        self.adopt(state, fresh, now);
-        self.retarget_all(now);
-    }
-
-    /// Takes a placement that came from outside the log.
-    /// `fresh`: from the meta group's leader.
-    fn take_placement(&mut self, bytes: &[u8], fresh: bool, now: Now) {
-        let Some(mine) = &self.state else { return };
-        let Ok(state) = MetaState::decode(bytes) else { return };
-        if state.uuid != mine.uuid {
-            let note = format!("cluster {} and cluster {} share the name {:?}", mine.uuid, state.uuid, state.cluster);
-            self.out.notes.push(Note::Misfit(note));
-            return;
-        }
-        let conflict = state.generation == mine.generation && state.recovery != mine.recovery;
-        if conflict {
-            let generation = state.generation;
-            let note = format!("the cluster was recovered twice to generation {generation}: one of both has to go");
-            self.out.notes.push(Note::Misfit(note));
-            return;
-        }
-        let later = state.generation > mine.generation;
-        // Also where there is a replica of the meta group: one that is a member no more hears nothing.
-        let newer = later || state.version() > mine.version();
-        let awaited = fresh && self.coordinator.waits_for_table() && state.version() == mine.version();
-        if (newer || awaited) && state.shards.len() == mine.shards.len() && state.check().is_ok() {
-            self.adopt(Arc::new(state), fresh, now);
-        }
-    }
-
-    fn adopt(&mut self, state: Arc<MetaState>, fresh: bool, now: Now) {
-        if let Err(reason) = self.coordinator.adopt(&state, fresh, now) {
-            self.out.notes.push(Note::Misfit(reason));
-            return;
-        }
-        if let Some(me) = state.nodes.get(&self.config.node)
-            && me.past.contains(&self.config.incarnation)
-        {
-            self.out.notes.push(Note::Fenced { by: me.incarnation });
-        }
-        if let Some(before) = self.state.take() {
-            self.note_generation(&before, &state);
-            for shard in state.groups().filter(|s| state.refounded(*s) != before.refounded(*s)) {
-                self.gateway.refounded(shard, &mut self.out.completions);
-            }
-        }
-        // What was said before a table was known.
-        self.coordinator.set_share(self.config.node, self.share, &state);
-        self.state = Some(state);
-        self.view_stale = true;
-        self.next_ask = now.mono;
-    }
-
-    fn leads_meta(&self) -> bool {
-        self.coordinator.replica(ShardId::META).is_some_and(|r| r.leadership().leads)
-    }
-
-    /// Sends the table to a peer that does not know its newest state and has no replica to learn it from.
-    fn push_placement(&mut self, to: NodeId) {
-        let (Some(state), true) = (&self.state, self.leads_meta()) else { return };
-        let Some(peer) = self.peers.get(&to) else { return };
-        // One that is being filled does not know it yet.
-        let has_replica = self
-            .coordinator
-            .replica(ShardId::META)
-            .is_some_and(|r| r.members().voting().any(|v| v.node == to && v.incarnation == peer.incarnation));
-        if peer.epoch < state.epoch && !has_replica {
-            let c = Control::Placement { state: state.encode() };
-            self.control(to, &c);
-        }
-    }
-
-    fn register(&mut self, node: NodeId, incarnation: Incarnation, addrs: NodeAddrs, max_memory: u64, now: Now) {
-        if !self.leads_meta() {
-            return;
-        }
-        let Some(state) = &self.state else { return };
-        // What apply would ignore must not be proposed: the asker repeats itself for ever.
-        if addrs.check().is_err() || (state.nodes.len() >= MAX_NODES && !state.nodes.contains_key(&node)) {
-            return;
-        }
-        if let Some(record) = state.nodes.get(&node) {
-            let known = record.incarnation == incarnation && record.addrs == addrs && record.max_memory == max_memory;
-            if record.past.contains(&incarnation) || known {
-                return;
-            }
-            let old = record.incarnation;
-            let recent = |at: MonoTime| now.mono.since(at) < self.config.timing.beat_timeout;
-            let answers =
-                self.heard.get(&node).is_some_and(|lives| lives.iter().any(|(i, at)| *i == old && recent(*at)));
-            let connected = self.peers.get(&node).is_some_and(|p| p.incarnation == old && p.live_since.is_some());
-            if old != incarnation && (answers || connected) {
-                self.control(node, &Control::RegisterRefused { refused: incarnation, by: old });
-                return;
-            }
-        }
-        // Of two lives that ask, the one counts that is connected: what the other has sent before may still be on its way, and
-        // would fence its successor.
-        let connected = self.peers.get(&node).is_some_and(|p| p.incarnation == incarnation);
-        if !connected && node != self.config.node {
-            return;
-        }
-        self.coordinator.meta_command(MetaCommand::Register { node, incarnation, addrs, max_memory }.encode().into());
-    }
-
-    fn set_draining(&mut self, node: NodeId, incarnation: Incarnation, draining: bool) {
-        let Some(record) = self.state.as_ref().and_then(|s| s.nodes.get(&node)) else { return };
-        if self.leads_meta() && record.incarnation == incarnation && record.draining != draining {
-            self.coordinator.meta_command(MetaCommand::SetDraining { node, incarnation, draining }.encode().into());
-        }
-    }
-
-    /// What this node wants of the meta group's leader, repeated until the table shows it.
-    fn ask(&mut self, now: Now) {
-        let Some(state) = self.state.clone() else {
-            let (sends, decision) = self.founding.tick(now.wall);
-            self.control_all(sends);
-            if let Some(d) = decision {
-                self.decided(d, now);
-            }
-            if let Some(refusal) = self.founding.take_lasting_refusal() {
-                self.out.notes.push(Note::Misfit(refusal));
-            }
-            self.view_stale = true;
-            self.repeat_recovery();
-            return;
-        };
-        self.repeat_recovery();
-        let me = state.nodes.get(&self.config.node);
-        let max_memory = self.config.memory.max_memory;
-        let registered = me.is_some_and(|r| {
-            r.incarnation == self.config.incarnation && r.addrs == self.config.addrs && r.max_memory == max_memory
-        });
-        let fenced = me.is_some_and(|r| r.past.contains(&self.config.incarnation));
-        if !registered && !fenced {
-            let addrs = self.config.addrs.clone();
-            if me.is_some_and(|r| r.incarnation == self.config.incarnation) && self.leads_meta() {
-                let (node, incarnation) = (self.config.node, self.config.incarnation);
-                let command = MetaCommand::Register { node, incarnation, addrs, max_memory };
-                self.coordinator.meta_command(command.encode().into());
-            } else {
-                self.control_to_all(&Control::Register { addrs, max_memory });
-            }
-        }
-        // Also after a stop whose process has come back in the same life.
-        let draining = self.draining;
-        if me.is_some_and(|r| r.incarnation == self.config.incarnation && r.draining != draining) {
-            self.set_draining(self.config.node, self.config.incarnation, draining);
-            self.control_to_all(&Control::SetDraining { draining });
-        }
-    }
-
-    fn control_to_all(&mut self, c: &Control) {
-        let frame = encode_control(c);
-        for to in self.peers.keys() {
-            self.out.sends.push(Send { to: *to, channel: Channel::Raft, frame: frame.clone() });
-        }
-    }
-
-    // ---- routes ------------------------------------------------------------------------------------------------
-
-    fn route_changed(&mut self, shard: ShardId, now: Now) {
-        self.view_stale = true;
-        self.look_at_down(shard);
-        if !shard.is_meta() {
-            let target = self.target(shard);
-            if target.is_none() {
-                // Nobody to ask: if the own replica sleeps, nobody would find out who leads.
-                self.coordinator.wake(shard);
-            }
-            self.gateway.set_target(shard, target, now.mono);
-        }
-    }
-
-    fn retarget_all(&mut self, now: Now) {
-        for i in 0..self.state.as_ref().map_or(0, |s| s.shards.len() as u32) {
-            self.route_changed(ShardId(i), now);
-        }
-    }
-
-    /// Where to send a shard's requests. Without any claim and without a replica of one's own, a guess: who is asked
-    /// and does not lead says who does.
-    fn target(&self, shard: ShardId) -> Option<Target> {
-        let claim = self.router.claim(shard);
-        if let Some(node) = claim.leader {
-            return Some(Target { node, term: claim.term });
-        }
-        if self.coordinator.replica(shard).is_some_and(|r| !r.failed()) {
-            return None;
-        }
-        let replicas = self.state.as_ref()?.replicas(shard);
-        let node = preferred_leader(replicas, |n, i| n != self.config.node && self.is_usable(n, i))?;
-        Some(Target { node, term: claim.term })
-    }
-
-    fn leadership_changed(&mut self, shard: ShardId, now: Now) {
-        let Some(replica) = self.coordinator.replica(shard) else { return };
-        self.view_stale = true;
-        let l = replica.leadership();
-        let before = self.router.claim(shard);
-        let leader = l.leader.filter(|n| self.is_live(*n));
-        if l.leads {
-            self.router.learn(shard, Some(self.config.node), l.term);
-            let epoch =
-                self.state.as_ref().map_or(Epoch(0), |s| s.shards.get(shard.0 as usize).map_or(s.epoch, |p| p.epoch));
-            self.out.led.push(LedShard { shard, term: l.term, epoch });
-        } else {
-            self.router.learn(shard, leader, l.term);
-            self.router.disown(shard, self.config.node, l.term);
-        }
-        if self.router.claim(shard) != before {
-            self.route_changed(shard, now);
-        }
-    }
-
-    /// Moves leaderships to where placement wants them: all of them away from a draining node, else a few at a time.
-    fn balance(&mut self, now: Now) {
-        let Some(state) = self.state.clone() else { return };
-        let due = now.mono >= self.next_balance;
-        // Where a replica of ours is to go, its move waits for another leader.
-        let unwanted = |s: &ShardId| state.leaving(*s).iter().any(|r| r.node == self.config.node);
-        if !due && !self.draining && !state.groups().any(|s| unwanted(&s)) {
-            return;
-        }
-        if due {
-            self.next_balance = now.mono.after(BALANCE);
-            self.router.forget_refuted();
-        }
-        let led: Vec<ShardId> =
-            self.coordinator.replicas().filter(|r| r.leadership().leads).map(Replica::shard).collect();
-        let mut moves = 0;
-        let mut stuck = false;
-        for shard in led {
-            if !due && !self.draining && !unwanted(&shard) {
-                continue;
-            }
-            let to = self.wanted_leader(&state, shard, now);
-            stuck |= to.is_some();
-            if let Some(to) = to
-                && (self.draining || moves < MOVES_AT_ONCE)
-            {
-                moves += usize::from(self.coordinator.transfer(shard, to));
-            }
-        }
-        let announced =
-            state.nodes.get(&self.config.node).is_none_or(|r| r.draining || r.incarnation != self.config.incarnation);
-        let alone = self.peers.values().all(|p| p.live_since.is_none());
-        if self.draining && !self.drained && !stuck && (announced || alone) {
-            self.drained = true;
-            self.out.notes.push(Note::Drained);
-        }
-    }
-
-    /// The replica that should lead instead of ours, if another should.
-    fn wanted_leader(&self, state: &MetaState, shard: ShardId, now: Now) -> Option<ReplicaId> {
-        let usable = |node: NodeId, incarnation: Incarnation| {
-            let record = state.nodes.get(&node);
-            if record.is_none_or(|r| r.incarnation != incarnation || r.draining) {
-                return false;
-            }
-            if node == self.config.node {
-                return !self.draining;
-            }
-            let Some(p) = self.peers.get(&node) else { return false };
-            let settled = p.live_since.is_some_and(|t| self.draining || now.mono.since(t) >= SETTLED);
-            settled && p.incarnation == incarnation
-        };
-        // One that is being filled cannot lead yet.
-        let members = self.coordinator.replica(shard)?.members();
-        let replicas: Vec<ReplicaPlacement> =
-            state.replicas(shard).iter().filter(|r| members.is_voter(r.id)).copied().collect();
-        let node = preferred_leader(&replicas, usable).filter(|n| *n != self.config.node)?;
-        replicas.iter().find(|r| r.node == node).map(|r| r.id)
-    }
-
     // ---- time --------------------------------------------------------------------------------------------------
 
     /// Lets time pass; call at [`Host::next_tick`] or later. Several missed ticks count as one.
@@ -1204,193 +792,6 @@ impl Host {
         if out.view.is_some() {
             effects.view = out.view.take();
         }
-    }
-
-    // ---- views -------------------------------------------------------------------------------------------------
-
-    /// The present routing view.
-    pub fn view(&self) -> Arc<RoutingView> {
-        self.view.clone()
-    }
-
-    /// The coordinator, for the simulator's invariants.
-    pub fn coordinator(&self) -> &Coordinator {
-        &self.coordinator
-    }
-
-    /// The cluster's table as this node knows it.
-    pub fn meta_state(&self) -> Option<&Arc<MetaState>> {
-        self.state.as_ref()
-    }
-
-    /// Requests taken but not completed.
-    pub fn in_flight(&self) -> usize {
-        self.gateway.in_flight() + self.followers.in_flight()
-    }
-
-    fn placed(&self, state: &MetaState, shard: ShardId) -> Vec<(NodeId, ReplicaId, Standing)> {
-        let members = self.coordinator.replica(shard).filter(|r| !r.is_empty()).map(|r| r.members());
-        let own =
-            |r: &ReplicaPlacement| self.coordinator.replica(shard).is_some_and(|o| o.id() == r.id && o.is_empty());
-        let fills = if state.moving(shard).is_some() { Standing::Incoming } else { Standing::Learner };
-        let standing = |r: &ReplicaPlacement| match members {
-            _ if !state.replica_is_present(r) => Standing::Lost,
-            Some(members) if !members.is_voter(r.id) => fills,
-            None if own(r) => fills,
-            _ => Standing::Voter,
-        };
-        let goes = |r: &ReplicaPlacement| if state.replica_is_present(r) { Standing::Outgoing } else { Standing::Lost };
-        let placed = state.replicas(shard).iter().map(|r| (r.node, r.id, standing(r)));
-        placed.chain(state.leaving(shard).iter().map(|r| (r.node, r.id, goes(r)))).collect()
-    }
-
-    fn build_view(&self) -> RoutingView {
-        let mut view = RoutingView {
-            this: self.config.node,
-            epoch: self.epoch(),
-            not_ready: self.not_ready(),
-            ..RoutingView::default()
-        };
-        let Some(state) = &self.state else { return view };
-        view.uuid = Some(state.uuid);
-        view.meta_leader = self.router.claim(ShardId::META).leader;
-        view.meta_down = self.down(ShardId::META).cloned();
-        view.generation = state.generation;
-        view.recovery = state.recovery;
-        view.shards = (0..state.shards.len() as u32)
-            .map(ShardId)
-            .map(|shard| {
-                let placement = &state.shards[shard.0 as usize];
-                let claim = self.router.claim(shard);
-                ShardRoute {
-                    range: placement.range,
-                    leader: claim.leader,
-                    term: claim.term,
-                    published: self.coordinator.replica(shard).and_then(|r| r.published()).cloned(),
-                    own_term: self.coordinator.replica(shard).map_or(Term(0), |r| r.leadership().term),
-                    replicas: self.placed(state, shard),
-                    down: self.down(shard).cloned(),
-                }
-            })
-            .collect();
-        view.nodes = state
-            .nodes
-            .iter()
-            .map(|(node, r)| {
-                let route = NodeRoute {
-                    incarnation: r.incarnation,
-                    fenced: r.past.clone(),
-                    addrs: r.addrs.clone(),
-                    live: self.is_usable(*node, r.incarnation),
-                    draining: r.draining,
-                    approved: r.approved,
-                };
-                (*node, route)
-            })
-            .collect();
-        view
-    }
-
-    /// Why this node is not ready, in one sentence.
-    fn not_ready(&self) -> Option<String> {
-        let Some(state) = &self.state else { return Some(self.founding.waiting_for()) };
-        let me = self.config.node;
-        if self.draining {
-            return Some("draining: this node is about to stop".into());
-        }
-        if let Some(down) = self.down_in_words() {
-            return Some(down);
-        }
-        if state.nodes.get(&me).is_none_or(|r| r.incarnation != self.config.incarnation) {
-            return Some("joining: this life of the node is not registered yet".into());
-        }
-        if let Some(r) = self.coordinator.replicas().find(|r| r.failed()) {
-            return Some(format!("the replica of shard {} failed", r.shard()));
-        }
-        let unfilled = self.unfilled();
-        if unfilled > 0 && !planted(Mutant::ReadyEarly) {
-            let all = state.groups().filter(|s| state.replicas(*s).iter().any(|r| r.node == me)).count();
-            return Some(format!("{unfilled} of this node's {all} replicas are not voters yet: they are being filled"));
-        }
-        let leaderless = state.groups().filter(|s| self.router.claim(*s).leader.is_none()).count();
-        if leaderless > 0 {
-            return Some(format!("{leaderless} of {} groups have no known leader", state.shards.len() + 1));
-        }
-        None
-    }
-
-    /// Whether this node's replica of a group, as placement wants it, is a voter, and no earlier one of this node is a
-    /// member beside it.
-    fn counts_in(&self, state: &MetaState, shard: ShardId) -> bool {
-        let Some(r) = self.coordinator.replica(shard).filter(|r| !r.failed() && !r.is_empty()) else { return false };
-        let placed = state.replicas(shard).iter().any(|p| p.id == r.id());
-        let alone = r.members().all().all(|m| m.node != self.config.node || m.id == r.id());
-        placed && alone && r.members().is_voter(r.id()) && r.knows_members_for_good()
-    }
-
-    /// Groups of which placement gives this node a replica that is no voter yet.
-    pub fn unfilled(&self) -> usize {
-        let Some(state) = &self.state else { return 0 };
-        let mine = |s: &ShardId| state.replicas(*s).iter().any(|r| r.node == self.config.node);
-        state.groups().filter(mine).filter(|s| !self.counts_in(state, *s)).count()
-    }
-
-    /// For the admin API.
-    pub fn status(&self) -> HostStatus {
-        let mut status = HostStatus {
-            uuid: self.state.as_ref().map(|s| s.uuid),
-            epoch: self.epoch(),
-            meta_leader: self.router.claim(ShardId::META).leader,
-            moves_open: self.moves_open(),
-            ..HostStatus::default()
-        };
-        let state = self.state.as_ref();
-        status.meta = state.map_or_else(Vec::new, |s| self.placed(s, ShardId::META));
-        for (i, state) in state.iter().flat_map(|s| (0..s.shards.len()).map(move |i| (i, s))) {
-            let shard = ShardId(i as u32);
-            let claim = self.router.claim(shard);
-            let own = self.coordinator.replica(shard).map(|r| {
-                let (keys, bytes) = match r.machine() {
-                    Machine::Data(m) => (m.keys(), m.bytes()),
-                    Machine::Meta(_) => (0, 0),
-                };
-                OwnReplica {
-                    applied: r.applied(),
-                    digest: r.digest(),
-                    keys,
-                    bytes,
-                    asleep: r.asleep(),
-                    leads: r.leadership().leads,
-                    log_entries: r.log_entries() as u64,
-                }
-            });
-            let replicas = self.placed(state, shard);
-            let fills = self.coordinator.replica(shard).map(Replica::transfer_status).filter(|t| t.to.is_some());
-            let sent_bytes = fills.map(|t| t.sent_bytes);
-            status.shards.push(ShardStatus {
-                shard,
-                leader: claim.leader,
-                term: claim.term,
-                own,
-                replicas,
-                sent_bytes,
-            });
-        }
-        let reads = self.coordinator.read_counts();
-        status.counters = vec![
-            ("reads_leased", reads.leased),
-            ("reads_indexed", reads.indexed),
-            ("read_rounds", reads.rounds),
-            ("raft_messages_dropped", self.coordinator.dropped()),
-            ("frames_refused", self.frames_refused),
-            ("requests_forwarded", self.requests_forwarded),
-            ("requests_retried", self.gateway.retries()),
-            ("digest_mismatches", self.digest_mismatches),
-            ("replicas_failed", self.replicas_failed),
-            ("keys_expired", self.coordinator.removed().expired),
-            ("keys_evicted", self.coordinator.removed().evicted),
-        ];
-        status
     }
 }
 
