@@ -13,8 +13,8 @@
 //! above the mean; what lies above a bound is moved to where it costs the least hash. Leaders are then chosen by
 //! shifting along alternating paths until no shift makes them more even (optimal semi-matching, Harvey et al. 2003).
 
-use crate::meta::{MAX_REPLICAS, MetaState, NO_LIFE, ReplicaPlacement};
-use crema_core::{Incarnation, NodeId, ReplicaId, SLOT_COUNT, ShardId, SlotRange};
+use crate::meta::{MAX_REPLICAS, MetaState, NO_LIFE};
+use crema_core::{NodeId, ReplicaId, SLOT_COUNT, ShardId, SlotRange};
 use std::cmp::Reverse;
 use std::collections::VecDeque;
 
@@ -66,11 +66,6 @@ pub fn assign(shards: u32, replication: u32, nodes: &[(NodeId, Option<&str>)]) -
     }
     table.relieve();
     table.order()
-}
-
-/// The node that should lead now: the first in order of preference that `usable` says yes to.
-pub fn preferred_leader(replicas: &[ReplicaPlacement], usable: impl Fn(NodeId, Incarnation) -> bool) -> Option<NodeId> {
-    replicas.iter().find(|r| usable(r.node, r.incarnation)).map(|r| r.node)
 }
 
 /// Gives the meta group its nodes, ascending: all up to two, else the largest odd number up to [`MAX_REPLICAS`], since an
@@ -517,6 +512,7 @@ impl Choice {
 mod tests {
     use super::*;
     use crate::meta::{MetaCommand, MetaMachine, NodeAddrs};
+    use crema_core::Incarnation;
     use crema_core::{ClusterUuid, LogIndex, WallTime};
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
@@ -693,20 +689,6 @@ mod tests {
             let odd = set.iter().filter(|n| n.0 % 2 == 1).count();
             assert!(odd == 2 || odd == 3, "{set:?}");
         }
-    }
-
-    #[test]
-    fn the_first_usable_replica_should_lead() {
-        let replicas: Vec<ReplicaPlacement> = (1..=3)
-            .map(|n| ReplicaPlacement {
-                id: ReplicaId(n),
-                node: NodeId(n),
-                incarnation: Incarnation(u128::from(n) * 10),
-            })
-            .collect();
-        assert_eq!(preferred_leader(&replicas, |_, _| true), Some(NodeId(1)));
-        assert_eq!(preferred_leader(&replicas, |_, i| i != Incarnation(10)), Some(NodeId(2)));
-        assert_eq!(preferred_leader(&replicas, |_, _| false), None);
     }
 
     fn state(members: u64, shards: u32) -> MetaState {

@@ -4,7 +4,6 @@ use super::{BALANCE, Host, LEADERS_AT_ONCE};
 use crate::effect::{LedShard, Note};
 use crate::gateway::Target;
 use crate::meta::{MetaState, ReplicaPlacement};
-use crate::placement::preferred_leader;
 use crate::replica::Replica;
 use crema_core::{Epoch, Incarnation, NodeId, Now, ReplicaId, ShardId};
 use std::time::Duration;
@@ -43,7 +42,8 @@ impl Host {
             return None;
         }
         let replicas = self.state.as_ref()?.replicas(shard);
-        let node = preferred_leader(replicas, |n, i| n != self.config.node && self.is_usable(n, i))?;
+        let there = |r: &&ReplicaPlacement| r.node != self.config.node && self.is_usable(r.node, r.incarnation);
+        let node = replicas.iter().find(there)?.node;
         Some(Target { node, term: claim.term })
     }
 
@@ -88,12 +88,14 @@ impl Host {
             if !due && !self.draining && !unwanted(&shard) {
                 continue;
             }
-            let to = self.wanted_leader(&state, shard, now);
-            stuck |= to.is_some();
-            if let Some(to) = to
-                && (self.draining || moves < LEADERS_AT_ONCE)
-            {
-                moves += usize::from(self.coordinator.transfer(shard, to));
+            let mut better = self.better_leaders(&state, shard, now);
+            if !self.draining && !unwanted(&shard) {
+                // Nothing hurries: the best one, or it waits until that one has caught up.
+                better.truncate(1);
+            }
+            stuck |= !better.is_empty();
+            if self.draining || moves < LEADERS_AT_ONCE {
+                moves += usize::from(better.into_iter().any(|to| self.coordinator.transfer(shard, to)));
             }
         }
         let announced =
@@ -105,8 +107,8 @@ impl Host {
         }
     }
 
-    /// The replica that should lead instead of ours, if another should.
-    fn wanted_leader(&self, state: &MetaState, shard: ShardId, now: Now) -> Option<ReplicaId> {
+    /// The replicas that should rather lead than ours, the best first.
+    fn better_leaders(&self, state: &MetaState, shard: ShardId, now: Now) -> Vec<ReplicaId> {
         let usable = |node: NodeId, incarnation: Incarnation| {
             let record = state.nodes.get(&node);
             if record.is_none_or(|r| r.incarnation != incarnation || r.draining) {
@@ -120,10 +122,9 @@ impl Host {
             settled && p.incarnation == incarnation
         };
         // One that is being filled cannot lead yet.
-        let members = self.coordinator.replica(shard)?.members();
-        let replicas: Vec<ReplicaPlacement> =
-            state.replicas(shard).iter().filter(|r| members.is_voter(r.id)).copied().collect();
-        let node = preferred_leader(&replicas, usable).filter(|n| *n != self.config.node)?;
-        replicas.iter().find(|r| r.node == node).map(|r| r.id)
+        let Some(replica) = self.coordinator.replica(shard) else { return Vec::new() };
+        let voters = state.replicas(shard).iter().filter(|r| replica.members().is_voter(r.id));
+        let usable = voters.filter(|r| usable(r.node, r.incarnation));
+        usable.take_while(|r| r.node != self.config.node).map(|r| r.id).collect()
     }
 }

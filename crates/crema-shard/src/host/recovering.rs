@@ -539,16 +539,13 @@ impl Host {
         match &task.phase {
             Phase::Commanding { command, .. } => {
                 let command = command.encode();
-                match self.router.claim(ShardId::META).leader {
-                    Some(leader) if leader == self.config.node => {
-                        if let Ok(MetaCommand::Refound { groups, stopped }) = MetaCommand::decode(&command)
-                            && let Err(reason) = self.refound(groups, stopped)
-                        {
-                            self.end_recovery(Err(reason));
-                        }
-                    }
-                    Some(leader) => self.control(leader, &Control::Refound { command }),
-                    None => {}
+                if !self.leads_meta() {
+                    // To all, since whom this node takes for the leader may be hearsay; the one that leads does it.
+                    self.control_to_all(&Control::Refound { command });
+                } else if let Ok(MetaCommand::Refound { groups, stopped }) = MetaCommand::decode(&command)
+                    && let Err(reason) = self.refound(groups, stopped)
+                {
+                    self.end_recovery(Err(reason));
                 }
             }
             Phase::Proposing { record, peers, accepted, .. } => {
