@@ -9,10 +9,12 @@
 //! ```
 //!
 //! The bodies are public types, so that `crema status` reads what the server writes. The server takes only GET there, no
-//! bodies, short heads, and a bounded number of connections, each for a bounded time.
+//! bodies, short heads, and a bounded number of connections, each for a bounded time. Health is answered however many others
+//! connect: a probe that goes unanswered ends the process that it asks about.
 
 use crate::config::Secret;
 use crate::driver::Recover;
+use crate::newcomers::{Expulsion, Newcomer, Newcomers};
 use crate::recover;
 use crate::voters;
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -28,13 +30,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Longest time for a request's head to arrive.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Most connections served at once; further ones wait in the listener's queue.
-pub const MAX_CONNECTIONS: usize = 64;
+/// Most requests answered at once, those for health apart; further ones are answered with 503.
+pub const MAX_REQUESTS: usize = 64;
+/// Most connections whose request's head has not arrived, all together and of one host; for a further one the oldest goes.
+pub const MAX_WAITING: usize = 256;
+/// See [`MAX_WAITING`].
+pub const MAX_WAITING_OF_ONE: usize = 32;
+/// Connections that are about to close: told to go, or with a short answer on its way. No more are accepted beyond these, and
+/// none of them lasts.
+const MAX_CLOSING: usize = 64;
 
 /// Longest body of a request.
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -510,9 +520,14 @@ async fn not_found() -> Response {
     (StatusCode::NOT_FOUND, Json(serde_json::json!({ "reason": "no such path" }))).into_response()
 }
 
+/// Whether a path tells of health: open to everybody, and answered at once.
+fn is_health(path: &str) -> bool {
+    matches!(path, "/livez" | "/readyz")
+}
+
 /// Whether a request may pass: health always, the rest with the password, if there is one.
 async fn authenticate(State(password): State<Option<Secret>>, request: Request, next: Next) -> Response {
-    let open = matches!(request.uri().path(), "/livez" | "/readyz");
+    let open = is_health(request.uri().path());
     let Some(password) = password.filter(|_| !open) else { return next.run(request).await };
     let given = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
     match given.and_then(|value| value.strip_prefix(b"Bearer ")) {
@@ -556,7 +571,10 @@ pub struct AdminServer {
 impl AdminServer {
     /// Serves `router` on `listener`.
     pub fn start(listener: tokio::net::TcpListener, router: Router) -> AdminServer {
-        AdminServer { accepting: tokio::spawn(accept(listener, router)) }
+        AdminServer::start_with(listener, router, REQUEST_TIMEOUT)
+    }
+    fn start_with(listener: tokio::net::TcpListener, router: Router, head: Duration) -> AdminServer {
+        AdminServer { accepting: tokio::spawn(accept(listener, router, head)) }
     }
     /// Stops; answers under way are cut off. The address is free when this returns.
     pub async fn stop(mut self) {
@@ -573,17 +591,18 @@ impl Drop for AdminServer {
 }
 
 /// Accepts connections. axum's own `serve` bounds neither their number nor their time, hence this loop.
-async fn accept(listener: tokio::net::TcpListener, router: Router) {
-    let slots = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+async fn accept(listener: tokio::net::TcpListener, router: Router, head: Duration) {
+    let waiting = Newcomers::new(MAX_WAITING, MAX_WAITING_OF_ONE);
+    let places = Arc::new(Semaphore::new(MAX_REQUESTS));
     // Owning the connections here ends them with this task.
     let mut connections = tokio::task::JoinSet::new();
     loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
-        };
         while connections.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        while connections.len() >= MAX_WAITING + MAX_REQUESTS + MAX_CLOSING {
+            connections.join_next().await;
+        }
+        let (stream, addr) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, most likely: accepting again at once would spin.
                 tracing::warn!(%error, "the admin API cannot accept a connection");
@@ -591,28 +610,82 @@ async fn accept(listener: tokio::net::TcpListener, router: Router) {
                 continue;
             }
         };
-        let router = router.clone();
-        connections.spawn(async move {
-            serve_one(stream, router).await;
-            drop(slot);
-        });
+        let (newcomer, expulsion) = waiting.admit(addr.ip());
+        let arrival = Arrival { newcomer: Mutex::new(Some(newcomer)), places: places.clone(), place: Mutex::default() };
+        connections.spawn(serve_one(stream, router.clone(), arrival, expulsion, head));
     }
 }
 
-/// Serves one connection: heads of at most 8 KiB, short bodies, a new request within [`REQUEST_TIMEOUT`].
-async fn serve_one(stream: tokio::net::TcpStream, router: Router) {
-    let service = hyper_util::service::TowerToHyperService::new(router);
+/// What a connection counts as: a newcomer until its request's head is here, then, health apart, as a request.
+#[derive(Debug)]
+struct Arrival {
+    newcomer: Mutex<Option<Newcomer>>,
+    places: Arc<Semaphore>,
+    /// Kept until the connection ends: an answer that nobody reads takes memory, too.
+    place: Mutex<Option<OwnedSemaphorePermit>>,
+}
+
+impl Arrival {
+    /// A request's head is here; false if there is no place for it.
+    fn head(&self, path: &str) -> bool {
+        self.newcomer.lock().expect("no panic while held").take();
+        if is_health(path) {
+            return true;
+        }
+        let place = self.places.clone().try_acquire_owned().ok();
+        let mut held = self.place.lock().expect("no panic while held");
+        *held = place;
+        held.is_some()
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.newcomer.lock().expect("no panic while held").is_some()
+    }
+}
+
+/// Serves one connection: heads of at most 8 KiB that arrive within `head`, short bodies, one request.
+async fn serve_one(
+    stream: tokio::net::TcpStream,
+    router: Router,
+    arrival: Arrival,
+    expulsion: Expulsion,
+    head: Duration,
+) {
+    let router = hyper_util::service::TowerToHyperService::new(router);
+    let service = hyper::service::service_fn(|request: hyper::Request<hyper::body::Incoming>| {
+        let answer = match arrival.head(request.uri().path()) {
+            true => Ok(hyper::service::Service::call(&router, request)),
+            false => Err(reason_503("too many requests at once: ask again".to_owned())),
+        };
+        async {
+            match answer {
+                Ok(answer) => answer.await,
+                Err(busy) => Ok(busy),
+            }
+        }
+    });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(hyper_util::rt::TokioTimer::new())
-        .header_read_timeout(REQUEST_TIMEOUT)
+        .header_read_timeout(head)
         .max_buf_size(8 * 1024)
         .max_headers(64)
         // One request a connection: no client can hold a place for long, and scrapers do not mind.
         .keep_alive(false)
         .serve_connection(hyper_util::rt::TokioIo::new(stream), service);
-    // The head, the answer's making and its writing together; a reader that stalls loses its connection.
-    if tokio::time::timeout(CONNECTION_TIMEOUT, connection).await.is_err() {
-        tracing::debug!("an admin connection took too long and was closed");
+    let expelled = async {
+        expulsion.told().await;
+        // Its head may have come at the same moment.
+        if !arrival.is_waiting() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        // The head, the answer's making and its writing together; a reader that stalls loses its connection.
+        served = tokio::time::timeout(CONNECTION_TIMEOUT, connection) => if served.is_err() {
+            tracing::debug!("an admin connection took too long and was closed");
+        },
+        () = expelled => tracing::debug!("an admin connection without a request was closed for a newer one"),
     }
 }
 
@@ -923,19 +996,81 @@ pub(crate) mod tests {
         assert!(metrics.contains("openmetrics-text") && metrics.ends_with("# EOF\n"), "{metrics}");
     }
 
+    /// Nothing here waits this long unless it is broken.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// A server that would wait for heads for ever, so that only newer connections can end those without one.
+    async fn patient(source: Arc<dyn AdminSource>) -> (AdminServer, std::net::SocketAddr) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        (AdminServer::start_with(listener, router(source, None), Duration::from_secs(86_400)), addr)
+    }
+
     #[tokio::test]
-    async fn idle_connections_cannot_shut_others_out_for_ever() {
-        tokio::time::timeout(Duration::from_secs(20), async {
-            let (_server, addr) = serve(fake()).await;
+    async fn idle_connections_cannot_shut_others_out() {
+        let told = async {
+            let (_server, addr) = patient(Arc::new(fake())).await;
             let mut idle = Vec::new();
-            for _ in 0..MAX_CONNECTIONS {
-                idle.push(tokio::net::TcpStream::connect(addr).await.unwrap());
+            for i in 0..2 * (MAX_WAITING + MAX_REQUESTS) {
+                let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
+                // Some have begun to speak, which is not enough.
+                let (said, rest) = ("GET /livez HTTP/1.1\r\nHost: x\r\n\r\n").split_at(if i % 2 == 0 { 20 } else { 0 });
+                stream.write_all(said.as_bytes()).await.unwrap();
+                idle.push((stream, rest));
             }
-            // All places are taken by clients that say nothing; they lose them after the head's time limit.
+            for path in ["/livez", "/readyz", "/v1/status"] {
+                assert_eq!(get(addr, path).await.0, 200, "{path}");
+            }
+            // The newest are still heard: one place was enough for those who spoke.
+            let newest = idle.split_off(idle.len() - (MAX_WAITING_OF_ONE - 1));
+            for (mut stream, rest) in newest {
+                stream.write_all(rest.as_bytes()).await.unwrap();
+                let mut answer = Vec::new();
+                stream.read_to_end(&mut answer).await.unwrap();
+                assert!(answer.starts_with(b"HTTP/1.1 200"), "it was closed for none");
+            }
+            // The others were closed before, without a word.
+            for (mut stream, _) in idle {
+                let mut answer = Vec::new();
+                let _ = stream.read_to_end(&mut answer).await;
+                assert!(answer.is_empty());
+            }
+        };
+        tokio::time::timeout(PATIENCE, told).await.expect("answered, and closed");
+    }
+
+    #[tokio::test]
+    async fn requests_that_take_long_shut_nobody_out_from_health() {
+        let told = async {
+            let (_server, addr) = patient(Arc::new(fake())).await;
+            let head = "POST /v1/voters HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\
+                Expect: 100-continue\r\n\r\n";
+            let wanted = b"HTTP/1.1 100 Continue\r\n\r\n";
+            let mut slow = Vec::new();
+            for _ in 0..MAX_REQUESTS {
+                let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
+                stream.write_all(head.as_bytes()).await.unwrap();
+                // Its body is waited for, and never comes.
+                let mut answer = [0; 25];
+                stream.read_exact(&mut answer).await.unwrap();
+                assert_eq!(&answer, wanted);
+                slow.push(stream);
+            }
+            assert_eq!(get(addr, "/v1/status").await.0, 503);
             assert_eq!(get(addr, "/livez").await.0, 200);
-        })
-        .await
-        .expect("answered");
+            assert_eq!(get(addr, "/readyz").await.0, 200);
+            slow.pop();
+            while get(addr, "/v1/status").await.0 != 200 {}
+        };
+        tokio::time::timeout(PATIENCE, told).await.expect("answered");
+    }
+
+    #[tokio::test]
+    async fn a_body_that_nobody_reads_does_not_keep_its_connection() {
+        let (_server, addr) = patient(Arc::new(fake())).await;
+        let answer = raw(addr, b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n");
+        let answer = tokio::time::timeout(PATIENCE, answer).await.expect("closed");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
     #[test]

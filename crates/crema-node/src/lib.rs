@@ -40,6 +40,7 @@ pub mod logs;
 pub mod memberlist;
 mod membership;
 pub mod metrics;
+mod newcomers;
 pub mod node;
 pub mod peers;
 pub mod pressure;
