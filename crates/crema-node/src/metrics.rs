@@ -147,7 +147,7 @@ pub fn peer_samples(stats: &PeerStats, into: &mut Vec<Sample>) {
     count("peer_garbage", "Incoming connections that did not speak the peer protocol", &stats.garbage);
     let help = "Incoming connections without the cluster's key, or with one where this node has none";
     count("peer_unauthenticated", help, &stats.unauthenticated);
-    count("peer_over_limit", "Incoming peer connections over the limit", &stats.over_limit);
+    count("peer_over_limit", "Incoming peer connections over a limit", &stats.over_limit);
     count("peer_oversize", "Peer streams closed for an overlong frame", &stats.oversize);
     count("peer_distrusted", "Peer streams closed for frames that did not decode", &stats.distrusted);
     count("peer_frames_in", "Frames received from peers", &stats.frames_in);

@@ -1,4 +1,11 @@
 //! Accepts connections, judges who they are from, and has those that may be read.
+//!
+//! ```text
+//!   accepted --> unproven (few; the oldest goes for the next) --handshake--> proven (its own limit) --> read
+//! ```
+//!
+//! Until its handshake is judged, a connection may be anybody's. So those are counted apart: however many come and say nothing,
+//! they never take a peer's place.
 
 use super::auth::{self, Proof, Session, prove};
 use super::claims::{Claim, ConnNumber};
@@ -8,6 +15,7 @@ use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, VERSI
 use super::wire::{decode_handshake, handshake_bytes, read_handshake, within};
 use super::writer::StreamEnd;
 use super::{Shared, fenced, is_fenced, stopping};
+use crate::newcomers::{Expulsion, Newcomer, Newcomers};
 use crema_shard::Channel;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,13 +23,19 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+/// Connections that were told to go and are about to close. No more are accepted beyond these.
+const MAX_CLOSING: usize = 256;
+
 /// Accepts connections until the shutdown, then ends them all.
 pub(super) async fn run_acceptor(shared: Arc<Shared>, listener: TcpListener) {
-    let places = Arc::new(Semaphore::new(shared.options.max_incoming));
+    let options = shared.options;
+    let places = Arc::new(Semaphore::new(options.max_incoming));
+    let unproven = Newcomers::new(options.max_unproven, options.max_unproven_of_one);
+    let most = options.max_incoming + options.max_unproven + MAX_CLOSING;
     let mut shutdown = shared.shutdown.clone();
     let mut readers = JoinSet::new();
     loop {
@@ -29,7 +43,7 @@ pub(super) async fn run_acceptor(shared: Arc<Shared>, listener: TcpListener) {
             biased;
             () = stopping(&mut shutdown) => break,
             Some(_) = readers.join_next() => continue,
-            accepted = listener.accept() => accepted,
+            accepted = listener.accept(), if readers.len() < most => accepted,
         };
         let (stream, addr) = match accepted {
             Ok(accepted) => accepted,
@@ -40,18 +54,11 @@ pub(super) async fn run_acceptor(shared: Arc<Shared>, listener: TcpListener) {
                 continue;
             }
         };
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            add(&shared.stats.over_limit, 1);
-            if let Some(left_out) = shared.accept_log.allow() {
-                tracing::warn!(%addr, left_out, "too many incoming peer connections");
-            }
-            continue;
-        };
-        let shared = shared.clone();
+        let newcomer = unproven.admit(addr.ip());
+        let (shared, places) = (shared.clone(), places.clone());
         readers.spawn(async move {
-            let _place = place;
             let _counted = Counted::new(shared.clone());
-            serve_incoming(shared, stream, addr).await;
+            serve_incoming(shared, stream, addr, newcomer, places).await;
         });
     }
     // Close the port first, so that nobody waits in its backlog for a process that is going away.
@@ -75,42 +82,37 @@ impl Drop for Counted {
     }
 }
 
+/// What a handshake has led to.
+struct Greeted {
+    session: Option<Session>,
+    claim: Claim,
+    channel: Channel,
+    /// Among those who have shown who they are.
+    place: OwnedSemaphorePermit,
+}
+
 /// An incoming connection from its handshake to its end.
-async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: SocketAddr) {
-    let limit = shared.options.handshake_timeout;
-    let accepted = within(limit, async {
-        let keys = shared.keys.load_full();
-        let session = match &keys {
-            Some(ring) => Some(auth::accept(&mut stream, ring).await?),
-            None => None,
-        };
-        let accepted = accept_hello(&shared, &mut stream, session.as_ref()).await?;
-        Ok((session, accepted))
-    });
-    let (session, mut claim, channel) = match accepted.await {
-        Ok((session, Ok((claim, channel)))) => (session, claim, channel),
-        Ok((session, Err((reject, text)))) => {
-            add(&shared.stats.handshakes_rejected, 1);
+async fn serve_incoming(
+    shared: Arc<Shared>,
+    mut stream: TcpStream,
+    addr: SocketAddr,
+    (newcomer, expulsion): (Newcomer, Expulsion),
+    places: Arc<Semaphore>,
+) {
+    let greeted = tokio::select! {
+        // In this order: one that has just said what was missing need not go.
+        biased;
+        greeted = greet(&shared, &mut stream, addr, &places) => greeted,
+        () = expulsion.told() => {
+            add(&shared.stats.over_limit, 1);
             if let Some(left_out) = shared.accept_log.allow() {
-                tracing::warn!(%addr, ?reject, text, left_out, "peer connection rejected");
-            }
-            let answer = Answer::Reject { code: reject as u8, text: cut(&text, MAX_REASON_BYTES) };
-            let _ = timeout(limit, stream.write_all(&answer_bytes(session.as_ref(), &answer))).await;
-            return;
-        }
-        Err(error) => {
-            let counter = match error {
-                HandshakeError::TimedOut => &shared.stats.handshakes_timed_out,
-                HandshakeError::Keys(_) => &shared.stats.unauthenticated,
-                _ => &shared.stats.garbage,
-            };
-            add(counter, 1);
-            if let Some(left_out) = shared.accept_log.allow() {
-                tracing::warn!(%addr, %error, left_out, "not a peer connection");
+                tracing::warn!(%addr, left_out, "many connect who do not show that they are peers: the oldest are closed");
             }
             return;
         }
     };
+    drop(newcomer);
+    let Some(Greeted { session, mut claim, channel, place: _place }) = greeted else { return };
     let mut fences = shared.fences.clone();
     let mut shutdown = shared.shutdown.clone();
     // The reader of a lower number has been told to end, and so have all streams and the link of an earlier process. Only
@@ -125,6 +127,7 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
         return;
     }
     let ((peer, incarnation), number) = (claim.life(), claim.number());
+    let limit = shared.options.handshake_timeout;
     let welcome = Answer::Welcome { node: shared.node, incarnation: shared.incarnation, boot: shared.boot };
     if !matches!(timeout(limit, stream.write_all(&answer_bytes(session.as_ref(), &welcome))).await, Ok(Ok(()))) {
         return;
@@ -147,6 +150,49 @@ async fn serve_incoming(shared: Arc<Shared>, mut stream: TcpStream, addr: Socket
     tracing::debug!(%peer, %incarnation, ?channel, ?number, why, "incoming stream ended");
 }
 
+/// The handshake until it is known who the other side is. What is wrong with it is told to a peer; `None` then.
+async fn greet(
+    shared: &Arc<Shared>,
+    stream: &mut TcpStream,
+    addr: SocketAddr,
+    places: &Arc<Semaphore>,
+) -> Option<Greeted> {
+    let limit = shared.options.handshake_timeout;
+    let accepted = within(limit, async {
+        let keys = shared.keys.load_full();
+        let session = match &keys {
+            Some(ring) => Some(auth::accept(stream, ring).await?),
+            None => None,
+        };
+        let accepted = accept_hello(shared, stream, session.as_ref(), places).await?;
+        Ok((session, accepted))
+    });
+    match accepted.await {
+        Ok((session, Ok((claim, channel, place)))) => Some(Greeted { session, claim, channel, place }),
+        Ok((session, Err((reject, text)))) => {
+            add(&shared.stats.handshakes_rejected, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, ?reject, text, left_out, "peer connection rejected");
+            }
+            let answer = Answer::Reject { code: reject as u8, text: cut(&text, MAX_REASON_BYTES) };
+            let _ = timeout(limit, stream.write_all(&answer_bytes(session.as_ref(), &answer))).await;
+            None
+        }
+        Err(error) => {
+            let counter = match error {
+                HandshakeError::TimedOut => &shared.stats.handshakes_timed_out,
+                HandshakeError::Keys(_) => &shared.stats.unauthenticated,
+                _ => &shared.stats.garbage,
+            };
+            add(counter, 1);
+            if let Some(left_out) = shared.accept_log.allow() {
+                tracing::warn!(%addr, %error, left_out, "not a peer connection");
+            }
+            None
+        }
+    }
+}
+
 /// An answer with its preamble, behind its proof where there is one.
 fn answer_bytes(session: Option<&Session>, answer: &Answer<'_>) -> Vec<u8> {
     prove(session, Proof::Answer, handshake_bytes(answer))
@@ -158,7 +204,8 @@ async fn accept_hello(
     shared: &Arc<Shared>,
     stream: &mut TcpStream,
     session: Option<&Session>,
-) -> Result<Result<(Claim, Channel), (Reject, String)>, HandshakeError> {
+    places: &Arc<Semaphore>,
+) -> Result<Result<(Claim, Channel, OwnedSemaphorePermit), (Reject, String)>, HandshakeError> {
     stream.set_nodelay(true)?;
     let proof = match session {
         Some(_) => Some(auth::read_proof(stream).await?),
@@ -191,9 +238,13 @@ async fn accept_hello(
     if let Some(refusal) = refusal {
         return Ok(Err(refusal));
     }
+    let Ok(place) = places.clone().try_acquire_owned() else {
+        add(&shared.stats.over_limit, 1);
+        return Ok(Err((Reject::Busy, "too many connections of peers".to_owned())));
+    };
     let ConnNumber { boot, counter } = hello.number;
     let claim = Claim::stream(shared, (hello.from, hello.incarnation), channel, hello.number);
-    Ok(claim.map(|claim| (claim, channel)).map_err(|reject| {
+    Ok(claim.map(|claim| (claim, channel, place)).map_err(|reject| {
         let text = match reject {
             Reject::Stale => format!("connection {counter} of start {boot} is not the newest"),
             _ => "too many lives".to_owned(),

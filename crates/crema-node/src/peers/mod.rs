@@ -92,8 +92,13 @@ pub struct PeerOptions {
     pub snapshot_bytes_per_second: u64,
     /// Most frames queued for one peer and channel.
     pub queue_frames: usize,
-    /// Most incoming connections; further ones are closed at once.
+    /// Most incoming connections of those who have shown who they are, by the cluster's key where there is one; further ones
+    /// are rejected.
     pub max_incoming: usize,
+    /// Most incoming connections of which that is not known yet; for a further one the oldest is closed.
+    pub max_unproven: usize,
+    /// The same for those of one host.
+    pub max_unproven_of_one: usize,
     /// Limit of each of: resolving a name, connecting, the handshake.
     pub handshake_timeout: Duration,
     /// A connection whose peer takes no byte for this long is closed.
@@ -121,6 +126,8 @@ impl Default for PeerOptions {
             snapshot_bytes_per_second: 128 * 1024 * 1024,
             queue_frames: 64 * 1024,
             max_incoming: 1536,
+            max_unproven: 512,
+            max_unproven_of_one: 64,
             handshake_timeout: Duration::from_secs(2),
             write_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(10),

@@ -15,7 +15,7 @@ pub struct PeerStats {
     pub garbage: AtomicU64,
     /// Incoming connections that did not have the cluster's key, or had one where this node has none.
     pub unauthenticated: AtomicU64,
-    /// Incoming connections over the limit.
+    /// Incoming connections over a limit: rejected, or closed for newer ones before they had shown who they are.
     pub over_limit: AtomicU64,
     /// Incoming connections at present (a gauge).
     pub incoming: AtomicU64,

@@ -75,6 +75,47 @@ async fn keys_are_changed_while_nodes_talk() {
     other.up().await;
 }
 
+/// However many connect without a key: peers come in, and stay.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_never_take_the_places_of_peers() {
+    let (many, of_one) = (300, 16);
+    let waits_for_ever = PeerOptions {
+        handshake_timeout: Duration::from_secs(86_400),
+        max_incoming: 8,
+        max_unproven: 64,
+        max_unproven_of_one: of_one,
+        ..options()
+    };
+    let mut node = Node::start(PeersConfig { keys: Some(ring(&[1])), ..config(1, 11, waits_for_ever) });
+    let strangers = async || {
+        let mut all = Vec::new();
+        for i in 0..many {
+            let mut stream = TcpStream::connect(node.peers.local_addr()).await.unwrap();
+            // Some know how a peer begins.
+            if i % 2 == 0 {
+                stream.write_all(&KEYED_MAGIC).await.unwrap();
+            }
+            all.push(stream);
+        }
+        all
+    };
+    let before = strangers().await;
+    let mut peer = keyed(2, 22, &[1]);
+    peer.dial(1, &node);
+    let (_, _, link) = peer.up().await;
+    let after = strangers().await;
+    let crowded_out = 2 * many - of_one;
+    eventually("the oldest are closed", || count(&node.peers.stats().over_limit) >= crowded_out as u64).await;
+    for mut stream in before.into_iter().chain(after).take(crowded_out) {
+        until_closed(&mut stream).await;
+    }
+    link.send(Channel::Raft, Bytes::from_static(b"x")).unwrap();
+    link.flush(Channel::Raft);
+    assert_eq!(node.frame().await.3, b"x"[..]);
+    assert!(peer.events.try_recv().is_err(), "its link stands");
+    assert_eq!(count(&node.peers.stats().over_limit), crowded_out as u64);
+}
+
 /// Whatever byte of a dialer's words is changed on its way, or said again later: it is not heard.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn changed_and_repeated_words_are_refused() {

@@ -116,15 +116,18 @@ async fn a_node_of_another_cluster_comes_not_up() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn incoming_connections_are_limited() {
-    let few = PeerOptions { max_incoming: 2, ..options() };
+    let few = PeerOptions { max_incoming: 2, handshake_timeout: PATIENCE, ..options() };
     let node = Node::start(config(1, 11, few));
     let first = greet(&node, &hello(1)).await;
     let _second = greet(&node, &Hello { channel: 1, ..hello(1) }).await;
-    let mut third = TcpStream::connect(node.peers.local_addr()).await.unwrap();
+    // Whoever has not said yet who it is takes no place among them.
+    let _stranger = TcpStream::connect(node.peers.local_addr()).await.unwrap();
+    let (mut third, answer) = greet(&node, &Hello { channel: 2, ..hello(1) }).await;
+    assert_eq!(answer, Err(Reject::Busy as u8));
     until_closed(&mut third).await;
     assert_eq!(count(&node.peers.stats().over_limit), 1);
     drop(first);
-    eventually("a place is free", || count(&node.peers.stats().incoming) == 1).await;
+    eventually("a place is free", || count(&node.peers.stats().incoming) == 2).await;
     assert!(greet(&node, &hello(2)).await.1.is_ok());
 }
 
