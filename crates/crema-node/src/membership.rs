@@ -18,7 +18,9 @@ use arc_swap::ArcSwap;
 use crema_core::{Incarnation, NodeId, ShardId};
 use crema_gossip::events::EventHub;
 use crema_gossip::view::MAX_MEMBERS;
-use crema_gossip::{Gossip, GossipConfig, GossipError, GossipUpdate, LeaderEntry, Member, MemberEvent, MemberState};
+use crema_gossip::{
+    Gossip, GossipConfig, GossipError, GossipUpdate, KeyRing, LeaderEntry, Member, MemberEvent, MemberState,
+};
 use crema_shard::{LeaderHint, LedShard};
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -197,6 +199,9 @@ pub(crate) struct Surroundings {
 pub(crate) struct Membership {
     present: ArcSwap<Gossip>,
     config: GossipConfig,
+    /// The cluster's keys as they stand now, whatever a run was started with; none on a node without. Held while a run is given
+    /// them, so that no change falls between two runs.
+    keys: Mutex<Option<KeyRing>>,
     /// The latest leadership of each shard, for a new start.
     led: Mutex<BTreeMap<ShardId, LedShard>>,
 }
@@ -219,13 +224,25 @@ impl Membership {
         if config.bind.port() == 0 {
             config.bind.set_port(gossip.addr().port());
         }
-        let led = Mutex::default();
-        Ok(Membership { present: ArcSwap::from_pointee(gossip), config, led })
+        let (keys, led) = (Mutex::new(config.keys.clone()), Mutex::default());
+        Ok(Membership { present: ArcSwap::from_pointee(gossip), config, keys, led })
     }
 
     /// The present run.
     pub(crate) fn gossip(&self) -> Arc<Gossip> {
         self.present.load_full()
+    }
+
+    /// Replaces the cluster's keys, for the present run and all later ones.
+    ///
+    /// Errors: [`GossipError::NoKeys`] on a node that was started without.
+    pub(crate) fn set_keys(&self, keys: KeyRing) -> Result<(), GossipError> {
+        let mut present = self.keys.lock().expect("no panic while held");
+        if present.is_none() {
+            return Err(GossipError::NoKeys);
+        }
+        *present = Some(keys.clone());
+        self.gossip().set_keys(keys)
     }
 
     /// Tells the cluster which shards this node has begun to lead.
@@ -267,15 +284,28 @@ impl Membership {
     }
 
     async fn restart(&self, node: NodeId, end: End, last: u64) -> Result<(), GossipError> {
+        let gossip = self.start_anew(end, last).await?;
+        self.succeed(node, gossip)
+    }
+
+    /// A new run, which nobody knows of yet.
+    async fn start_anew(&self, end: End, last: u64) -> Result<Gossip, GossipError> {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
         let beaten = if let End::Superseded(by) = end { by } else { 0 };
         let generation = clock.max(last.saturating_add(1)).max(beaten.saturating_add(1));
-        // The keys as the ended run had them: they may have been changed since the first start.
-        let keys = self.gossip().keyring();
-        let config = GossipConfig { generation: Some(generation), keys, ..self.config.clone() };
-        let gossip = Arc::new(Gossip::start(config).await?);
-        // Under the lock: a leadership published meanwhile reaches the new run either here or by itself.
+        let keys = self.keys.lock().expect("no panic while held").clone();
+        Gossip::start(GossipConfig { generation: Some(generation), keys, ..self.config.clone() }).await
+    }
+
+    /// Puts a new run in the place of the last one, and tells it what has changed while it was started.
+    fn succeed(&self, node: NodeId, gossip: Gossip) -> Result<(), GossipError> {
+        let gossip = Arc::new(gossip);
+        // Under their locks: what changes meanwhile reaches the new run either here or by itself.
+        let keys = self.keys.lock().expect("no panic while held");
         let latest = self.led.lock().expect("no panic while held");
+        if let Some(keys) = &*keys {
+            gossip.set_keys(keys.clone())?;
+        }
         let led: Vec<_> = latest.values().copied().collect();
         publish(node, &gossip, &led);
         self.present.store(gossip);
@@ -640,6 +670,39 @@ mod tests {
         let (event, ()) = tokio::join!(next(&second, &hub, &mut story, &mut events), heard);
         assert_eq!(event, Some(MemberEvent::Leave { node: NodeId(2) }), "no second join");
         assert!(story.missed.is_empty());
+    }
+
+    /// A change of keys while gossip is started anew reaches the new run, which has begun with the old ones.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn keys_that_change_between_two_runs_are_not_forgotten() {
+        let key = |n: u8| crema_gossip::ClusterKey::new([n; 32]);
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let mut config = GossipConfig::new(NodeId(1), Incarnation(1), "127.0.0.1:9001", "test", bind);
+        config.keys = Some(KeyRing::new(key(1)));
+        let ours = Membership::start(config.clone()).await.unwrap();
+        let primary = |membership: &Membership| membership.gossip().keyring().map(|ring| ring.primary());
+        ours.set_keys(KeyRing::new(key(2))).unwrap();
+        assert_eq!(primary(&ours), Some(key(2).id()), "the present run has them");
+
+        let first = ours.gossip();
+        first.shutdown().await;
+        let second = ours.start_anew(End::Stopped, first.generation()).await.unwrap();
+        assert_eq!(
+            second.keyring().map(|ring| ring.primary()),
+            Some(key(2).id()),
+            "and so has the next from its start"
+        );
+        // Meanwhile the run that has ended is still the one that is known.
+        ours.set_keys(KeyRing::new(key(3))).unwrap();
+        ours.succeed(NodeId(1), second).unwrap();
+        assert_eq!(primary(&ours), Some(key(3).id()), "as soon as it is known, it has the newest");
+        ours.gossip().shutdown().await;
+        ours.restart(NodeId(1), End::Stopped, ours.gossip().generation()).await.unwrap();
+        assert_eq!(primary(&ours), Some(key(3).id()));
+
+        config.keys = None;
+        let open = Membership::start(config).await.unwrap();
+        assert!(matches!(open.set_keys(KeyRing::new(key(1))), Err(GossipError::NoKeys)));
     }
 
     /// Two runs under one node id: the registered one wins its peers' ears back.

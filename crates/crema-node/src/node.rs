@@ -641,7 +641,7 @@ impl Node {
             tasks.push(tokio::spawn(follow_memory(watch.driver.clone(), front.clone())));
         }
         if let Some(path) = config.cluster_key_file.clone().filter(|_| config.cluster_keys.is_some()) {
-            tasks.push(tokio::spawn(follow_keys(path, watch.membership.clone(), peers.clone())));
+            tasks.push(tokio::spawn(follow_keys(path, watch.membership.clone(), peers.clone(), KEYS_LOOK)));
         }
         if config.bound_resident && config.memory.max_memory > 0 {
             tasks.push(tokio::spawn(bound_resident(watch.driver.clone(), config.memory.max_memory)));
@@ -958,10 +958,18 @@ fn view_hook(
     })
 }
 
-/// Takes the cluster's keys from their file again whenever that changes.
-async fn follow_keys(path: PathBuf, membership: Option<Arc<Membership>>, peers: PeersHandle) {
+/// Replaces the cluster's keys wherever they are used.
+///
+/// Errors: gossip does not take them, see [`Membership::set_keys`].
+fn set_keys(membership: Option<&Membership>, peers: &PeersHandle, ring: KeyRing) -> Result<(), GossipError> {
+    peers.set_keys(ring.clone());
+    membership.map_or(Ok(()), |membership| membership.set_keys(ring))
+}
+
+/// Takes the cluster's keys from their file again whenever that changes; looks each `period`.
+async fn follow_keys(path: PathBuf, membership: Option<Arc<Membership>>, peers: PeersHandle, period: Duration) {
     let mut known = None;
-    let mut look = tokio::time::interval(KEYS_LOOK);
+    let mut look = tokio::time::interval(period);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         look.tick().await;
@@ -977,10 +985,7 @@ async fn follow_keys(path: PathBuf, membership: Option<Arc<Membership>>, peers: 
             }
             Err(_) => {}
             Ok((primary, ids, ring)) if known != Some(Ok((primary, ids.clone()))) => {
-                peers.set_keys(ring.clone());
-                if let Some(membership) = &membership
-                    && let Err(error) = membership.gossip().set_keys(ring)
-                {
+                if let Err(error) = set_keys(membership.as_deref(), &peers, ring) {
                     tracing::error!(%error, "gossip does not take the cluster's keys");
                 }
                 if known.is_some() {
@@ -1222,6 +1227,7 @@ fn metric_sources(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::peers::{PeerEvent, Reach};
 
     #[test]
     fn addresses_are_told_as_others_can_use_them() {
@@ -1344,6 +1350,68 @@ mod tests {
                 std::net::TcpListener::bind(addr).unwrap_or_else(|e| panic!("{key} {addr}: {e}"));
             }
         }
+    }
+
+    /// Peers of one node and what its driver would hear of them.
+    fn peers(node: u64, keys: &KeyRing) -> (PeersHandle, crossbeam::channel::Receiver<Input>) {
+        let (driver, heard) = crossbeam::channel::bounded(64);
+        let config = PeersConfig {
+            cluster: "test".to_owned(),
+            node: NodeId(node),
+            incarnation: Incarnation(node.into()),
+            boot: 0,
+            keys: Some(keys.clone()),
+            options: PeerOptions::default(),
+        };
+        let listener = std::net::TcpListener::bind(local()).unwrap();
+        (Peers::start(config, listener, driver).unwrap(), heard)
+    }
+
+    /// Gossip and connections have the keys of the file, whatever has stood in it before, and also when gossip was started anew.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn keys_follow_their_file() {
+        let bytes = |n: u8| std::array::from_fn(|i| n + i as u8);
+        let key = |n: u8| crema_gossip::ClusterKey::new(bytes(n));
+        let line = |n: u8| bytes(n).map(|byte| format!("{byte:02x}")).concat();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        // Whole or not at all, as whoever changes it should.
+        let write = |text: &str| {
+            let whole = dir.path().join("new");
+            std::fs::write(&whole, text).unwrap();
+            std::fs::rename(whole, &path).unwrap();
+        };
+        write(&line(1));
+        let first = crate::config::read_keys(&path).unwrap();
+        let mut gossip = GossipConfig::new(NodeId(1), Incarnation(1), "127.0.0.1:9001", "test", local());
+        gossip.keys = Some(first.clone());
+        let membership = Arc::new(Membership::start(gossip).await.unwrap());
+        let (ours, _heard) = peers(1, &first);
+        let follow = follow_keys(path.clone(), Some(membership.clone()), ours.clone(), Duration::from_millis(1));
+        let following = tokio::spawn(follow);
+        let gossip_has = async |n: u8| {
+            let wanted = Some(key(n).id());
+            let has = async {
+                while membership.gossip().keyring().map(|ring| ring.primary()) != wanted {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(30), has).await.expect("gossip has the key");
+        };
+        write(&line(2));
+        gossip_has(2).await;
+        // What cannot be read changes nothing, and the next that can does.
+        write("no key");
+        write(&format!("{}\n{}\n", line(3), line(2)));
+        gossip_has(3).await;
+        // Peers that have the newest alone come in.
+        let (theirs, heard) = peers(2, &KeyRing::new(key(3)));
+        theirs.set_reach(NodeId(1), Reach::at(ours.local_addr().to_string()));
+        let up = tokio::task::spawn_blocking(move || heard.recv_timeout(Duration::from_secs(30)));
+        assert!(
+            matches!(up.await.unwrap(), Ok(Input::Peers(batch)) if matches!(batch.events[0], PeerEvent::Up { .. }))
+        );
+        following.abort();
     }
 
     #[tokio::test]
