@@ -27,7 +27,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 /// Period at which known leaders are told again while one is missing, and gossip itself is looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -36,6 +36,8 @@ const HINT_BATCH: usize = 4096;
 /// Pause before gossip is started anew, doubled after each failure up to the longest.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_RESTART_PAUSE: Duration = Duration::from_secs(30);
+/// Longest time that a stop waits for a start that is under way; it takes milliseconds.
+const START_LIMIT: Duration = Duration::from_secs(2);
 
 /// After gossip was started anew, members of before that are not heard for so long have failed meanwhile. Well above what
 /// it takes to hear of everybody.
@@ -204,6 +206,8 @@ pub(crate) struct Membership {
     keys: Mutex<Option<KeyRing>>,
     /// The latest leadership of each shard, for a new start.
     led: Mutex<BTreeMap<ShardId, LedShard>>,
+    /// Held while a run is started that is not known here yet.
+    starting: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Why following one run of gossip has ended.
@@ -225,7 +229,7 @@ impl Membership {
             config.bind.set_port(gossip.addr().port());
         }
         let (keys, led) = (Mutex::new(config.keys.clone()), Mutex::default());
-        Ok(Membership { present: ArcSwap::from_pointee(gossip), config, keys, led })
+        Ok(Membership { present: ArcSwap::from_pointee(gossip), config, keys, led, starting: Arc::default() })
     }
 
     /// The present run.
@@ -250,6 +254,14 @@ impl Membership {
         let mut latest = self.led.lock().expect("no panic while held");
         latest.extend(led.iter().map(|l| (l.shard, *l)));
         publish(node, &self.gossip(), led);
+    }
+
+    /// Says goodbye and stops gossip for good, once nobody is left who would start it anew. The port is free then.
+    pub(crate) async fn leave(&self) {
+        if tokio::time::timeout(START_LIMIT, self.starting.lock()).await.is_err() {
+            tracing::warn!("gossip was being started anew while this node stops, and still is");
+        }
+        self.gossip().leave().await;
     }
 
     /// Passes gossip's news on and keeps it running, for as long as the node lives.
@@ -294,7 +306,17 @@ impl Membership {
         let beaten = if let End::Superseded(by) = end { by } else { 0 };
         let generation = clock.max(last.saturating_add(1)).max(beaten.saturating_add(1));
         let keys = self.keys.lock().expect("no panic while held").clone();
-        Gossip::start(GossipConfig { generation: Some(generation), keys, ..self.config.clone() }).await
+        let config = GossipConfig { generation: Some(generation), keys, ..self.config.clone() };
+        let busy = self.starting.clone().lock_owned().await;
+        let (hand_over, handed_over) = oneshot::channel();
+        // In a task of its own: a start that is cut off midway would leave its sockets to nobody.
+        tokio::spawn(async move {
+            if let Err(Ok(unwanted)) = hand_over.send(Gossip::start(config).await) {
+                unwanted.shutdown().await;
+            }
+            drop(busy);
+        });
+        handed_over.await.unwrap_or_else(|_| Err(GossipError::Start("its start has panicked".to_owned())))
     }
 
     /// Puts a new run in the place of the last one, and tells it what has changed while it was started.
@@ -670,6 +692,23 @@ mod tests {
         let (event, ()) = tokio::join!(next(&second, &hub, &mut story, &mut events), heard);
         assert_eq!(event, Some(MemberEvent::Leave { node: NodeId(2) }), "no second join");
         assert!(story.missed.is_empty());
+    }
+
+    /// Whoever starts gossip anew may be cut off at any moment: what it has begun ends, too, before the goodbye does.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_start_that_is_cut_off_leaves_nothing_behind() {
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let config = GossipConfig::new(NodeId(1), Incarnation(1), "127.0.0.1:9001", "test", bind);
+        let ours = Membership::start(config).await.unwrap();
+        let first = ours.gossip();
+        first.shutdown().await;
+        let mut start = Box::pin(ours.start_anew(End::Stopped, first.generation()));
+        let begun = std::future::poll_fn(|c| std::task::Poll::Ready(start.as_mut().poll(c).is_pending())).await;
+        assert!(begun, "it goes on by itself");
+        drop(start);
+        ours.leave().await;
+        std::net::UdpSocket::bind(first.addr()).expect("nobody gossips there");
+        std::net::TcpListener::bind(first.addr()).expect("by streams neither");
     }
 
     /// A change of keys while gossip is started anew reaches the new run, which has begun with the old ones.

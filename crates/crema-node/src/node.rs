@@ -64,6 +64,8 @@ const KEYS_LOOK: Duration = Duration::from_secs(2);
 const MEMORY_LOOK: Duration = Duration::from_secs(5);
 /// Longest time for RESP connections to finish what is in flight.
 const RESP_DRAIN: Duration = Duration::from_secs(3);
+/// Longest time for this node's tasks to end; they wait nowhere but where they may be ended.
+const TASKS_END: Duration = Duration::from_secs(2);
 /// Longest time to resolve the advertised host.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// About so many bytes of records one piece of a state holds on its way to another node: a fraction of a millisecond of the
@@ -820,9 +822,10 @@ impl Inner {
         }
         while closing.join_next().await.is_some() {}
         // From here on the parts end one after the other, which is no news to act on.
-        self.abort_tasks();
+        let tasks = std::mem::take(&mut *self.tasks.lock().expect("no panic while held"));
+        end_all(tasks).await;
         if let Some(membership) = &watch.membership {
-            membership.gossip().leave().await;
+            membership.leave().await;
         }
         self.events.close();
         // The driver first: what it still sends is flushed when the connections close.
@@ -870,17 +873,25 @@ impl Inner {
             _ => tracing::warn!("after {grace:?} not all leaderships were handed over; elections will follow"),
         }
     }
+}
 
-    fn abort_tasks(&self) {
-        for task in self.tasks.lock().expect("no panic while held").drain(..) {
-            task.abort();
+/// Ends tasks, and waits until they have ended: until then one may be about to do what must not come after.
+async fn end_all(tasks: Vec<JoinHandle<()>>) {
+    tasks.iter().for_each(JoinHandle::abort);
+    let all = async {
+        for task in tasks {
+            // The error is the end that was just asked for.
+            let _ = task.await;
         }
+    };
+    if tokio::time::timeout(TASKS_END, all).await.is_err() {
+        tracing::warn!("a task of this node did not end within {TASKS_END:?}");
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.abort_tasks();
+        self.tasks.lock().expect("no panic while held").drain(..).for_each(|task| task.abort());
         self.events.close();
         // Without a shutdown the thread would live on. A full queue is drained within a round; give up on one that is not.
         if self.watch.driver.is_running() {
@@ -1424,6 +1435,27 @@ mod tests {
         let error = Node::start(config).await.unwrap_err();
         assert!(matches!(&error, StartError::Bind { key: "gossip_addr", addr, .. } if *addr == taken), "{error}");
         std::net::TcpListener::bind(free).expect("the listeners are closed again");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_stop_waits_for_what_its_tasks_are_doing() {
+        let (begin, begun) = tokio::sync::oneshot::channel();
+        let (go_on, may_go_on) = std::sync::mpsc::channel();
+        let done = Arc::new(AtomicBool::new(false));
+        let seen = done.clone();
+        // Between two points at which it can be ended.
+        let task = tokio::spawn(async move {
+            let _ = begin.send(());
+            let _ = may_go_on.recv();
+            seen.store(true, Ordering::Relaxed);
+        });
+        begun.await.unwrap();
+        let mut ending = Box::pin(end_all(vec![task, tokio::spawn(std::future::pending())]));
+        let waits = std::future::poll_fn(|c| std::task::Poll::Ready(ending.as_mut().poll(c).is_pending())).await;
+        assert!(waits);
+        go_on.send(()).unwrap();
+        ending.await;
+        assert!(done.load(Ordering::Relaxed));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
