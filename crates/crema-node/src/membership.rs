@@ -16,12 +16,12 @@ use crate::memberlist::socket_addr;
 use crate::peers::{MAX_STRANGERS, PeersHandle, Reach};
 use arc_swap::ArcSwap;
 use crema_core::{Incarnation, NodeId, ShardId};
-use crema_gossip::events::EventHub;
+use crema_gossip::events::{EventHub, EventReceiver};
 use crema_gossip::view::MAX_MEMBERS;
 use crema_gossip::{
     Gossip, GossipConfig, GossipError, GossipUpdate, KeyRing, LeaderEntry, Member, MemberEvent, MemberState,
 };
-use crema_shard::{LeaderHint, LedShard};
+use crema_shard::{LeaderHint, LedShard, RoutingView};
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -39,7 +39,7 @@ const LONGEST_RESTART_PAUSE: Duration = Duration::from_secs(30);
 /// Longest time that a stop waits for a start that is under way; it takes milliseconds.
 const START_LIMIT: Duration = Duration::from_secs(2);
 
-/// After gossip was started anew, members of before that are not heard for so long have failed meanwhile. Well above what
+/// After gossip was started anew, members of before that are not heard for so long have gone meanwhile. Well above what
 /// it takes to hear of everybody.
 const RETURN_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -266,15 +266,16 @@ impl Membership {
 
     /// Passes gossip's news on and keeps it running, for as long as the node lives.
     pub(crate) async fn run(&self, mut around: Surroundings) {
-        let events = around.events.clone();
+        let (hub, driver) = (around.events.clone(), around.driver.clone());
         let mut story = Story::default();
         loop {
             let gossip = self.gossip();
+            let mut events = gossip.events();
+            let has_left = |node| has_left(&gossip, &driver.view(), node);
             let end = tokio::select! {
                 end = follow(&gossip, &mut around) => end,
-                never = tell(&gossip, &events, &mut story) => match never {},
+                never = tell(&gossip, &mut events, &hub, &mut story, has_left) => match never {},
             };
-            story.interrupted(around.node);
             match end {
                 End::Stopped => tracing::error!("gossip has stopped; it is started anew"),
                 End::Superseded(_) => tracing::warn!(
@@ -283,6 +284,8 @@ impl Membership {
                 ),
             }
             gossip.shutdown().await;
+            tell_the_rest(&gossip, &mut events, &hub, &mut story);
+            story.interrupted(around.node);
             let mut pause = RESTART_PAUSE;
             loop {
                 tokio::time::sleep(pause).await;
@@ -418,9 +421,15 @@ async fn follow(gossip: &Gossip, around: &mut Surroundings) -> End {
     }
 }
 
-/// Passes what happens to members on to those who listen, for as long as it is polled.
-async fn tell(gossip: &Gossip, hub: &EventHub, story: &mut Story) -> Infallible {
-    let mut events = gossip.events();
+/// Passes what happens to members on to those who listen, for as long as it is polled. Of those who are missed after a restart,
+/// `has_left` tells whether that was planned.
+async fn tell(
+    gossip: &Gossip,
+    events: &mut EventReceiver,
+    hub: &EventHub,
+    story: &mut Story,
+    has_left: impl Fn(NodeId) -> bool,
+) -> Infallible {
     let patience = tokio::time::sleep(RETURN_PATIENCE);
     tokio::pin!(patience);
     loop {
@@ -430,10 +439,26 @@ async fn tell(gossip: &Gossip, hub: &EventHub, story: &mut Story) -> Infallible 
                 // This run is over, which `follow` notices too.
                 None => std::future::pending().await,
             },
-            () = &mut patience, if !story.missed.is_empty() => story.give_up(),
+            () = &mut patience, if !story.missed.is_empty() => story.give_up(&has_left),
         };
         hub.publish(&news);
     }
+}
+
+/// Passes on what a run that has ended still had to tell: the next one knows nothing of it.
+fn tell_the_rest(gossip: &Gossip, events: &mut EventReceiver, hub: &EventHub, story: &mut Story) {
+    while let Some(event) = events.try_recv() {
+        let news: Vec<_> = story.hear(with_numbers(gossip, event)).into_iter().collect();
+        hub.publish(&news);
+    }
+}
+
+/// Whether a node that is not heard any more has gone as planned. A run of gossip lists nobody whom it never heard alive, so that
+/// whoever left between two runs is known by the cluster's table alone: before it stops, a node has that say so.
+fn has_left(gossip: &Gossip, view: &RoutingView, node: NodeId) -> bool {
+    let said_goodbye = |m: &Member| m.meta.node_id == node && m.state == MemberState::Left;
+    gossip.members().iter().any(said_goodbye)
+        || view.nodes.get(&node).is_some_and(|route| route.draining && !route.live)
 }
 
 /// The event with an address in place of a host name, for listeners that want to connect: that of the machine that gossips.
@@ -490,10 +515,11 @@ impl Story {
         self.missed = up.map(|(node, _)| *node).collect();
     }
 
-    /// Those who were not heard again have failed.
-    fn give_up(&mut self) -> Vec<MemberEvent> {
+    /// Those who were not heard again have left or failed.
+    fn give_up(&mut self, has_left: impl Fn(NodeId) -> bool) -> Vec<MemberEvent> {
         let missed = std::mem::take(&mut self.missed);
-        missed.into_iter().filter_map(|node| self.hear(MemberEvent::Failed { node })).collect()
+        let end = |node| if has_left(node) { MemberEvent::Leave { node } } else { MemberEvent::Failed { node } };
+        missed.into_iter().filter_map(|node| self.hear(end(node))).collect()
     }
 }
 
@@ -625,7 +651,7 @@ mod tests {
         let update = |n: u64, a: &str| MemberEvent::Update { node: NodeId(n), raft_addr: a.to_owned() };
         let (failed, leave) = (|n| MemberEvent::Failed { node: NodeId(n) }, |n| MemberEvent::Leave { node: NodeId(n) });
         let mut story = Story::default();
-        for event in [join(1, "a"), join(2, "a"), join(3, "a"), join(4, "a"), update(2, "b"), failed(3)] {
+        for event in [join(1, "a"), join(2, "a"), join(3, "a"), join(4, "a"), join(6, "a"), update(2, "b"), failed(3)] {
             assert_eq!(story.hear(event.clone()), Some(event));
         }
         assert_eq!(story.hear(failed(3)), None, "told before");
@@ -634,11 +660,29 @@ mod tests {
         assert_eq!(story.hear(join(2, "c")), Some(update(2, "c")), "it moved meanwhile");
         assert_eq!(story.hear(join(3, "a")), Some(join(3, "a")), "it came back meanwhile");
         assert_eq!(story.hear(join(5, "a")), Some(join(5, "a")));
-        assert_eq!(story.give_up(), [failed(4)]);
-        assert_eq!(story.give_up(), []);
+        let has_left = |node| node == NodeId(6);
+        assert_eq!(story.give_up(has_left), [failed(4), leave(6)]);
+        assert_eq!(story.give_up(has_left), []);
         assert_eq!(story.hear(leave(4)), Some(leave(4)));
         assert_eq!(story.hear(leave(4)), None);
         assert_eq!(story.hear(leave(9)), None, "nobody was told of it");
+    }
+
+    /// Who stops as planned has the cluster's table say so; who is connected has not gone.
+    #[tokio::test]
+    async fn the_table_knows_who_left_between_two_runs() {
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let config = GossipConfig::new(NodeId(1), Incarnation(1), "127.0.0.1:9001", "test", bind);
+        let gossip = Gossip::start(config).await.unwrap();
+        let mut view = crate::admin::tests::fake().view;
+        let mut stands = |draining, live| {
+            let route = view.nodes.get_mut(&NodeId(2)).unwrap();
+            (route.draining, route.live) = (draining, live);
+            has_left(&gossip, &view, NodeId(2))
+        };
+        assert!(stands(true, false));
+        assert!(!stands(true, true) && !stands(false, false));
+        assert!(!has_left(&gossip, &view, NodeId(9)), "nobody knows it");
     }
 
     /// Those who listen notice nothing of it when gossip is started anew.
@@ -661,41 +705,62 @@ mod tests {
         let join = |n: u64| MemberEvent::Join { node: NodeId(n), raft_addr: format!("127.0.0.1:900{n}") };
         /// The next event, while this run's are passed on.
         async fn next(
-            gossip: &Gossip,
+            (gossip, run): (&Gossip, &mut EventReceiver),
             hub: &EventHub,
             story: &mut Story,
-            events: &mut crema_gossip::EventReceiver,
+            events: &mut EventReceiver,
         ) -> Option<MemberEvent> {
             let next = async {
                 tokio::select! {
                     event = events.recv() => event,
-                    never = tell(gossip, hub, story) => match never {},
+                    never = tell(gossip, run, hub, story, |_| false) => match never {},
                 }
             };
             tokio::time::timeout(Duration::from_secs(20), next).await.expect("an event")
         }
         let first = ours.gossip();
+        let mut run = first.events();
         for n in [1, 2] {
-            assert_eq!(next(&first, &hub, &mut story, &mut events).await, Some(join(n)));
+            assert_eq!(next((&first, &mut run), &hub, &mut story, &mut events).await, Some(join(n)));
         }
+        // What happens just before the end of a run is told all the same.
+        let mut third = config(3);
+        third.seeds = vec![first.addr().into()];
+        let third = Gossip::start(third).await.unwrap();
+        let knows = async |state| {
+            let known = || first.members().iter().any(|m| m.meta.node_id == NodeId(3) && m.state == state);
+            let heard = async {
+                while !known() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), heard).await.expect("heard");
+        };
+        knows(MemberState::Alive).await;
+        assert_eq!(next((&first, &mut run), &hub, &mut story, &mut events).await, Some(join(3)));
+        third.leave().await;
+        knows(MemberState::Left).await;
 
         first.shutdown().await;
+        tell_the_rest(&first, &mut run, &hub, &mut story);
+        assert_eq!(events.try_recv(), Some(MemberEvent::Leave { node: NodeId(3) }));
         story.interrupted(NodeId(1));
         ours.restart(NodeId(1), End::Stopped, first.generation()).await.unwrap();
         let second = ours.gossip();
+        let mut run = second.events();
         let heard = async {
             while second.members().len() < 2 {
                 tokio::task::yield_now().await;
             }
             other.leave().await;
         };
-        let (event, ()) = tokio::join!(next(&second, &hub, &mut story, &mut events), heard);
+        let (event, ()) = tokio::join!(next((&second, &mut run), &hub, &mut story, &mut events), heard);
         assert_eq!(event, Some(MemberEvent::Leave { node: NodeId(2) }), "no second join");
         assert!(story.missed.is_empty());
     }
 
     /// Whoever starts gossip anew may be cut off at any moment: what it has begun ends, too, before the goodbye does.
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    #[tokio::test]
     async fn a_start_that_is_cut_off_leaves_nothing_behind() {
         let bind = "127.0.0.1:0".parse().unwrap();
         let config = GossipConfig::new(NodeId(1), Incarnation(1), "127.0.0.1:9001", "test", bind);
@@ -703,6 +768,7 @@ mod tests {
         let first = ours.gossip();
         first.shutdown().await;
         let mut start = Box::pin(ours.start_anew(End::Stopped, first.generation()));
+        // On one thread what it has spawned cannot be done before it waits.
         let begun = std::future::poll_fn(|c| std::task::Poll::Ready(start.as_mut().poll(c).is_pending())).await;
         assert!(begun, "it goes on by itself");
         drop(start);
