@@ -15,7 +15,7 @@
 //! the next sees them in that order, because the first has taken effect by then.
 
 use crate::client::{Client, Outbox, Stopped};
-use crate::config::is_loopback;
+use crate::config::{Secret, check_password, is_loopback};
 use crate::coordinator::{Coordinator, MultiRaftCacheConfig};
 use crate::memberlist::{EventReceiver, LOOKUP_LIMIT, Member, MemberState, MemberlistDiscovery, RaftNodeMetadata};
 use crate::node::{BindAddrs, GossipOptions, Node, NodeConfig, StartError};
@@ -112,6 +112,7 @@ pub struct CacheConfig {
     eviction: Option<EvictionPolicy>,
     auto_voters_after: Duration,
     cluster_keys: Option<KeyRing>,
+    requirepass: Option<Secret>,
 }
 
 impl CacheConfig {
@@ -138,6 +139,7 @@ impl CacheConfig {
             eviction: Some(EvictionPolicy::default()),
             auto_voters_after: Duration::from_secs(300),
             cluster_keys: None,
+            requirepass: None,
         }
     }
     /// The other initial members and their Raft addresses. They and this node found the cluster together; each must be
@@ -242,9 +244,17 @@ impl CacheConfig {
         self
     }
     /// The cluster's keys, the same on every node. With them gossip is encrypted and authenticated, and a peer has to prove that
-    /// it has one before anything else of it is read; both may then be open to the network.
+    /// it has one before anything else of it is read; both may then be open to the network. They are changed while the cluster
+    /// runs with [`DistributedCache::set_cluster_keys`].
     pub fn with_cluster_keys(mut self, keys: KeyRing) -> Self {
         self.cluster_keys = Some(keys);
+        self
+    }
+    /// The password of Redis clients (`AUTH`) and of HTTP (a bearer token; `/livez` and `/readyz` are open to all), as
+    /// `--requirepass-file` sets it for the binary: one line of at most 512 bytes, of which HTTP carries printable ASCII without
+    /// spaces only. With it the addresses of both may be open to the network.
+    pub fn with_requirepass(mut self, password: impl Into<String>) -> Self {
+        self.requirepass = Some(Secret::new(password));
         self
     }
     /// Listen on addresses that are not loopback although nothing authenticates who connects.
@@ -293,15 +303,25 @@ impl CacheConfig {
                 return invalid(format!("metadata {name:?} is {value:?} here and something else in the discovery"));
             }
         }
+        if let Some(password) = &self.requirepass {
+            check_password(password).map_err(|e| CacheError::Invalid(e.to_string()))?;
+        }
         let gossip_bind = gossip.as_ref().map(|gossip| gossip.bind);
-        let doors = [Some(self.raft_addr), gossip_bind, self.redis_addr, self.redis_cluster_addr, self.http_addr];
-        let locked =
-            |addr: &SocketAddr| self.cluster_keys.is_some() && (*addr == self.raft_addr || Some(*addr) == gossip_bind);
-        for addr in doors.into_iter().flatten().filter(|addr| !is_loopback(*addr) && !locked(addr)) {
+        let keys = (self.cluster_keys.is_some(), "with_cluster_keys");
+        let password = (self.requirepass.is_some(), "with_requirepass");
+        let doors = [
+            (Some(self.raft_addr), keys),
+            (gossip_bind, keys),
+            (self.redis_addr, password),
+            (self.redis_cluster_addr, password),
+            (self.http_addr, password),
+        ];
+        for (addr, (locked, remedy)) in doors {
+            let Some(addr) = addr.filter(|addr| !is_loopback(*addr) && !locked) else { continue };
             if !self.insecure {
                 return invalid(format!(
-                    "{addr} is open to the network and has no credentials: use a loopback address, with_cluster_keys for \
-                     Raft and gossip, or with_insecure(true) if everyone who can reach it is trusted"
+                    "{addr} is open to the network and has no credentials: use a loopback address, {remedy}, or \
+                     with_insecure(true) if everyone who can reach it is trusted"
                 ));
             }
             tracing::warn!(%addr, "insecure: this address is open to the network and has no credentials");
@@ -328,7 +348,7 @@ impl CacheConfig {
             metadata,
             cluster_keys: self.cluster_keys,
             cluster_key_file: None,
-            requirepass: None,
+            requirepass: self.requirepass,
             request_deadline: self.request_deadline,
             reads: self.reads,
             max_clients: 10_000,
@@ -576,6 +596,33 @@ impl DistributedCache {
     /// The nodes that may hold data and vote, ascending, as this node knows; nobody before the cluster is founded or joined.
     pub fn voters(&self) -> Vec<NodeId> {
         self.inner.node.voters().into_iter().map(|node| node.0).collect()
+    }
+
+    /// Replaces the cluster's keys: gossip seals with the first of them from now on and opens with all, and new connections
+    /// between nodes are proved with them; those that stand stay.
+    ///
+    /// To rotate, do each of these three steps on every node before the next: the new key is known, is used, is alone.
+    ///
+    /// ```no_run
+    /// # use crema_node::{ClusterKey, DistributedCache, KeyRing};
+    /// # fn rotate(cache: DistributedCache, old: ClusterKey, new: ClusterKey) -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut keys = KeyRing::new(old.clone());
+    /// keys.install(new.clone())?;
+    /// cache.set_cluster_keys(keys.clone())?;
+    /// // Then ...
+    /// keys.use_key(new.id())?;
+    /// cache.set_cluster_keys(keys.clone())?;
+    /// // ... and in the end:
+    /// keys.remove(old.id())?;
+    /// cache.set_cluster_keys(keys)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Errors: [`CacheError::Invalid`] on a node that was started without [`CacheConfig::with_cluster_keys`]: its peers have
+    /// none either.
+    pub fn set_cluster_keys(&self, keys: KeyRing) -> Result<()> {
+        self.inner.node.set_cluster_keys(keys).map_err(|e| CacheError::Invalid(e.to_string()))
     }
 
     /// Waits until this node is ready: it has joined, holds everything placement gives it, and every shard has a leader.

@@ -554,6 +554,15 @@ pub(crate) fn read_password(path: &Path) -> Result<Secret, ConfigError> {
     }
 }
 
+/// Checks a password that does not come from a file, by the same rules.
+pub(crate) fn check_password(password: &Secret) -> Result<(), ConfigError> {
+    let text = password.expose();
+    if text.is_empty() || text.len() as u64 > MAX_PASSWORD_BYTES || text.contains(['\r', '\n']) {
+        return bad(format!("the password must be one line of 1 to {MAX_PASSWORD_BYTES} bytes"));
+    }
+    Ok(())
+}
+
 /// A confique error with its cause, on one line.
 fn explain(error: confique::Error) -> ConfigError {
     ConfigError(format!("{error:#}").replace('\n', " ").trim_end().to_owned())

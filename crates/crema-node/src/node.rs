@@ -794,6 +794,17 @@ impl Node {
         view.nodes.iter().filter(|(_, route)| route.approved).map(|(node, _)| *node).collect()
     }
 
+    /// Replaces the cluster's keys: for gossip, and for connections from now on. Where the node follows a file, that counts again
+    /// as soon as it changes.
+    ///
+    /// Errors: [`GossipError::NoKeys`] on a node that was started without.
+    pub fn set_cluster_keys(&self, keys: KeyRing) -> Result<(), GossipError> {
+        if self.inner.config.cluster_keys.is_none() {
+            return Err(GossipError::NoKeys);
+        }
+        set_keys(self.membership().map(|membership| &**membership), &self.inner.peers, keys)
+    }
+
     /// From now on a shutdown, also one under way, waits for nobody: the whole cluster stops, or this node is of no use.
     pub fn hurry(&self) {
         self.inner.hurry.send_replace(true);

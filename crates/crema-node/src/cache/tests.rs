@@ -367,6 +367,13 @@ fn configurations_that_cannot_work_are_refused() {
         (base().with_request_deadline(Duration::ZERO), "deadline"),
         (base().with_cluster_name("a b"), "cluster"),
         (CacheConfig::new(1, addr("10.0.0.1:9001")), "with_insecure"),
+        (CacheConfig::new(1, addr("10.0.0.1:9001")).with_requirepass("p"), "with_cluster_keys"),
+        (base().with_cluster_keys(keys(&[1])).with_redis_addr(addr("10.0.0.1:6379")), "with_requirepass"),
+        (base().with_redis_cluster_addr(addr("10.0.0.1:7379")), "with_requirepass"),
+        (base().with_http_addr(addr("0.0.0.0:8080")), "with_requirepass"),
+        (base().with_requirepass(""), "password"),
+        (base().with_requirepass("two\nlines"), "password"),
+        (base().with_requirepass("x".repeat(513)), "password"),
         (CacheConfig::new(1, addr("0.0.0.0:9001")).with_insecure(true), "connect to"),
     ] {
         let error = config.resolve().unwrap_err();
@@ -376,6 +383,75 @@ fn configurations_that_cannot_work_are_refused() {
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
+}
+
+/// A ring of keys by their numbers; the first is in use.
+fn keys(numbers: &[u8]) -> KeyRing {
+    let key = |n: u8| crate::ClusterKey::new([n; 32]);
+    let mut ring = KeyRing::new(key(numbers[0]));
+    numbers[1..].iter().for_each(|n| ring.install(key(*n)).unwrap());
+    ring
+}
+
+#[test]
+fn a_lock_for_each_door_opens_the_node_to_the_network() {
+    let config = CacheConfig::new(1, addr("10.0.0.1:9001"))
+        .with_cluster_keys(keys(&[1]))
+        .with_requirepass("s3cret")
+        .with_redis_addr(addr("10.0.0.1:6379"))
+        .with_redis_cluster_addr(addr("10.0.0.1:7379"))
+        .with_http_addr(addr("10.0.0.1:8080"));
+    assert!(!format!("{config:?}").contains("s3cret"), "nobody reads it in a log");
+    let node = config.resolve().unwrap();
+    assert!(node.requirepass.unwrap().is(b"s3cret") && node.cluster_keys.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_password_locks_redis_and_http() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let any = addr("127.0.0.1:0");
+    let config = CacheConfig::new(1, any).with_redis_addr(any).with_http_addr(any).with_requirepass("s3cret");
+    let cache = DistributedCache::new(config).await.unwrap();
+    let at = |name: &str| cache.inner.node.addresses().iter().find(|(key, _)| *key == name).unwrap().1;
+    let say = async |to: SocketAddr, text: &str| {
+        let mut stream = tokio::net::TcpStream::connect(to).await.unwrap();
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        let read = stream.read_to_string(&mut answer);
+        tokio::time::timeout(Duration::from_secs(30), read).await.expect("an end").unwrap();
+        answer
+    };
+    let (redis, http) = (at("redis_addr"), at("http_addr"));
+    assert!(say(redis, "PING\r\nQUIT\r\n").await.starts_with("-NOAUTH"));
+    assert!(say(redis, "AUTH wrong\r\nQUIT\r\n").await.starts_with("-WRONGPASS"));
+    assert!(say(redis, "AUTH s3cret\r\nPING\r\nQUIT\r\n").await.starts_with("+OK\r\n+PONG\r\n"));
+    let get = |bearer: &str| format!("GET /v1/status HTTP/1.1\r\nHost: x\r\n{bearer}\r\n");
+    assert!(say(http, &get("")).await.starts_with("HTTP/1.1 401"));
+    assert!(say(http, &get("Authorization: Bearer s3cret\r\n")).await.starts_with("HTTP/1.1 200"));
+    cache.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_are_changed_while_a_node_runs() {
+    let gossips = || MemberlistConfig { enabled: true, bind_addr: Some(addr("127.0.0.1:0")), ..Default::default() };
+    let config = CacheConfig::new(1, addr("127.0.0.1:0")).with_cluster_keys(keys(&[1]));
+    let config = config.with_cluster_discovery(discovery(1, addr("127.0.0.1:0"), gossips()));
+    let first = DistributedCache::new(config).await.unwrap();
+    first.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    for ring in [&[1, 2][..], &[2, 1], &[2]] {
+        first.set_cluster_keys(keys(ring)).unwrap();
+    }
+    // One that never had the first key finds it by gossip, and is let in by its connections.
+    let seed = first.memberlist_members().await[0].gossip_addr.unwrap();
+    let config = CacheConfig::new(2, addr("127.0.0.1:0")).with_cluster_keys(keys(&[2])).with_join(true);
+    let found = discovery(2, addr("127.0.0.1:0"), gossips().with_seeds(vec![seed.into()]));
+    let second = DistributedCache::new(config.with_cluster_discovery(found)).await.unwrap();
+    second.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    second.put("k", "v").await.unwrap();
+    assert_eq!(first.get("k").await, Ok(Some("v".into())));
+
+    let open = DistributedCache::new(CacheConfig::new(1, addr("127.0.0.1:0"))).await.unwrap();
+    assert!(matches!(open.set_cluster_keys(keys(&[1])), Err(CacheError::Invalid(_))));
 }
 
 fn discovery(node_id: NodeId, raft_addr: SocketAddr, config: MemberlistConfig) -> MemberlistDiscovery {
