@@ -168,7 +168,42 @@ fn change_all(args: &ChangeArgs, approved: bool) -> Result<(), CliError> {
             format!("node {node_id} shall hold no replicas; stop it once they have moved")
         });
     }
+    if let Some(warning) = shortage(&door, args, approved)? {
+        say(warning);
+    }
     if args.wait { watch(&door, true) } else { Ok(()) }
+}
+
+/// What of [`crate::admin::StatusBody`] matters here: nodes of other versions say it, too.
+#[derive(Debug, Deserialize)]
+struct Wanted {
+    replicas: u32,
+}
+
+/// Whether a removal has left fewer nodes than replicas are wanted, in a sentence.
+fn shortage(door: &Door, args: &ChangeArgs, approved: bool) -> Result<Option<String>, CliError> {
+    if approved {
+        return Ok(None);
+    }
+    let (voters, _): (Vec<VoterBody>, _) = read(&door.addr, http_get(door, "/v1/voters", MAX_ANSWER_BYTES)?)?;
+    let (wanted, _): (Wanted, _) = read(&door.addr, http_get(door, "/v1/status", MAX_ANSWER_BYTES)?)?;
+    // The asked node may not have heard yet of what it was answered.
+    let left = voters.iter().filter(|voter| !args.nodes.contains(&voter.node_id)).count();
+    Ok(warn_of_shortage(left, wanted.replicas as usize))
+}
+
+fn warn_of_shortage(left: usize, wanted: usize) -> Option<String> {
+    if left >= wanted {
+        return None;
+    }
+    let nodes = if left == 1 { "1 node".to_owned() } else { format!("{left} nodes") };
+    // As many as leave no majority of those that are left.
+    let failures = match left - left / 2 {
+        0 | 1 => "one failure stops".to_owned(),
+        2 => "two failures stop".to_owned(),
+        n => format!("{n} failures stop"),
+    };
+    Some(format!("warning: {nodes} may hold replicas, shards want {wanted}: until another is added, {failures} writes"))
 }
 
 /// Runs `crema shards --moves`; with `follow`, until nothing moves any more.
@@ -274,6 +309,40 @@ mod tests {
         assert_eq!(body, MovesBody { open: 3, moves: vec![first, meta] });
         let text = moves_table(&body);
         assert!(text.contains("2.5 MB") && text.contains("meta") && text.ends_with("3 groups to go"), "{text}");
+    }
+
+    #[test]
+    fn too_few_voters_are_told_with_what_that_means() {
+        let warning = |left, wanted| warn_of_shortage(left, wanted).unwrap_or_default();
+        assert_eq!(
+            warning(2, 3),
+            "warning: 2 nodes may hold replicas, shards want 3: until another is added, one failure stops writes"
+        );
+        assert_eq!((warning(3, 3), warning(4, 3), warning(1, 1)), (String::new(), String::new(), String::new()));
+        for (left, wanted, failures) in
+            [(1, 3, "one failure stops"), (3, 5, "two failures stop"), (4, 5, "two"), (6, 7, "3")]
+        {
+            assert!(warning(left, wanted).contains(failures), "{left} of {wanted}");
+        }
+    }
+
+    /// The table as the asked node has it may still name who was just removed.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_removal_that_leaves_too_few_is_told() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap().to_string();
+        let router = admin::router(Arc::new(admin::tests::fake()), None);
+        let _server = admin::AdminServer::start(listener, router);
+        let ask = move |nodes: Vec<u64>, approved| {
+            let at = HttpArgs { http_addr: addr.clone(), requirepass_file: None };
+            let args = ChangeArgs { nodes, at, wait: false };
+            tokio::task::spawn_blocking(move || shortage(&args.at.door().unwrap(), &args, approved).unwrap())
+        };
+        // Three nodes are approved, three replicas wanted.
+        let warning = ask(vec![3], false).await.unwrap().expect("a warning");
+        assert!(warning.starts_with("warning: 2 nodes may hold replicas, shards want 3"), "{warning}");
+        assert_eq!(ask(vec![9], false).await.unwrap(), None, "whoever was none is not missed");
+        assert_eq!(ask(vec![3], true).await.unwrap(), None, "nothing is taken away");
     }
 
     #[test]
