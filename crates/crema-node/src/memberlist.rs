@@ -16,7 +16,7 @@
 //! let (node_id, raft_addr) = (1, "127.0.0.1:9001".parse()?);
 //! let seed_nodes = vec![(2, "127.0.0.1:9002".parse()?), (3, "127.0.0.1:9003".parse()?)];
 //!
-//! // Gossip listens on UDP. Seeds are its addresses: ip:port, host:port, or srv:name.
+//! // Gossip listens on UDP and on TCP. Seeds are its addresses: ip:port, host:port, or srv:name.
 //! let memberlist = MemberlistConfig::new("127.0.0.1:8001".parse()?)
 //!     .with_seeds(vec!["127.0.0.1:8002".parse()?, "127.0.0.1:8003".parse()?])
 //!     .with_metadata("zone", "a");
@@ -66,7 +66,7 @@ pub struct MemberlistConfig {
     /// Whether to gossip at all. Default: false. Without, only seed nodes and nodes of the cluster's table are known, and nothing
     /// else of this structure counts.
     pub enabled: bool,
-    /// Where gossip listens (UDP). Default: the Raft address with its port less 1000.
+    /// Where gossip listens (UDP and TCP). Default: the Raft address with its port less 1000.
     pub bind_addr: Option<SocketAddr>,
     /// Where others reach this node's gossip, if not at `bind_addr`: behind NAT, or when bound to all interfaces. If the Raft
     /// address is unspecified (`0.0.0.0`), this one's IP with the Raft port is where others reach that. Default: `bind_addr`,

@@ -10,8 +10,10 @@
 //! ```
 //!
 //! Each side proves that it has the key before the other decodes a byte of it. Both nonces are fresh, so that nothing recorded
-//! is of any use. What follows on the connection is neither encrypted nor authenticated: whoever can change packets on
-//! their way is out of scope until there is TLS.
+//! is of any use. What follows on the connection is neither encrypted nor authenticated. So two are out of scope until there is
+//! TLS: whoever can change packets on their way, and whoever owns an address that a node still dials, such as that of a pod
+//! which is gone. That one can pass the handshake on between two who have the key, and then send frames of its own in the
+//! dialer's name, and read those that it passes on.
 
 use super::wire::{HandshakeError, PREAMBLE_BYTES};
 use crema_gossip::{ClusterKey, KeyRing};
