@@ -6,6 +6,7 @@ use crate::seed::{SeedAddr, SeedError};
 use crema_core::{Incarnation, NodeId};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Most seeds in the configuration.
@@ -57,9 +58,13 @@ pub struct GossipConfig {
     /// For how long a dead node is remembered and still tried, half of it also told to others. Default 15 min; at least 1 min
     /// and long enough to notice a death. Longer fills the digest with earlier lives of restarted nodes.
     pub grace: Duration,
-    /// Orders the lives of this node: must grow with each. Default (`None`): the wall clock at the start in nanoseconds. A node
-    /// with a disk gives the larger of that and its saved predecessor + 1.
+    /// Orders the lives of this node: peers ignore a life below one that they have seen. Default (`None`): the wall clock at
+    /// the start in nanoseconds.
     pub generation: Option<u64>,
+    /// Where the generation is kept, for this life to exceed the one before even if the clock was set back: the larger of
+    /// `generation` and the kept one + 1 is written there, durably, and then used. Only one process may use the file; its
+    /// directory must exist. Default: nowhere.
+    pub generation_file: Option<PathBuf>,
     /// Allows to listen beyond loopback without keys, so that datagrams are neither authenticated nor encrypted. Default false.
     pub insecure: bool,
 }
@@ -141,6 +146,7 @@ impl GossipConfig {
             dead_ticks: 16,
             grace: Duration::from_secs(15 * 60),
             generation: None,
+            generation_file: None,
             insecure: false,
         }
     }

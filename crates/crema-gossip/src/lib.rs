@@ -10,11 +10,12 @@
 //!
 //! Gossip discovers, describes and suspects; it decides nothing. Voters change through consensus only, and a leader heard
 //! of here is a hint that Raft may contradict. `keys`, `tracker`, `view`, `seal`, `fragment`, `seed` and `config` are pure:
-//! clocks, sockets and tasks live in `service`, `events`, `transport` and `resolve`.
+//! clocks, sockets, files and tasks live in `service`, `events`, `transport`, `resolve` and `generation`.
 
 pub mod config;
 pub mod events;
 pub mod fragment;
+mod generation;
 pub mod keys;
 #[cfg(test)]
 mod network_tests;

@@ -189,6 +189,8 @@ pub struct View {
     clean_ticks_due: u32,
     refused: u64,
     superseded_by: Option<u64>,
+    /// The highest life under the own id that was reported as a conflict.
+    conflicting: Option<u64>,
 }
 
 impl View {
@@ -202,6 +204,7 @@ impl View {
             clean_ticks_due: 0,
             refused: 0,
             superseded_by: None,
+            conflicting: None,
         }
     }
 
@@ -243,7 +246,8 @@ impl View {
         self.refused
     }
 
-    /// The generation of a later process that runs under this node's own id, if one was seen: this process should stop.
+    /// The highest generation above the own one that was seen under this node's own id. One that is only remembered counts as
+    /// well: whoever has seen it alive ignores this life.
     pub fn superseded_by(&self) -> Option<u64> {
         self.superseded_by
     }
@@ -356,6 +360,8 @@ impl View {
     /// Compares, for every node, the life that counts with the highest other one that is heard too.
     fn find_conflicts(&mut self, snapshot: &[Observed]) -> Vec<Conflict> {
         let mut found = Vec::new();
+        let own = snapshot.iter().filter(|row| row.meta.node_id == self.config.this).map(|row| row.generation).max();
+        self.superseded_by = self.superseded_by.max(own.filter(|generation| *generation > self.config.generation));
         let mut heard: BTreeMap<NodeId, (u64, u64)> = BTreeMap::new();
         let mut main_beats: BTreeMap<NodeId, u64> = BTreeMap::new();
         for row in snapshot.iter().filter(|row| row.chitchat_alive) {
@@ -378,8 +384,8 @@ impl View {
             let own = self.config.generation;
             if node == self.config.this && generation > own {
                 // A later process took over this id: no need to watch for long, it is alive and it is not this one.
-                if self.superseded_by < Some(generation) {
-                    self.superseded_by = Some(generation);
+                if self.conflicting < Some(generation) {
+                    self.conflicting = Some(generation);
                     found.push(Conflict { node, lower: own, higher: generation });
                 }
                 continue;
@@ -635,12 +641,16 @@ mod tests {
     #[test]
     fn a_later_process_with_this_nodes_id_is_seen() {
         let mut b = Bench::new();
-        assert_eq!(b.tick(&[row(1, 100), silent(row(1, 200))]).conflicts, []);
+        b.tick(&[row(1, 100), row(1, 50), silent(row(2, 300))]);
         assert_eq!(b.view.superseded_by(), None);
+        // Silent it is no other process, but peers may have seen it alive and ignore this one for it.
+        assert_eq!(b.tick(&[row(1, 100), silent(row(1, 200))]).conflicts, []);
+        assert_eq!(b.view.superseded_by(), Some(200));
         let conflict = Conflict { node: NodeId(1), lower: 100, higher: 200 };
         assert_eq!(b.tick(&[row(1, 100), row(1, 200)]).conflicts, [conflict]);
         assert_eq!(b.tick(&[row(1, 100), row(1, 200)]).conflicts, []);
-        assert_eq!(b.view.superseded_by(), Some(200));
+        assert_eq!(b.tick(&[row(1, 100)]).conflicts, []);
+        assert_eq!(b.view.superseded_by(), Some(200), "it is not forgotten here before it is elsewhere");
     }
 
     #[test]

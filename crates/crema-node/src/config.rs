@@ -196,9 +196,9 @@ pub struct Config {
     #[config(env = "CREMA_DATA_DIR", layer_attr(arg(long, value_name = "DIR")))]
     pub data_dir: Option<PathBuf>,
 
-    /// Without data_dir: directory in which this node remembers of which cluster it is, and nothing else. Should every node
-    /// lose its memory at once, they then found no second cluster by themselves, and clients are not told that keys do not
-    /// exist: `crema recover` goes on with the old identity.
+    /// Without data_dir: directory in which this node remembers of which cluster it is and how often it began, and no data.
+    /// Should every node lose its memory at once, they then found no second cluster by themselves, and clients are not told
+    /// that keys do not exist: `crema recover` goes on with the old identity.
     #[config(env = "CREMA_STATE_DIR", layer_attr(arg(long, value_name = "DIR")))]
     pub state_dir: Option<PathBuf>,
 

@@ -17,7 +17,7 @@
 use crate::admin::{self, AdminServer, AdminSource, BoxFuture, Facts, GossipMember, MemberBody};
 use crate::client::{Client, Stopped};
 use crate::config::Secret;
-use crate::disk::{DataDir, LogStats, Mode};
+use crate::disk::{self, DataDir, LogStats, Mode};
 use crate::driver::{Driver, DriverHandle, Input, NodeEvent, Recover};
 use crate::memberlist::GossipTuning;
 use crate::membership::{AddressBook, Membership, Placed, Surroundings, update_addresses};
@@ -138,7 +138,8 @@ pub struct NodeConfig {
     pub bound_resident: bool,
     /// Where the log is kept on disk; in memory alone without.
     pub data_dir: Option<PathBuf>,
-    /// Where a node without a data directory remembers of which cluster it is: it then founds no second one.
+    /// Where a node without a data directory remembers of which cluster it is: it then founds no second one. In either
+    /// directory gossip keeps its generation.
     pub state_dir: Option<PathBuf>,
     /// Bytes of log on disk, over all shards, behind which states are written to files.
     pub checkpoint_log_bytes: u64,
@@ -927,6 +928,8 @@ fn gossip_config(
     gossip.seeds = config.seeds.clone();
     gossip.keys = config.cluster_keys.clone();
     gossip.advertise = advertise;
+    // This process has the directory for itself by the time gossip starts.
+    gossip.generation_file = config.data_dir.as_ref().or(config.state_dir.as_ref()).map(|dir| dir.join(disk::GOSSIP));
     config.gossip.tuning.apply(&mut gossip);
     // Whoever made this configuration has checked what may be open, and has warned.
     gossip.insecure = true;
@@ -1434,6 +1437,31 @@ mod tests {
             matches!(up.await.unwrap(), Ok(Input::Peers(batch)) if matches!(batch.events[0], PeerEvent::Up { .. }))
         );
         following.abort();
+    }
+
+    /// Its clock was an hour fast at the last start and is right again; peers would ignore a life below that one.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn gossip_of_a_node_with_a_directory_exceeds_its_last_generation() {
+        let generation = |node: &Node| node.inner.watch.membership.as_ref().unwrap().gossip().generation();
+        let node = Node::start(joining()).await.unwrap();
+        let fast = generation(&node) + 3_600_000_000_000;
+        node.shutdown().await;
+        for durable in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = Some(dir.path().to_owned());
+            let (data_dir, state_dir) = if durable { (path, None) } else { (None, path) };
+            let config = NodeConfig { data_dir, state_dir, ..joining() };
+            let bind = local();
+            let addrs = NodeAddrs { raft: "127.0.0.1:1".to_owned(), ..NodeAddrs::default() };
+            let mut before = gossip_config(&config, Incarnation(1), &addrs, bind, bind);
+            before.generation = Some(fast);
+            crema_gossip::Gossip::start(before).await.unwrap().shutdown().await;
+            for life in 1..3 {
+                let node = Node::start(config.clone()).await.unwrap();
+                assert_eq!(generation(&node), fast + life);
+                node.shutdown().await;
+            }
+        }
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@
 //!   identity             who this is; replaced atomically                    directory.rs
 //!   log/synced           how far the log was synced, two slots               marker.rs
 //!   log/raft/            raft-engine's files, one log for all groups         log_engine.rs, log_fs.rs
+//!   gossip               the last generation of gossip, written by `crema-gossip`
 //!   checkpoints/         <group>-<index>.ckpt                                checkpoint.rs
 //!   lost-<n>/            logs and checkpoints of lives that ended, for inspection
 //!
@@ -33,6 +34,9 @@ use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+
+/// The file in a data or state directory where gossip keeps its generation.
+pub const GOSSIP: &str = "gossip";
 
 /// Makes what happened to the names in a directory durable.
 fn sync_dir(dir: &Path) -> io::Result<()> {
