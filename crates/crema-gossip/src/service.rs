@@ -16,6 +16,7 @@
 
 use crate::config::{ConfigError, GossipConfig, Seeds};
 use crate::events::{EventHub, EventReceiver, GossipUpdate, UpdateHub, UpdateReceiver};
+use crate::generation;
 use crate::keys::{
     KeyError, LEADER_PREFIX, LeaderClaim, MAX_METADATA_ENTRIES, METADATA_PREFIX, NODE_PREFIX, NodeMeta, ParsedNode,
     STATE_KEY, STATE_LEFT, encode_claim, encode_metadata, encode_node, parse_claim, parse_node,
@@ -34,6 +35,7 @@ use chitchat::{
 use crema_core::{Epoch, MonoTime, NodeId, ShardId, Term};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -47,7 +49,8 @@ const PUBLISH_DEBOUNCE: Duration = Duration::from_millis(10);
 const PUBLISH_PEERS: usize = 16;
 /// Least time between two snapshots taken because something arrived. Bounds what a flood of news can cost.
 const SCAN_GAP: Duration = Duration::from_millis(5);
-/// Every so many ticks all claims are read again, whatever was read before.
+/// Every so many ticks all claims are read again, whatever was read before. Claims that were outranked by one of a node that
+/// is gone count then.
 const FULL_SCAN_TICKS: u64 = 20;
 /// Most lives of nodes that one snapshot considers.
 const MAX_LIVES: usize = 8_192;
@@ -81,6 +84,14 @@ pub enum GossipError {
     Bind {
         /// The address.
         addr: SocketAddr,
+        /// What the system says.
+        reason: String,
+    },
+    /// The generation cannot be kept: mend what the file system says.
+    #[error("gossip cannot keep its generation in {path}: {reason}")]
+    Generation {
+        /// The file.
+        path: PathBuf,
         /// What the system says.
         reason: String,
     },
@@ -231,8 +242,7 @@ impl Gossip {
         if advertise.port() == 0 {
             advertise.set_port(bound.port());
         }
-        let wall_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
-        let generation = config.generation.unwrap_or(wall_ns).max(1);
+        let generation = generation(&config).await?;
         let pairs = encode_node(&config.meta(advertise))?;
         let Started { wire, transport, greeted, heard_goodbyes } =
             Wire::start(sockets, advertise, &config.cluster, config.keys.clone(), hooks.clone())
@@ -316,15 +326,15 @@ impl Gossip {
         self.shared.tracker.clone()
     }
 
-    /// Tells the cluster that this node leads these shards. Returns at once; peers are told after 10 ms together with what
-    /// else is published until then. An older term than was published before for a shard changes nothing, and neither does a
-    /// claim that cannot be true (an unknown shard, term 0).
+    /// Tells the cluster that this node leads these shards, whatever others claim. Returns at once; peers are told after 10 ms
+    /// together with what else is published until then. An older term than was published before for a shard changes nothing,
+    /// and neither does a claim that cannot be true (an unknown shard, term 0).
     pub fn publish_leaders(&self, led: &[(ShardId, Term, Epoch)]) {
         let mut claims = Vec::with_capacity(led.len());
         for &(shard, term, epoch) in led {
-            match self.shared.tracker.claim(shard, self.shared.this, term, epoch) {
+            match self.shared.tracker.lead(shard, self.shared.this, term, epoch) {
                 ClaimOutcome::Changed | ClaimOutcome::Known => claims.push((shard, (term, epoch))),
-                // Somebody else leads by now.
+                // It has led a later term already.
                 ClaimOutcome::Stale => {}
                 outcome @ (ClaimOutcome::Conflict | ClaimOutcome::Invalid) => {
                     tracing::error!(%shard, %term, ?outcome, "own claim to lead a shard was refused");
@@ -424,7 +434,9 @@ impl Gossip {
         self.shared.healthy.subscribe()
     }
 
-    /// The generation of a later process that is alive under this node's id, if one was seen: peers ignore this one.
+    /// The highest generation above this one's that was seen under this node's id, whether its life is heard or only
+    /// remembered: peers ignore this one then. Either another process runs, or this life began with the clock behind that of an
+    /// earlier one; a start above this generation is heard.
     pub fn superseded_by(&self) -> Option<u64> {
         match self.shared.superseded_by.load(Ordering::Relaxed) {
             0 => None,
@@ -499,6 +511,20 @@ impl Gossip {
 impl Drop for Gossip {
     fn drop(&mut self) {
         self.stop_tasks();
+    }
+}
+
+/// The generation of the life that begins, kept if there is a file for it.
+async fn generation(config: &GossipConfig) -> Result<u64, GossipError> {
+    let wall_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
+    let wanted = config.generation.unwrap_or(wall_ns).max(1);
+    let Some(path) = config.generation_file.clone() else { return Ok(wanted) };
+    let file = path.clone();
+    let kept = tokio::task::spawn_blocking(move || generation::next(&file, wanted)).await;
+    let fail = |reason: String| GossipError::Generation { path, reason };
+    match kept {
+        Ok(kept) => kept.map_err(|error| fail(error.to_string())),
+        Err(error) => Err(fail(error.to_string())),
     }
 }
 
@@ -1098,19 +1124,17 @@ mod tests {
         for g in [&a, &b] {
             eventually("it has left", || state(g, 3) == Some(MemberState::Left)).await;
             eventually("its route is gone", || g.tracker().get_leader(t).is_none()).await;
-            assert_eq!(g.tracker().entry(t).unwrap().term, Term(2));
         }
         assert_eq!(next(&mut events).await, MemberEvent::Leave { node: NodeId(3) });
         while timeout(PATIENCE, updates.recv()).await.expect("the node is gone").unwrap()
             != GossipUpdate::Gone(NodeId(3))
         {}
 
-        // A crash is a failure. Its route goes, its term stays.
+        // A crash is a failure. Its route goes.
         drop(b);
         assert_eq!(next(&mut events).await, MemberEvent::Failed { node: NodeId(2) });
         eventually("the list says so too", || state(&a, 2) == Some(MemberState::Dead)).await;
         eventually("routes are gone", || a.tracker().all_leaders().is_empty()).await;
-        assert_eq!(a.tracker().entry(s).unwrap().term, Term(3));
         assert_eq!(state(&a, 3), Some(MemberState::Left));
 
         // The failed node comes back as a new life and leads again.
@@ -1147,6 +1171,33 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_made_up_term_silences_nobody_and_does_not_outlive_the_liar() {
+        let a = start(1, &[]).await;
+        let b = start(2, &[a.addr()]).await;
+        let liar = start(3, &[a.addr()]).await;
+        let all = [&a, &b, &liar];
+        all_see(&all, &[1, 2, 3]).await;
+        let s = ShardId(4);
+        liar.publish_leaders(&[(s, Term(u64::MAX), Epoch(1))]);
+        for g in all {
+            eventually("the lie arrives", || g.tracker().get_leader(s) == Some(NodeId(3))).await;
+        }
+        let mut updates = a.leader_updates();
+        assert_eq!(timeout(PATIENCE, updates.recv()).await.unwrap(), Some(GossipUpdate::Resync));
+        let (led, claim) = (Epoch(2), |term| (s, Term(term), Epoch(2)));
+        b.publish_leaders(&[claim(7)]);
+        assert_eq!(b.tracker().get_leader(s), Some(NodeId(2)), "its own Raft knows better");
+        drop(liar);
+        eventually("the truth is known", || a.tracker().get_leader(s) == Some(NodeId(2))).await;
+        assert_eq!(a.tracker().entry(s).unwrap().term, Term(7));
+        let news = GossipUpdate::Leader { shard: s, leader: NodeId(2), term: Term(7), epoch: led };
+        while timeout(PATIENCE, updates.recv()).await.expect("it is passed on").unwrap() != news {}
+        b.publish_leaders(&[claim(8)]);
+        eventually("later terms arrive as ever", || a.tracker().entry(s).unwrap().term == Term(8)).await;
+        assert_eq!((a.tracker().conflicts(), b.tracker().conflicts()), (0, 0));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn two_processes_under_one_id_are_noticed() {
         let a = start(1, &[]).await;
         let lower = start(2, &[a.addr()]).await;
@@ -1156,6 +1207,51 @@ mod tests {
         eventually("the lower one knows", || lower.superseded_by() == Some(higher.generation())).await;
         assert_eq!(higher.superseded_by(), None);
         assert_eq!(a.members().len(), 2);
+    }
+
+    /// Its clock was an hour fast at the last start and is right again.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_life_behind_a_remembered_one_is_told_so_and_the_next_is_heard() {
+        let a = start(1, &[]).await;
+        let hour_ns = 3_600_000_000_000;
+        let fast = a.generation() + hour_ns;
+        let life = |generation, incarnation: u128| GossipConfig {
+            generation,
+            incarnation: Incarnation(incarnation),
+            ..config(2, &[a.addr()])
+        };
+        let b = Gossip::start(life(Some(fast), 1)).await.unwrap();
+        all_see(&[&a, &b], &[1, 2]).await;
+        drop(b);
+        eventually("it fails", || state(&a, 2) == Some(MemberState::Dead)).await;
+        let b = Gossip::start(life(None, 2)).await.unwrap();
+        eventually("it knows", || b.superseded_by() == Some(fast)).await;
+        assert_eq!(b.stats().conflicts, 0, "nobody else runs");
+        assert_eq!(state(&a, 2), Some(MemberState::Dead));
+        b.shutdown().await;
+        let b = Gossip::start(life(Some(fast + 1), 3)).await.unwrap();
+        all_see(&[&a, &b], &[1, 2]).await;
+        assert_eq!(a.members()[1].meta.incarnation, Incarnation(3));
+        assert_eq!(b.superseded_by(), None);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_kept_generation_is_exceeded_although_the_clock_was_set_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = |generation| GossipConfig {
+            generation,
+            generation_file: Some(dir.path().join("gossip")),
+            ..config(1, &[])
+        };
+        let fast = start(9, &[]).await.generation() + 3_600_000_000_000;
+        assert_eq!(Gossip::start(kept(Some(fast))).await.unwrap().generation(), fast);
+        assert_eq!(Gossip::start(kept(None)).await.unwrap().generation(), fast + 1);
+        // A start within the process names its own, which may be too low as well.
+        assert_eq!(Gossip::start(kept(Some(7))).await.unwrap().generation(), fast + 2);
+        assert_eq!(Gossip::start(kept(Some(fast + 10))).await.unwrap().generation(), fast + 10);
+        std::fs::remove_dir_all(dir.path()).unwrap();
+        let error = Gossip::start(kept(None)).await.unwrap_err();
+        assert!(matches!(&error, GossipError::Generation { .. }), "{error}");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

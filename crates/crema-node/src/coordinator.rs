@@ -1,12 +1,14 @@
 //! Who leads which shard, for programs that embed a node.
 //!
 //! ```text
-//!   own replicas, refusals, gossip's hints --> RoutingView (term, leader) --\
-//!   gossip: "I lead it", one claim a shard --> tracker of gossip (term) -----+--> the higher term --> ShardLeaderTracker
+//!   own replicas, refusals, gossip's hints --> RoutingView (term, leader) ----\
+//!   gossip: "I lead it", one claim a shard --> tracker of gossip, where the ---+--> ShardLeaderTracker
+//!                                              view knows no leader
 //! ```
 //!
-//! The view comes first: it is what requests are routed by, and it knows which nodes answer. Gossip adds what the view cannot
-//! know yet: shards before the cluster's table is known, and leaders that this node has no connection to.
+//! The view comes first: it is what requests are routed by, it knows which nodes answer, and it drops a claim that turns out
+//! to be untrue, whatever its term. Gossip can do none of that: one that lies would outrank every true leader. It adds what
+//! the view cannot know yet: shards before the cluster's table is known, and leaders that this node has no connection to.
 
 use crate::cache::{NodeId, ShardId};
 use crate::client::Client;
@@ -103,7 +105,8 @@ impl ShardLeaderTracker {
     }
 }
 
-/// The better of two sources. In one term the view's word counts: it knows who of them is reached.
+/// The better of two sources: the view while it knows a leader, whatever term gossip speaks of; and where it knows
+/// none, gossip of a later term.
 fn best(view: &RoutingView, shard: ShardId, heard: Option<LeaderEntry>) -> Option<ShardLeaderInfo> {
     let id = crema_core::ShardId(shard);
     if id.is_meta() {
@@ -117,7 +120,7 @@ fn best(view: &RoutingView, shard: ShardId, heard: Option<LeaderEntry>) -> Optio
     let known = route.filter(|route| route.term > Term(0)).map(|route| (route.leader, route.term));
     let heard = heard.map(|entry| (entry.leader, entry.term));
     let (leader, term) = match (known, heard) {
-        (Some(known), Some(heard)) if heard.1 > known.1 => heard,
+        (Some((None, term)), Some(heard)) if heard.0.is_some() && heard.1 > term => heard,
         (Some(known), _) => known,
         (None, heard) => heard?,
     };
@@ -148,16 +151,19 @@ mod tests {
     }
 
     #[test]
-    fn the_higher_term_counts_and_in_one_term_the_view() {
+    fn gossip_counts_where_the_view_knows_no_leader() {
         let leader = |view: &RoutingView, heard| best(view, 0, heard).map(|info| (info.leader, info.term));
         for (known, told, expected) in [
             (view(Some(1), 5), None, Some((Some(1), 5))),
             (view(Some(1), 5), heard(Some(2), 4), Some((Some(1), 5))),
-            (view(Some(1), 5), heard(Some(2), 6), Some((Some(2), 6))),
+            // It may be a lie, and the view hears of it too.
+            (view(Some(1), 5), heard(Some(2), 1_000_000), Some((Some(1), 5))),
+            (view(None, 5), heard(Some(2), 6), Some((Some(2), 6))),
             // Its node has gone, and no later term has begun.
             (view(Some(1), 5), heard(None, 5), Some((Some(1), 5))),
             (view(None, 5), heard(Some(1), 5), Some((None, 5))),
-            (view(Some(1), 5), heard(None, 6), Some((None, 6))),
+            (view(Some(1), 5), heard(None, 6), Some((Some(1), 5))),
+            (view(None, 5), heard(None, 1_000_000), Some((None, 5))),
             // Nothing is known yet.
             (view(None, 0), heard(Some(2), 1), Some((Some(2), 1))),
             (view(None, 0), None, None),
