@@ -13,7 +13,7 @@
 
 use crate::driver::{DriverHandle, Input};
 use crate::memberlist::socket_addr;
-use crate::peers::{MAX_STRANGERS, PeersHandle, Reach};
+use crate::peers::{Callers, MAX_STRANGERS, MAX_UNKNOWN_CALLERS, PeersHandle, Reach};
 use arc_swap::ArcSwap;
 use crema_core::{Incarnation, NodeId, ShardId};
 use crema_gossip::events::{EventHub, EventReceiver};
@@ -64,6 +64,7 @@ pub(crate) struct AddressBook {
     configured: BTreeMap<NodeId, String>,
     placed: BTreeMap<NodeId, Placed>,
     gossiped: BTreeMap<NodeId, Gossiped>,
+    callers: Callers,
 }
 
 /// A node as gossip knows it.
@@ -85,6 +86,7 @@ impl AddressBook {
             configured: BTreeMap::new(),
             placed: BTreeMap::new(),
             gossiped: BTreeMap::new(),
+            callers: Callers::new(),
         }
     }
 
@@ -96,19 +98,21 @@ impl AddressBook {
 
     /// Gossip speaks of the newest life, placement of the registered one, the configuration of none in particular. Each
     /// may be of before a restart, and a record is corrected by a majority only, for which its nodes must find each
-    /// other first: so all of them are tried, what gossip says of the dead last.
+    /// other first: so all of them are tried, what gossip says of the dead last. Before it comes what a node says itself that
+    /// has connected: without gossip, nobody else knows one that joins.
     fn reach(&self, node: NodeId) -> Reach {
         if !self.strangers && !self.is_known(node) {
             return Reach::default();
         }
         let placed = self.placed.get(&node);
-        let gossiped = |present| self.gossiped.get(&node).filter(|g| g.present == present).map(|g| &g.address);
-        let sources =
-            [gossiped(true), placed.map(|p| &p.address), self.configured.get(&node), gossiped(false)].into_iter();
+        let gossiped = |present| self.gossiped.get(&node).filter(|g| g.present == present).map(|g| &*g.address);
+        let caller = self.callers.get(&node).map(|address| &**address);
+        let configured = self.configured.get(&node).map(String::as_str);
+        let sources = [gossiped(true), placed.map(|p| &*p.address), configured, caller, gossiped(false)];
         let mut addresses: Vec<String> = Vec::new();
-        for address in sources.flatten() {
-            if !addresses.contains(address) {
-                addresses.push(address.clone());
+        for address in sources.into_iter().flatten() {
+            if !addresses.iter().any(|known| known == address) {
+                addresses.push(address.to_owned());
             }
         }
         // A second process under its id must not be able to divert the peers of a registered life by gossip.
@@ -140,6 +144,18 @@ impl AddressBook {
         });
         let touched: Vec<_> = self.gossiped.keys().chain(new.keys()).copied().collect();
         self.update(touched, |book| book.gossiped = new)
+    }
+
+    /// Of nodes that are known by nothing but their call at most [`MAX_UNKNOWN_CALLERS`] count.
+    pub(crate) fn set_callers(&mut self, mut new: Callers) -> Changes {
+        let mut unknown = 0;
+        new.retain(|node, _| {
+            let known = self.is_known(*node) || self.placed.contains_key(node) || self.gossiped.contains_key(node);
+            unknown += usize::from(!known);
+            known || unknown <= MAX_UNKNOWN_CALLERS
+        });
+        let touched: Vec<_> = self.callers.keys().chain(new.keys()).copied().collect();
+        self.update(touched, |book| book.callers = new)
     }
 
     /// An operator wants the node to be approved: it is reached from now on, at most [`MAX_MEMBERS`] of them.
@@ -622,6 +638,24 @@ mod tests {
         let told = book.set_gossiped(heard);
         assert_eq!(told.len(), MAX_STRANGERS + 1);
         assert_eq!(told.last().map(|(node, reach)| (*node, reach.addresses.len())), Some((real, 2)));
+        // Of those who call likewise.
+        let callers = |all: &[u64]| all.iter().map(|n| (NodeId(*n), format!("c{n}").into())).collect();
+        let calling: Vec<u64> = (10_001..=12_000).chain([real.0]).collect();
+        let told = book.set_callers(callers(&calling));
+        assert_eq!(told.len(), MAX_UNKNOWN_CALLERS + 1);
+        assert_eq!(told.last().map(|(node, reach)| (*node, reach.addresses.len())), Some((real, 3)));
+        assert_eq!(book.set_callers(callers(&[])).len(), MAX_UNKNOWN_CALLERS + 1, "they have hung up");
+    }
+
+    #[test]
+    fn a_caller_is_called_back_unless_it_is_a_stranger_that_may_not_be() {
+        let calling = |n: u64| Callers::from([(NodeId(n), format!("c{n}").into())]);
+        let mut book = AddressBook::new(true);
+        assert_eq!(book.set_callers(calling(4)), [told(4, &["c4"], None)]);
+        assert_eq!(book.set_gossiped(gossiped(&[(4, "g4", false)])), [told(4, &["c4", "g4"], None)], "it is not dead");
+        let mut book = AddressBook::new(false);
+        assert!(book.set_callers(calling(4)).is_empty());
+        assert_eq!(book.admit(NodeId(4)), [told(4, &["c4"], None)]);
     }
 
     #[test]

@@ -578,6 +578,7 @@ impl Node {
             node: config.node_id,
             incarnation,
             boot,
+            addr: addrs.raft.clone(),
             keys: config.cluster_keys.clone(),
             options: PeerOptions { snapshot_bytes_per_second: config.snapshot_rate, ..PeerOptions::default() },
         };
@@ -640,6 +641,7 @@ impl Node {
             tokio::spawn(watch_registration(watch.clone())),
             tokio::spawn(follow_events(watch.clone(), outputs.events, data_dir, (book.clone(), peers.clone()))),
         ];
+        tasks.push(tokio::spawn(follow_callers(book.clone(), peers.clone())));
         if config.bind.redis.is_some() || config.bind.redis_cluster.is_some() {
             tasks.push(tokio::spawn(follow_memory(watch.driver.clone(), front.clone())));
         }
@@ -981,6 +983,18 @@ fn view_hook(
         }
         changes.send_replace(());
     })
+}
+
+/// Lets nodes be reached that have connected to this one.
+async fn follow_callers(book: Arc<Mutex<AddressBook>>, peers: PeersHandle) {
+    let mut callers = peers.callers();
+    loop {
+        let present = callers.borrow_and_update().clone();
+        update_addresses(&book, &peers, |book| book.set_callers(present));
+        if callers.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Replaces the cluster's keys wherever they are used.
@@ -1385,6 +1399,7 @@ mod tests {
             node: NodeId(node),
             incarnation: Incarnation(node.into()),
             boot: 0,
+            addr: "127.0.0.1:1".to_owned(),
             keys: Some(keys.clone()),
             options: PeerOptions::default(),
         };

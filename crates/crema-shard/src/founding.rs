@@ -105,6 +105,9 @@ impl Founding {
         if let Some(uuid) = self.config.uuid {
             return format!("joining: waiting for a node that knows cluster {uuid}");
         }
+        if !self.is_member(self.config.node) {
+            return "joining: waiting for a node that knows the cluster".into();
+        }
         let missing: Vec<String> = self
             .config
             .members

@@ -139,6 +139,8 @@ pub struct Host {
     next_beat: MonoTime,
     next_ask: MonoTime,
     next_balance: MonoTime,
+    /// Where among the groups asking for leaders goes on.
+    next_asked: usize,
     last_id_note: Option<MonoTime>,
     draining: bool,
     drained: bool,
@@ -203,6 +205,7 @@ impl Host {
             next_beat: now.mono,
             next_ask: now.mono,
             next_balance: now.mono.after(BALANCE),
+            next_asked: 0,
             last_id_note: None,
             draining: false,
             drained: false,

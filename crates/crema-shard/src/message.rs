@@ -333,6 +333,9 @@ pub fn decode_chunk_ack(frame: &[u8]) -> Result<ChunkAck, CodecError> {
     if rest.is_empty() { Ok(ack) } else { Err(CodecError::Malformed) }
 }
 
+/// Most groups that one [`Control::AskLeaders`] names.
+pub const ASKED_AT_ONCE: usize = 1024;
+
 /// What nodes tell each other outside the groups.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Control {
@@ -476,6 +479,18 @@ pub enum Control {
         /// Its voters.
         #[serde(deserialize_with = "bounded_vec::<_, _, MAX_REPLICAS>")]
         members: Vec<ReplicaId>,
+    },
+    /// Which of these groups do you lead? I know of no leader of them.
+    AskLeaders {
+        /// The groups.
+        #[serde(deserialize_with = "bounded_vec::<_, _, ASKED_AT_ONCE>")]
+        groups: Vec<ShardId>,
+    },
+    /// Of those that you asked for I lead these, each in its term.
+    Leads {
+        /// The groups.
+        #[serde(deserialize_with = "bounded_vec::<_, _, ASKED_AT_ONCE>")]
+        groups: Vec<(ShardId, Term)>,
     },
 }
 

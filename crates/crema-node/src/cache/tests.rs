@@ -269,8 +269,15 @@ async fn three_nodes() -> Vec<DistributedCache> {
 
 /// Three nodes that know each other by their configuration alone, which `change` may change further.
 async fn three_nodes_with(change: impl Fn(u64, CacheConfig) -> CacheConfig) -> Vec<DistributedCache> {
+    nodes_with::<3>(change).await.0
+}
+
+/// As many nodes that know each other likewise, and their addresses.
+async fn nodes_with<const N: usize>(
+    change: impl Fn(u64, CacheConfig) -> CacheConfig,
+) -> (Vec<DistributedCache>, Vec<(u64, SocketAddr)>) {
     'again: loop {
-        let addrs = free_addrs::<3>();
+        let addrs = free_addrs::<N>();
         let all: Vec<_> = (1..).zip(addrs).collect();
         let mut nodes = Vec::new();
         for (id, addr) in &all {
@@ -281,7 +288,7 @@ async fn three_nodes_with(change: impl Fn(u64, CacheConfig) -> CacheConfig) -> V
                 Err(error) => panic!("{error}"),
             }
         }
-        return nodes;
+        return (nodes, all);
     }
 }
 
@@ -324,6 +331,46 @@ async fn three_embedded_nodes_are_one_cache() {
     // The others go on: a majority is left.
     b.put("k", "v").await.unwrap();
     assert_eq!(c.get("k").await, Ok(Some("v".into())));
+}
+
+/// There are more nodes than replicas, and nothing is asked of the cluster: who leads is known all the same. A node that
+/// joins is known to nobody before it calls.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_gossip_all_leaders_are_known_and_a_further_node_joins() {
+    let (mut nodes, addrs) = nodes_with::<4>(|_, config| config).await;
+    let is_complete = async |node: &DistributedCache| {
+        node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+        let coordinator = node.multiraft_coordinator().unwrap();
+        assert_eq!(coordinator.shard_leader_tracker().all_leaders().len(), 16);
+    };
+    for node in &nodes {
+        is_complete(node).await;
+    }
+    let joined = loop {
+        let config = CacheConfig::new(5, free_addrs::<1>()[0]).with_seed_nodes(addrs.clone()).with_join(true);
+        match DistributedCache::new(config.with_stop_grace(Duration::ZERO)).await {
+            Ok(node) => break node,
+            Err(CacheError::Start(StartError::Bind { .. })) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    is_complete(&joined).await;
+    joined.put("k", "v").await.unwrap();
+    assert_eq!(nodes[0].get("k").await, Ok(Some("v".into())));
+    nodes[0].add_peer(5).await.unwrap();
+    let counts = async {
+        while joined.voters() != [1, 2, 3, 4, 5] {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), counts).await.expect("it hears of its approval");
+    nodes.push(joined);
+    for node in &nodes {
+        is_complete(node).await;
+    }
+    for node in &nodes {
+        node.shutdown().await.unwrap();
+    }
 }
 
 /// The table on their disks says where they were, and without gossip nobody but the configuration knows better.

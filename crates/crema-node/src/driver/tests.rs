@@ -556,6 +556,7 @@ fn real(node: u64, members: &[u64]) -> Real {
         incarnation,
         keys: None,
         boot: 0,
+        addr: "127.0.0.1:1".to_owned(),
         options: PeerOptions::default(),
     };
     let raft = listener.local_addr().unwrap().to_string();

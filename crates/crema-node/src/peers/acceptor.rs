@@ -14,8 +14,9 @@ use super::stats::add;
 use super::wire::{Answer, HandshakeError, Hello, MAX_REASON_BYTES, Reject, VERSION, channel_from_code, cut};
 use super::wire::{decode_handshake, handshake_bytes, read_handshake, within};
 use super::writer::StreamEnd;
-use super::{Shared, fenced, is_fenced, stopping};
+use super::{MAX_ADDRESS_BYTES, MAX_PEERS, Shared, fenced, is_fenced, stopping};
 use crate::newcomers::{Expulsion, Newcomer, Newcomers};
+use crema_core::NodeId;
 use crema_shard::Channel;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -82,11 +83,41 @@ impl Drop for Counted {
     }
 }
 
+/// Names a peer among those who call, while its connection lasts.
+struct Caller {
+    shared: Arc<Shared>,
+    peer: NodeId,
+    addr: Arc<str>,
+}
+
+impl Caller {
+    fn new(shared: Arc<Shared>, peer: NodeId, addr: &str) -> Caller {
+        let addr: Arc<str> = addr.into();
+        shared.callers.send_if_modified(|callers| {
+            let room = callers.len() < MAX_PEERS || callers.contains_key(&peer);
+            room && callers.insert(peer, addr.clone()).as_ref() != Some(&addr)
+        });
+        Caller { shared, peer, addr }
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.shared.callers.send_if_modified(|callers| {
+            // Another life of the node may call meanwhile.
+            let own = callers.get(&self.peer).is_some_and(|addr| Arc::ptr_eq(addr, &self.addr));
+            own && callers.remove(&self.peer).is_some()
+        });
+    }
+}
+
 /// What a handshake has led to.
 struct Greeted {
     session: Option<Session>,
     claim: Claim,
     channel: Channel,
+    /// Where the peer is reached, by its own word.
+    addr: String,
     /// Among those who have shown who they are.
     place: OwnedSemaphorePermit,
 }
@@ -112,7 +143,7 @@ async fn serve_incoming(
         }
     };
     drop(newcomer);
-    let Some(Greeted { session, mut claim, channel, place: _place }) = greeted else { return };
+    let Some(Greeted { session, mut claim, channel, addr: reached_at, place: _place }) = greeted else { return };
     let mut fences = shared.fences.clone();
     let mut shutdown = shared.shutdown.clone();
     // The reader of a lower number has been told to end, and so have all streams and the link of an earlier process. Only
@@ -132,6 +163,8 @@ async fn serve_incoming(
     if !matches!(timeout(limit, stream.write_all(&answer_bytes(session.as_ref(), &welcome))).await, Ok(Ok(()))) {
         return;
     }
+    // Gone before the claim is, so that an earlier connection never takes out what a later one has told.
+    let _caller = (channel == Channel::Raft).then(|| Caller::new(shared.clone(), peer, &reached_at));
     let (mut from, to) = stream.into_split();
     let end = tokio::select! {
         biased;
@@ -168,7 +201,7 @@ async fn greet(
         Ok((session, accepted))
     });
     match accepted.await {
-        Ok((session, Ok((claim, channel, place)))) => Some(Greeted { session, claim, channel, place }),
+        Ok((session, Ok((claim, channel, addr, place)))) => Some(Greeted { session, claim, channel, addr, place }),
         Ok((session, Err((reject, text)))) => {
             add(&shared.stats.handshakes_rejected, 1);
             if let Some(left_out) = shared.accept_log.allow() {
@@ -205,7 +238,7 @@ async fn accept_hello(
     stream: &mut TcpStream,
     session: Option<&Session>,
     places: &Arc<Semaphore>,
-) -> Result<Result<(Claim, Channel, OwnedSemaphorePermit), (Reject, String)>, HandshakeError> {
+) -> Result<Result<(Claim, Channel, String, OwnedSemaphorePermit), (Reject, String)>, HandshakeError> {
     stream.set_nodelay(true)?;
     let proof = match session {
         Some(_) => Some(auth::read_proof(stream).await?),
@@ -223,6 +256,10 @@ async fn accept_hello(
     }
     let hello: Hello<'_> = decode_handshake(&body)?;
     let channel = channel_from_code(hello.channel).ok_or(HandshakeError::Garbage("unknown channel"))?;
+    if hello.addr.len() > MAX_ADDRESS_BYTES {
+        return Err(HandshakeError::Garbage("overlong address"));
+    }
+    let addr = hello.addr.to_owned();
     let is_fenced = is_fenced(&shared.fences.borrow(), hello.from, hello.incarnation);
     let refusal = if hello.cluster != shared.cluster {
         Some((Reject::Cluster, format!("this is cluster {:?}, not {:?}", shared.cluster, hello.cluster)))
@@ -244,7 +281,7 @@ async fn accept_hello(
     };
     let ConnNumber { boot, counter } = hello.number;
     let claim = Claim::stream(shared, (hello.from, hello.incarnation), channel, hello.number);
-    Ok(claim.map(|claim| (claim, channel, place)).map_err(|reject| {
+    Ok(claim.map(|claim| (claim, channel, addr, place)).map_err(|reject| {
         let text = match reject {
             Reject::Stale => format!("connection {counter} of start {boot} is not the newest"),
             _ => "too many lives".to_owned(),

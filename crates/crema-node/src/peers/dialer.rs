@@ -94,6 +94,7 @@ async fn dial(
         to: peer,
         channel: channel as u8,
         number: ConnNumber { boot: shared.boot, counter },
+        addr: &shared.addr,
     };
     let keys = shared.keys.load_full();
     within(limit, async {

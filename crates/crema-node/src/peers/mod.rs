@@ -58,7 +58,7 @@ use crossbeam::channel::{Sender, TrySendError};
 use dialer::run_peer;
 use pace::Pace;
 use reader::{LARGE_FRAMES_BUDGET_BYTES, UNPACKED_BUDGET_BYTES};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -75,6 +75,8 @@ const MAX_ADDRESS_BYTES: usize = 262;
 const MAX_PEERS: usize = 1024;
 /// Most nodes to dial that nobody but gossip knows.
 pub(crate) const MAX_STRANGERS: usize = MAX_PEERS / 2;
+/// Most nodes to dial that are known by nothing but their call.
+pub(crate) const MAX_UNKNOWN_CALLERS: usize = MAX_PEERS / 8;
 /// Most addresses of a node.
 const MAX_ADDRESSES: usize = 4;
 
@@ -152,6 +154,8 @@ pub struct PeersConfig {
     /// Which start of this life: higher than that of every earlier process with the same incarnation, and durable before
     /// it is used here. Peers read nothing of a lower one once they have heard a higher. 0 where every start is a new life.
     pub boot: u64,
+    /// Where other nodes reach this one, "host:port", at most 262 bytes: told with each handshake.
+    pub addr: String,
     /// The cluster's keys: with them nobody is heard who does not prove to have one of them.
     pub keys: Option<KeyRing>,
     /// Limits and periods.
@@ -225,6 +229,9 @@ impl From<Vec<PeerEvent>> for PeerBatch {
     }
 }
 
+/// Where nodes are reached that call this one, by their own word; at most 1,024 of them.
+pub(crate) type Callers = BTreeMap<NodeId, Arc<str>>;
+
 /// Incarnations whose connections are refused.
 type Fences = HashMap<NodeId, Vec<Incarnation>>;
 
@@ -246,17 +253,19 @@ async fn stopping(shutdown: &mut watch::Receiver<bool>) {
 #[derive(Debug)]
 struct DriverGone;
 
-/// What all tasks know. Holds receivers only, so that dropping the last handle ends the tasks.
+/// What all tasks know. Holds receivers only of what they wait for, so that dropping the last handle ends the tasks.
 #[derive(Debug)]
 struct Shared {
     cluster: String,
     node: NodeId,
     incarnation: Incarnation,
     boot: u64,
+    addr: String,
     keys: ArcSwapOption<KeyRing>,
     options: PeerOptions,
     driver: Sender<Input>,
     stats: Arc<PeerStats>,
+    callers: watch::Sender<Callers>,
     /// Number of the next connection; one counter for all targets and channels grows within each of them.
     next_number: AtomicU64,
     lives: Mutex<HashMap<LifeKey, Life>>,
@@ -322,10 +331,12 @@ impl Peers {
             node: config.node,
             incarnation: config.incarnation,
             boot: config.boot,
+            addr: config.addr,
             keys: ArcSwapOption::from_pointee(config.keys),
             options: config.options,
             driver,
             stats: Arc::default(),
+            callers: watch::channel(Callers::new()).0,
             next_number: AtomicU64::new(1),
             lives: Mutex::default(),
             large_frames: Arc::new(Semaphore::new(LARGE_FRAMES_BUDGET_BYTES)),
@@ -415,6 +426,11 @@ impl PeersHandle {
     /// Counters.
     pub fn stats(&self) -> &Arc<PeerStats> {
         &self.inner.shared.stats
+    }
+
+    /// Who calls at present, and where they are reached.
+    pub(crate) fn callers(&self) -> watch::Receiver<Callers> {
+        self.inner.shared.callers.subscribe()
     }
 
     /// Tells where a node is reached, or that it is not to be reached. A standing link is kept as [`Reach`] says. The own id

@@ -24,7 +24,7 @@ use tokio::time::timeout;
 /// First bytes of every connection; anything else is not a peer.
 pub(super) const MAGIC: [u8; 4] = *b"CRMP";
 /// Version of the handshake and of the framing.
-pub(super) const VERSION: u16 = 2;
+pub(super) const VERSION: u16 = 3;
 /// Magic, version and length: the part of the handshake that all versions share.
 pub(super) const PREAMBLE_BYTES: usize = 8;
 /// Longest body of a handshake message.
@@ -43,6 +43,8 @@ pub(super) struct Hello<'a> {
     pub(super) to: NodeId,
     pub(super) channel: u8,
     pub(super) number: ConnNumber,
+    /// Where the dialer is reached itself, "host:port": whoever has not heard of it otherwise can answer it all the same.
+    pub(super) addr: &'a str,
 }
 
 /// What the acceptor answers.

@@ -3,9 +3,11 @@
 use super::{BALANCE, Host, LEADERS_AT_ONCE};
 use crate::effect::{LedShard, Note};
 use crate::gateway::Target;
+use crate::message::{ASKED_AT_ONCE, Control};
 use crate::meta::{MetaState, ReplicaPlacement};
 use crate::replica::Replica;
-use crema_core::{Epoch, Incarnation, NodeId, Now, ReplicaId, ShardId};
+use crema_core::{Epoch, Incarnation, NodeId, Now, ReplicaId, ShardId, Term};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// A node must have been live this long before leaderships move back to it.
@@ -45,6 +47,62 @@ impl Host {
         let there = |r: &&ReplicaPlacement| r.node != self.config.node && self.is_usable(r.node, r.incarnation);
         let node = replicas.iter().find(there)?.node;
         Some(Target { node, term: claim.term })
+    }
+
+    /// Asks the nodes with replicas of groups without a known leader whether they lead them. Requests alone would not tell:
+    /// a guess that is right is not refused, and for a group that nobody asks anything of, the node would never be ready.
+    /// Gossip tells as well, but a cluster may go without.
+    pub(super) fn ask_for_leaders(&mut self) {
+        // A node that is ready knows them all.
+        let (Some(state), true) = (self.state.clone(), self.view.not_ready.is_some()) else { return };
+        let groups: Vec<ShardId> = state.groups().collect();
+        let mut unknown: BTreeMap<NodeId, Vec<ShardId>> = BTreeMap::new();
+        let mut asked = 0;
+        // The next time goes on where this one stops.
+        let from = self.next_asked % groups.len();
+        for i in (from..groups.len()).chain(0..from) {
+            let group = groups[i];
+            if self.router.claim(group).leader.is_some() {
+                continue;
+            }
+            if asked == ASKED_AT_ONCE {
+                self.next_asked = i;
+                break;
+            }
+            asked += 1;
+            for replica in state.replicas(group).iter().chain(state.leaving(group)) {
+                if replica.node != self.config.node && self.is_usable(replica.node, replica.incarnation) {
+                    unknown.entry(replica.node).or_default().push(group);
+                }
+            }
+        }
+        for (node, groups) in unknown {
+            self.control(node, &Control::AskLeaders { groups });
+        }
+    }
+
+    /// What this node leads of `groups`, for a peer that knows no leader of them.
+    pub(super) fn tell_leaders(&mut self, to: NodeId, groups: &[ShardId]) {
+        let leads = |group: &ShardId| {
+            let leadership = self.coordinator.replica(*group)?.leadership();
+            leadership.leads.then_some((*group, leadership.term))
+        };
+        let groups: Vec<(ShardId, Term)> = groups.iter().filter_map(leads).collect();
+        if !groups.is_empty() {
+            self.control(to, &Control::Leads { groups });
+        }
+    }
+
+    /// A peer leads these, by its own word.
+    pub(super) fn take_leaders(&mut self, from: NodeId, life: Incarnation, groups: Vec<(ShardId, Term)>, now: Now) {
+        if !self.is_usable(from, life) {
+            return;
+        }
+        for (group, term) in groups {
+            if self.learn(group, Some(from), term) {
+                self.route_changed(group, now);
+            }
+        }
     }
 
     pub(super) fn leadership_changed(&mut self, shard: ShardId, now: Now) {

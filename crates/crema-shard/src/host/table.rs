@@ -66,6 +66,8 @@ impl Host {
                 self.take_approve_answer(round, Err(VoterError::Refused(reason)));
             }
             Control::Settled { shard, epoch, members } => self.settle(shard, epoch, members),
+            Control::AskLeaders { groups } => self.tell_leaders(from, &groups),
+            Control::Leads { groups } => self.take_leaders(from, incarnation, groups, now),
             // Of foundings and recoveries that are over.
             _ => {}
         }
@@ -211,7 +213,7 @@ impl Host {
         }
     }
 
-    /// What this node wants of the meta group's leader, repeated until the table shows it.
+    /// What this node wants of the meta group's leader, repeated until the table shows it, and which leaders it does not know.
     pub(super) fn ask(&mut self, now: Now) {
         let Some(state) = self.state.clone() else {
             let (sends, decision) = self.founding.tick(now.wall);
@@ -249,6 +251,7 @@ impl Host {
             self.set_draining(self.config.node, self.config.incarnation, draining);
             self.control_to_all(&Control::SetDraining { draining });
         }
+        self.ask_for_leaders();
     }
 
     pub(super) fn control_to_all(&mut self, c: &Control) {

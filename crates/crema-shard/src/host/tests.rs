@@ -1,5 +1,6 @@
 use super::*;
 use crate::effect::Token;
+use crate::message::ASKED_AT_ONCE;
 use crema_core::{KeyRef, Op, Reply, SetCond, SetExpire, WallTime, encode_ops};
 use std::collections::VecDeque;
 
@@ -136,6 +137,43 @@ impl Net {
         }
         count
     }
+}
+
+/// Nobody gossips here, and nothing is asked of the cluster: nodes without a replica ask who leads, again and again.
+#[test]
+fn whoever_knows_no_leader_of_a_group_finds_out() {
+    // More groups than are asked for at once.
+    let mut net = Net::new(5, ASKED_AT_ONCE as u32 + 500);
+    let leaders_known = |net: &Net| {
+        let led = |h: &Host| {
+            let led = h.coordinator().replicas().map(|r| (r.shard(), r.leadership())).filter(|(_, l)| l.leads);
+            led.map(|(shard, l)| (shard, (h.config.node, l.term))).collect::<Vec<_>>()
+        };
+        let led: BTreeMap<ShardId, (NodeId, Term)> = net.hosts.values().flat_map(led).collect();
+        for host in net.hosts.values() {
+            let view = host.view();
+            assert_eq!(view.not_ready, None, "node {}", host.config.node);
+            assert_eq!(view.meta_leader, led.get(&ShardId::META).map(|(leader, _)| *leader));
+            for (i, route) in view.shards.iter().enumerate() {
+                let known = route.leader.map(|leader| (leader, route.term));
+                assert_eq!(known, led.get(&ShardId(i as u32)).copied(), "node {}, shard {i}", host.config.node);
+            }
+        }
+    };
+    net.settle();
+    net.run(2_500);
+    leaders_known(&net);
+    // One of them has been away.
+    for node in 1..5 {
+        net.hosts.get_mut(&NodeId(5)).unwrap().peer_down(net.now, NodeId(node));
+    }
+    net.settle();
+    assert!(net.hosts[&NodeId(5)].view().not_ready.is_some());
+    for node in 1..5 {
+        net.hosts.get_mut(&NodeId(5)).unwrap().peer_up(net.now, NodeId(node), incarnation(node));
+    }
+    net.run(2_500);
+    leaders_known(&net);
 }
 
 #[test]

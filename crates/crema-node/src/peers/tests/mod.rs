@@ -43,6 +43,7 @@ fn config(node: u64, life: u128, options: PeerOptions) -> PeersConfig {
         node: NodeId(node),
         incarnation: Incarnation(life),
         boot: 0,
+        addr: "127.0.0.1:1".to_owned(),
         keys: None,
         options,
     }
@@ -138,7 +139,15 @@ fn number(counter: u64) -> ConnNumber {
 
 fn hello(counter: u64) -> Hello<'static> {
     let number = number(counter);
-    Hello { cluster: "test", from: NodeId(9), incarnation: Incarnation(90), to: NodeId(1), channel: 0, number }
+    Hello {
+        cluster: "test",
+        from: NodeId(9),
+        incarnation: Incarnation(90),
+        to: NodeId(1),
+        channel: 0,
+        number,
+        addr: "127.0.0.1:1",
+    }
 }
 
 /// A dialer by hand: says `hello`, returns the connection and the answer.
