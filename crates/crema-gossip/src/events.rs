@@ -234,6 +234,8 @@ pub enum GossipUpdate {
     Gone(NodeId),
     /// A member is new or something about it has changed.
     Member(Member),
+    /// The node was dead or had left, and is no member any more: what a reader keeps of it is out of date.
+    Forgotten(NodeId),
     /// The first update of every reader, and what one gets that fell behind: read all of [`crate::Gossip::members`] (those
     /// that are dead or left are gone) and [`crate::ShardLeaderTracker::entries`] instead of what was missed.
     Resync,

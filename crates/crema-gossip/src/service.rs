@@ -842,7 +842,7 @@ impl Watcher {
         shared.superseded_by.store(self.view.superseded_by().unwrap_or(0), Ordering::Relaxed);
         shared.refused_members.store(self.view.refused(), Ordering::Relaxed);
         // State first, then the news about it: whoever hears the news finds it true.
-        if !step.changed.is_empty() || !step.gone.is_empty() || tick {
+        if !step.changed.is_empty() || !step.gone.is_empty() || !step.forgotten.is_empty() || tick {
             *shared.members.lock().expect("no panic while held") = self.view.members();
         }
         for node in &step.gone {
@@ -855,6 +855,10 @@ impl Watcher {
         for member in step.changed {
             tracing::debug!(node = %member.meta.node_id, state = ?member.state, "member changed");
             shared.updates.publish(&GossipUpdate::Member(member));
+        }
+        for node in step.forgotten {
+            tracing::debug!(%node, "member forgotten");
+            shared.updates.publish(&GossipUpdate::Forgotten(node));
         }
         shared.events.publish(&step.events);
         for claims in heard {
@@ -1168,6 +1172,26 @@ mod tests {
         let member = a.members().into_iter().find(|m| m.meta.node_id == NodeId(2)).unwrap();
         assert_eq!(member.meta.incarnation, Incarnation(99));
         assert_eq!(events.try_recv(), None);
+    }
+
+    /// One thread, so that the grace may pass at once.
+    #[tokio::test]
+    async fn a_dead_member_is_forgotten_after_its_grace_and_its_readers_are_told() {
+        let a = start(1, &[]).await;
+        let b = start(2, &[a.addr()]).await;
+        all_see(&[&a, &b], &[1, 2]).await;
+        let (mut updates, mut events) = (a.leader_updates(), a.events());
+        drop(b);
+        let mut next = async || timeout(PATIENCE, updates.recv()).await.expect("an update").expect("gossip runs");
+        while next().await != GossipUpdate::Gone(NodeId(2)) {}
+        assert_eq!(state(&a, 2), Some(MemberState::Dead), "it is still listed, and may be tried");
+        tokio::time::pause();
+        tokio::time::advance(config(1, &[]).grace).await;
+        tokio::time::resume();
+        while next().await != GossipUpdate::Forgotten(NodeId(2)) {}
+        assert_eq!(state(&a, 2), None, "who is told of it finds it true");
+        let told: Vec<_> = std::iter::from_fn(|| events.try_recv()).collect();
+        assert_eq!(told, [join(1), join(2), MemberEvent::Failed { node: NodeId(2) }], "no second event");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

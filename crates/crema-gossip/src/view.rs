@@ -143,6 +143,8 @@ pub struct ViewStep {
     pub changed: Vec<Member>,
     /// Nodes whose life ended: dead, left, or begun anew. What the ended life claimed is void.
     pub gone: Vec<NodeId>,
+    /// Nodes that are members no more, not even dead ones. What happened to them was told before.
+    pub forgotten: Vec<NodeId>,
     /// Duplicate node ids, once for each pair of lives.
     pub conflicts: Vec<Conflict>,
 }
@@ -324,6 +326,7 @@ impl View {
         // Chitchat has forgotten the node, and all there was to say about it has been said.
         if row.is_none() && matches!(next, Dead | Left) && was == next {
             self.entries.remove(&node);
+            step.forgotten.push(node);
             return;
         }
         if next != Suspect || was != Suspect {
@@ -602,14 +605,20 @@ mod tests {
         let mut b = Bench::new();
         b.tick(&[row(2, 5), row(3, 5)]);
         b.tick(&[row(2, 5), left(row(3, 5))]);
-        let mut events = Vec::new();
+        let (mut events, mut gone, mut forgotten) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..=DEAD_TICKS {
-            events.extend(b.tick(&[]).events);
+            let step = b.tick(&[]);
+            events.extend(step.events);
+            gone.extend(step.gone);
+            forgotten.extend(step.forgotten);
         }
         assert_eq!(events, [MemberEvent::Failed { node: NodeId(2) }]);
+        assert_eq!((gone, forgotten), (vec![NodeId(2)], vec![NodeId(3)]));
         assert_eq!(b.state(3), None);
-        assert_eq!(b.tick(&[]), ViewStep::default());
+        // That it is dropped is no event: its failure was.
+        assert_eq!(b.tick(&[]), ViewStep { forgotten: vec![NodeId(2)], ..ViewStep::default() });
         assert_eq!(b.state(2), None);
+        assert_eq!(b.tick(&[]), ViewStep::default());
     }
 
     #[test]
@@ -676,7 +685,7 @@ mod tests {
     #[test]
     fn random_snapshots_give_exactly_one_event_per_transition() {
         let mut rng = Rng::from_clock();
-        let mut seen = [0_u32; 4];
+        let (mut seen, mut forgotten) = ([0_u32; 4], 0_u32);
         for _ in 0..60 {
             let mut b = Bench::new();
             // The very first tick has nothing to be late after.
@@ -785,8 +794,17 @@ mod tests {
                 for node in &step.gone {
                     assert!(before[node].1.is_present());
                 }
+                // Whoever keeps a copy of the list by what is told of it has the same one.
+                let dropped: Vec<NodeId> =
+                    before.keys().filter(|node| !b.view.entries.contains_key(node)).copied().collect();
+                assert_eq!(step.forgotten, dropped);
+                for node in &step.forgotten {
+                    forgotten += 1;
+                    assert!(!before[node].1.is_present() && !in_step.contains(node));
+                }
             }
         }
         assert!(seen.iter().all(|n| *n > 10), "the test must reach every kind of event: {seen:?}");
+        assert!(forgotten > 10, "and members that are dropped: {forgotten}");
     }
 }

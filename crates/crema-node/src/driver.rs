@@ -366,6 +366,15 @@ pub struct DriverHandle {
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
+#[cfg(test)]
+impl DriverHandle {
+    /// The door to a driver that the test plays itself.
+    pub(crate) fn played(inputs: Sender<Input>, view: RoutingView) -> DriverHandle {
+        let client = Client::new(inputs.clone(), Arc::new(ArcSwap::from_pointee(view)));
+        DriverHandle { inputs, client, stats: Arc::default(), thread: Arc::default() }
+    }
+}
+
 impl DriverHandle {
     /// The door for clients. Clones share the numbering of connections.
     pub fn client(&self) -> Client {

@@ -415,7 +415,7 @@ async fn follow(gossip: &Gossip, around: &mut Surroundings) -> End {
                         gone.push(node);
                     }
                 }
-                GossipUpdate::Member(_) => members_changed = true,
+                GossipUpdate::Member(_) | GossipUpdate::Forgotten(_) => members_changed = true,
                 GossipUpdate::Resync => {
                     members_changed = true;
                     let absent = gossip.members().into_iter().filter(|m| !m.state.is_present());
@@ -791,6 +791,65 @@ mod tests {
         let (event, ()) = tokio::join!(next((&second, &mut run), &hub, &mut story, &mut events), heard);
         assert_eq!(event, Some(MemberEvent::Leave { node: NodeId(2) }), "no second join");
         assert!(story.missed.is_empty());
+    }
+
+    /// One thread, so that the grace may pass at once.
+    #[tokio::test]
+    async fn what_gossip_has_forgotten_is_not_dialed_any_more() {
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let config = |node| {
+            let raft = format!("127.0.0.1:900{node}");
+            let mut config = GossipConfig::new(NodeId(node), Incarnation(1), raft, "test", bind);
+            config.interval = Duration::from_millis(20);
+            config.initial_interval = config.interval;
+            config
+        };
+        let ours = Gossip::start(config(1)).await.unwrap();
+        let mut other = config(2);
+        other.seeds = vec![ours.addr().into()];
+        let other = Gossip::start(other).await.unwrap();
+        let (sender, inputs) = crossbeam::channel::bounded(1_024);
+        let options = crate::peers::PeerOptions::default();
+        let (cluster, node, incarnation) = ("test".to_owned(), NodeId(1), Incarnation(1));
+        let peers = crate::peers::PeersConfig { cluster, node, incarnation, boot: 0, keys: None, options };
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let book = Arc::new(Mutex::new(AddressBook::new(true)));
+        let (_reach, reach) = watch::channel(());
+        let mut around = Surroundings {
+            node,
+            incarnation,
+            driver: DriverHandle::played(sender.clone(), RoutingView::default()),
+            peers: crate::peers::Peers::start(peers, listener, sender).unwrap(),
+            book: book.clone(),
+            drop_failed: false,
+            events: Arc::default(),
+            reach,
+        };
+        let told = || book.lock().unwrap().gossiped.get(&NodeId(2)).map(|g| g.present);
+        let until = async |what: &str, holds: &dyn Fn() -> bool| {
+            let heard = async {
+                while !holds() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), heard).await.expect(what);
+        };
+        let story = async {
+            until("it is dialed", &|| told() == Some(true)).await;
+            drop(other);
+            until("it has failed, and is tried all the same", &|| told() == Some(false)).await;
+            let gone = |input| matches!(input, Input::NodeGone(NodeId(2)));
+            until("the driver is told", &|| inputs.try_iter().any(gone)).await;
+            tokio::time::pause();
+            tokio::time::advance(config(1).grace).await;
+            tokio::time::resume();
+            until("it is forgotten", &|| told().is_none()).await;
+            assert!(!inputs.try_iter().any(gone), "it has gone once");
+        };
+        tokio::select! {
+            end = follow(&ours, &mut around) => panic!("{end:?}"),
+            () = story => {}
+        }
     }
 
     /// Whoever starts gossip anew may be cut off at any moment: what it has begun ends, too, before the goodbye does.
