@@ -12,10 +12,12 @@ use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{LookupIpStrategy, NameServerConfig, ResolverConfig};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::RData;
+use hickory_resolver::proto::rr::rdata::SRV;
+use std::cmp::Reverse;
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 /// Most targets of one SRV name, and most addresses that come of it.
 pub(crate) const MAX_SRV_ADDRS: usize = 64;
@@ -52,53 +54,76 @@ pub async fn resolve_srv(name: &str) -> Result<Vec<SeedAddr>, ResolveError> {
     Ok(addrs.into_iter().map(SeedAddr::from).collect())
 }
 
-/// As [`resolve_srv`]; asks `server` alone if it is given.
-pub(crate) async fn lookup_srv(name: &str, server: Option<SocketAddr>) -> Result<Vec<SocketAddr>, ResolveError> {
-    check_srv_name(name).map_err(|reason| SeedError { seed: crate::keys::shorten(&format!("srv:{name}")), reason })?;
-    let failed = |reason: String| ResolveError::Lookup { name: name.to_owned(), reason };
-    match timeout(RESOLVE_LIMIT, lookup(name, server)).await {
-        Ok(found) => found,
-        Err(_) => Err(failed(format!("no answer within {} s", RESOLVE_LIMIT.as_secs()))),
-    }
+/// One target of an SRV name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// Its name and port.
+    pub(crate) name: String,
+    /// Its addresses with that port, or why there are none.
+    pub(crate) addrs: Result<Vec<SocketAddr>, String>,
 }
 
-async fn lookup(name: &str, server: Option<SocketAddr>) -> Result<Vec<SocketAddr>, ResolveError> {
+/// As [`resolve_srv`]; asks `server` alone if it is given.
+async fn lookup_srv(name: &str, server: Option<SocketAddr>) -> Result<Vec<SocketAddr>, ResolveError> {
+    let (mut addrs, mut reason) = (Vec::new(), String::new());
+    for target in lookup_targets(name, server).await? {
+        match target.addrs {
+            Ok(some) => addrs.extend(some),
+            Err(why) => reason = why,
+        }
+    }
+    addrs.truncate(MAX_SRV_ADDRS);
+    if addrs.is_empty() { Err(ResolveError::Lookup { name: name.to_owned(), reason }) } else { Ok(addrs) }
+}
+
+/// The targets of an SRV name, at least one and at most 64, the best first, within five seconds. One whose address is not
+/// found by then says so and leaves the others as they are. Asks `server` alone if it is given.
+pub(crate) async fn lookup_targets(name: &str, server: Option<SocketAddr>) -> Result<Vec<Target>, ResolveError> {
+    check_srv_name(name).map_err(|reason| SeedError { seed: crate::keys::shorten(&format!("srv:{name}")), reason })?;
     let failed = |reason: String| ResolveError::Lookup { name: name.to_owned(), reason };
+    let late = || format!("no answer within {} s", RESOLVE_LIMIT.as_secs());
+    let deadline = Instant::now() + RESOLVE_LIMIT;
     let resolver = resolver(server)?;
-    let found = resolver.srv_lookup(name).await.map_err(|error| failed(error.to_string()))?;
-    let mut targets: Vec<_> = found
-        .answers()
-        .iter()
-        .filter_map(|record| match &record.data {
-            // The root as target means that there is no such service.
-            RData::SRV(srv) if !srv.target.is_root() && srv.port != 0 => Some(srv.clone()),
-            _ => None,
-        })
-        .take(MAX_SRV_ADDRS)
-        .collect();
-    targets.sort_by_key(|srv| (srv.priority, std::cmp::Reverse(srv.weight)));
+    let found = timeout_at(deadline, resolver.srv_lookup(name)).await.map_err(|_| failed(late()))?;
+    let found = found.map_err(|error| failed(error.to_string()))?;
+    let records = found.answers().iter().filter_map(|record| match &record.data {
+        RData::SRV(srv) => Some(srv.clone()),
+        _ => None,
+    });
+    let chosen = choose(records.collect());
+    let mut targets: Vec<Target> =
+        chosen.iter().map(|srv| Target { name: format!("{}:{}", srv.target, srv.port), addrs: Err(late()) }).collect();
     let mut lookups = JoinSet::new();
-    for (at, srv) in targets.into_iter().enumerate() {
+    for (at, srv) in chosen.into_iter().enumerate() {
         let resolver = resolver.clone();
         lookups.spawn(async move {
             let ips = resolver.lookup_ip(srv.target.clone()).await;
             (at, ips.map(|ips| ips.iter().map(|ip| SocketAddr::new(ip, srv.port)).collect::<Vec<_>>()))
         });
     }
-    let (mut addrs, mut reason) = (Vec::new(), "it has no targets".to_owned());
-    while let Some(lookup) = lookups.join_next().await {
-        match lookup {
-            Ok((at, Ok(some))) => addrs.extend(some.into_iter().map(|addr| (at, addr))),
-            Ok((_, Err(error))) => reason = error.to_string(),
-            Err(error) => reason = error.to_string(),
+    // A lookup that panics, which none should, leaves its target without an answer.
+    while let Ok(Some(lookup)) = timeout_at(deadline, lookups.join_next()).await {
+        if let Ok((at, addrs)) = lookup {
+            targets[at].addrs = addrs.map_err(|error| error.to_string()).map(|mut addrs| {
+                addrs.sort_unstable();
+                addrs.dedup();
+                addrs
+            });
         }
     }
-    // In the order of the targets, whichever answer came first.
-    addrs.sort_unstable();
-    let mut addrs: Vec<_> = addrs.into_iter().map(|(_, addr)| addr).collect();
-    addrs.dedup();
-    addrs.truncate(MAX_SRV_ADDRS);
-    if addrs.is_empty() { Err(failed(reason)) } else { Ok(addrs) }
+    if targets.is_empty() { Err(failed("it has no targets".to_owned())) } else { Ok(targets) }
+}
+
+/// Of more targets than are looked up, always the same: the order of a name server's answer changes from one to the next.
+fn choose(mut targets: Vec<SRV>) -> Vec<SRV> {
+    // The root as target means that there is no such service.
+    targets.retain(|srv| !srv.target.is_root() && srv.port != 0);
+    targets.sort_by(|a, b| {
+        let rank = |srv: &SRV| (srv.priority, Reverse(srv.weight));
+        rank(a).cmp(&rank(b)).then_with(|| a.target.cmp(&b.target)).then(a.port.cmp(&b.port))
+    });
+    targets.truncate(MAX_SRV_ADDRS);
+    targets
 }
 
 fn resolver(server: Option<SocketAddr>) -> Result<TokioResolver, ResolveError> {
@@ -125,6 +150,7 @@ fn resolver(server: Option<SocketAddr>) -> Result<TokioResolver, ResolveError> {
 mod tests {
     use super::*;
     use crate::testing::FakeDns;
+    use hickory_resolver::proto::rr::Name;
 
     const NAME: &str = "_crema._udp.example";
 
@@ -149,6 +175,26 @@ mod tests {
         assert_eq!(lookup_srv(NAME, server).await.unwrap(), addrs(&["10.0.0.2:9000"]));
         dns.host("two.example", &["10.0.0.3".parse().unwrap()]);
         assert_eq!(lookup_srv(NAME, server).await.unwrap(), addrs(&["10.0.0.3:9000"]));
+    }
+
+    #[test]
+    fn of_many_targets_the_same_are_chosen_in_whatever_order_they_come() {
+        let name = |text: &str| Name::from_ascii(text).unwrap();
+        let mut all: Vec<SRV> = (0..2 * MAX_SRV_ADDRS as u16)
+            .map(|i| SRV::new(10, i % 2, 8001, name(&format!("h{i:03}.example."))))
+            .collect();
+        all.push(SRV::new(20, 9, 8001, name("late.example.")));
+        all.push(SRV::new(5, 0, 8001, name("first.example.")));
+        all.extend([SRV::new(1, 0, 8001, Name::root()), SRV::new(1, 0, 0, name("portless.example."))]);
+        let chosen = choose(all.clone());
+        let mut rng = crate::testing::Rng::from_clock();
+        for _ in 0..20 {
+            rng.keep_random(&mut all, usize::MAX);
+            assert_eq!(choose(all.clone()), chosen);
+        }
+        let names: Vec<String> = chosen.iter().map(|srv| srv.target.to_string()).collect();
+        let heavy = (0..MAX_SRV_ADDRS - 1).map(|i| format!("h{:03}.example.", 2 * i + 1));
+        assert_eq!(names, std::iter::once("first.example.".to_owned()).chain(heavy).collect::<Vec<_>>());
     }
 
     #[tokio::test]

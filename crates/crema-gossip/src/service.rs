@@ -21,7 +21,7 @@ use crate::keys::{
     KeyError, LEADER_PREFIX, LeaderClaim, MAX_METADATA_ENTRIES, METADATA_PREFIX, NODE_PREFIX, NodeMeta, ParsedNode,
     STATE_KEY, STATE_LEFT, encode_claim, encode_metadata, encode_node, parse_claim, parse_node,
 };
-use crate::resolve::{MAX_SRV_ADDRS, RESOLVE_LIMIT, lookup_srv};
+use crate::resolve::{MAX_SRV_ADDRS, RESOLVE_LIMIT, Target, lookup_targets};
 use crate::rng::SplitMix;
 use crate::seal::{ClusterKey, Foreign, KeyId, KeyRing, KeyRingError};
 use crate::seed::SeedAddr;
@@ -67,6 +67,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(1);
 /// Seed names are looked up again this often, and sooner while one of them has never been found.
 const RESOLVE_PERIOD: Duration = Duration::from_secs(15);
 const RESOLVE_RETRY: Duration = Duration::from_secs(1);
+/// That a seed name has no address of the socket's family is said once in this time.
+const FAMILY_WARN_PERIOD: Duration = Duration::from_secs(600);
 /// A node that knows live peers still contacts a seed this often, so that parts of a cluster that forgot each other merge.
 const SEED_PERIOD: Duration = Duration::from_secs(15);
 /// Most addresses of one seed name, and most that the caller may offer.
@@ -985,7 +987,7 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
     let mut health = shared.healthy.subscribe();
     let mut ticks = interval(period.max(Duration::from_millis(100)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut known: HashMap<SeedAddr, Vec<SocketAddr>> = HashMap::new();
+    let mut names = Names::default();
     let (mut resolve_at, mut contact_at) = (Instant::now(), Instant::now());
     let ipv4 = shared.handle.chitchat_id().gossip_advertise_addr.is_ipv4();
     let own = shared.handle.chitchat_id().gossip_advertise_addr;
@@ -999,9 +1001,9 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
         if !seeds.names.is_empty() && resolve_at <= Instant::now() {
             tokio::select! {
                 () = until(&mut stop, true) => return,
-                () = resolve(&seeds.names, ipv4, hooks.dns, &mut known) => {}
+                () = names.resolve(&seeds.names, ipv4, hooks.dns) => {}
             }
-            let retry = known.len() < seeds.names.len();
+            let retry = names.known.len() < seeds.names.len();
             let wait = hooks.resolve_period.unwrap_or(if retry { RESOLVE_RETRY } else { RESOLVE_PERIOD });
             resolve_at = Instant::now() + wait;
         }
@@ -1013,8 +1015,7 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
             continue;
         }
         let offered = shared.offered_seeds.lock().expect("no panic while held").clone();
-        let mut targets: Vec<SocketAddr> =
-            known.values().flatten().copied().chain(offered).filter(|a| *a != own).collect();
+        let mut targets: Vec<SocketAddr> = names.addrs().chain(offered).filter(|a| *a != own).collect();
         targets.sort_unstable();
         targets.dedup();
         if targets.is_empty() {
@@ -1026,39 +1027,95 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
     }
 }
 
-/// Looks all names up at once. A name that is not found now keeps the addresses that it had.
-async fn resolve(
-    names: &[SeedAddr],
-    ipv4: bool,
-    dns: Option<SocketAddr>,
-    known: &mut HashMap<SeedAddr, Vec<SocketAddr>>,
-) {
-    let mut lookups = JoinSet::new();
-    for seed in names.iter().cloned() {
-        lookups.spawn(async move {
-            let found = lookup(&seed, dns).await;
-            (seed, found)
-        });
-    }
-    while let Some(lookup) = lookups.join_next().await {
-        match lookup {
-            Ok((seed, Ok(mut found))) => {
-                found.retain(|addr| addr.is_ipv4() == ipv4);
-                found.truncate(MAX_SEED_ADDRS);
-                if found.is_empty() {
-                    tracing::warn!(%seed, ipv4, "gossip seed has no address of the socket's family");
-                } else {
-                    known.insert(seed, found);
-                }
-            }
-            Ok((seed, Err(reason))) => tracing::debug!(%seed, reason, "gossip seed not found; kept as it was"),
-            Err(error) => tracing::error!(%error, "a lookup of a gossip seed panicked"),
+/// What the seed names have led to.
+#[derive(Default)]
+struct Names {
+    /// Of each name its targets, the best first, with their addresses as they were found last. A host is its own only target.
+    known: HashMap<SeedAddr, Vec<(String, Vec<SocketAddr>)>>,
+    /// When it was last said that a name has no address of the socket's family.
+    warned: HashMap<SeedAddr, Instant>,
+}
+
+impl Names {
+    /// Looks all names up at once.
+    async fn resolve(&mut self, names: &[SeedAddr], ipv4: bool, dns: Option<SocketAddr>) {
+        for seed in self.look_up(names, ipv4, dns).await {
+            tracing::warn!(%seed, ipv4, "gossip seed has no address of the socket's family");
         }
+    }
+
+    /// Returns the names to complain about.
+    async fn look_up(&mut self, names: &[SeedAddr], ipv4: bool, dns: Option<SocketAddr>) -> Vec<SeedAddr> {
+        let mut lookups = JoinSet::new();
+        for seed in names.iter().cloned() {
+            lookups.spawn(async move {
+                let found = lookup(&seed, dns).await;
+                (seed, found)
+            });
+        }
+        let mut complaints = Vec::new();
+        while let Some(lookup) = lookups.join_next().await {
+            match lookup {
+                Ok((seed, Ok(targets))) => {
+                    if self.take(&seed, targets, ipv4) && self.may_warn(&seed) {
+                        complaints.push(seed);
+                    }
+                }
+                Ok((seed, Err(reason))) => tracing::debug!(%seed, reason, "gossip seed not found; kept as it was"),
+                Err(error) => tracing::error!(%error, "a lookup of a gossip seed panicked"),
+            }
+        }
+        complaints
+    }
+
+    /// A target that is not found now keeps the addresses that it had, and so does a name all of whose targets are new and not
+    /// found. Returns whether addresses were found, and none of the family.
+    fn take(&mut self, seed: &SeedAddr, targets: Vec<Target>, ipv4: bool) -> bool {
+        let before = self.known.get(seed).map_or(&[][..], Vec::as_slice);
+        let (mut now, mut room) = (Vec::with_capacity(targets.len()), MAX_SEED_ADDRS);
+        let (mut found, mut fitting) = (false, false);
+        for Target { name, addrs } in targets {
+            let mut addrs = addrs.unwrap_or_else(|reason| {
+                tracing::debug!(%seed, target = name, reason, "gossip seed: a target is not found; kept as it was");
+                Vec::new()
+            });
+            found |= !addrs.is_empty();
+            addrs.retain(|addr| addr.is_ipv4() == ipv4);
+            fitting |= !addrs.is_empty();
+            if addrs.is_empty() {
+                let kept = before.iter().find(|(known, _)| *known == name);
+                addrs = kept.map_or_else(Vec::new, |(_, addrs)| addrs.clone());
+            }
+            addrs.truncate(room);
+            if !addrs.is_empty() {
+                room -= addrs.len();
+                now.push((name, addrs));
+            }
+        }
+        if !now.is_empty() {
+            self.known.insert(seed.clone(), now);
+        }
+        found && !fitting
+    }
+
+    /// Whether to say now that this name has no address of the family: lookups are as often as each second.
+    fn may_warn(&mut self, seed: &SeedAddr) -> bool {
+        let now = Instant::now();
+        let due = self.warned.get(seed).is_none_or(|last| now.duration_since(*last) >= FAMILY_WARN_PERIOD);
+        if due {
+            self.warned.insert(seed.clone(), now);
+        }
+        due
+    }
+
+    /// All addresses that were found.
+    fn addrs(&self) -> impl Iterator<Item = SocketAddr> {
+        self.known.values().flatten().flat_map(|(_, addrs)| addrs).copied()
     }
 }
 
-async fn lookup(seed: &SeedAddr, dns: Option<SocketAddr>) -> Result<Vec<SocketAddr>, String> {
-    match seed {
+async fn lookup(seed: &SeedAddr, dns: Option<SocketAddr>) -> Result<Vec<Target>, String> {
+    let addrs = match seed {
         SeedAddr::Ip(addr) => Ok(vec![*addr]),
         // The system's own lookup, which knows more than DNS.
         SeedAddr::Host { host, port } => {
@@ -1067,8 +1124,9 @@ async fn lookup(seed: &SeedAddr, dns: Option<SocketAddr>) -> Result<Vec<SocketAd
                 Err(_) => Err("the lookup takes too long".to_owned()),
             }
         }
-        SeedAddr::Srv(name) => lookup_srv(name, dns).await.map_err(|error| error.to_string()),
-    }
+        SeedAddr::Srv(name) => return lookup_targets(name, dns).await.map_err(|error| error.to_string()),
+    };
+    Ok(vec![Target { name: seed.to_string(), addrs }])
 }
 
 /// Waits for the value; also ends when nobody can set it any more.
@@ -1403,26 +1461,77 @@ mod tests {
         let seed: SeedAddr = "srv:_crema._udp.example".parse().unwrap();
         let names = [seed.clone()];
         let addrs = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<SocketAddr>>();
-        let mut known = HashMap::new();
-        resolve(&names, true, Some(dns.addr), &mut known).await;
-        assert!(known.is_empty());
+        let mut known = Names::default();
+        let all = |known: &Names| known.addrs().collect::<Vec<_>>();
+        known.resolve(&names, true, Some(dns.addr)).await;
+        assert!(known.known.is_empty());
         dns.srv("_crema._udp.example", &[(1, 8001, "one.example.")]);
         dns.host("one.example", &["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()]);
-        resolve(&names, true, Some(dns.addr), &mut known).await;
-        assert_eq!(known[&seed], addrs(&["10.0.0.1:8001"]));
+        known.resolve(&names, true, Some(dns.addr)).await;
+        assert_eq!(all(&known), addrs(&["10.0.0.1:8001"]));
         // It fails, and then it has no address of the socket's family.
         dns.set_broken(true);
-        resolve(&names, true, Some(dns.addr), &mut known).await;
+        known.resolve(&names, true, Some(dns.addr)).await;
         dns.set_broken(false);
         dns.host("one.example", &["fd00::1".parse().unwrap()]);
-        resolve(&names, true, Some(dns.addr), &mut known).await;
-        assert_eq!(known[&seed], addrs(&["10.0.0.1:8001"]));
-        resolve(&names, false, Some(dns.addr), &mut known).await;
-        assert_eq!(known[&seed], addrs(&["[fd00::1]:8001"]));
+        known.resolve(&names, true, Some(dns.addr)).await;
+        assert_eq!(all(&known), addrs(&["10.0.0.1:8001"]));
+        known.resolve(&names, false, Some(dns.addr)).await;
+        assert_eq!(all(&known), addrs(&["[fd00::1]:8001"]));
         // Port and host change.
         dns.srv("_crema._udp.example", &[(1, 9001, "two.example.")]);
         dns.host("two.example", &["10.0.0.2".parse().unwrap()]);
-        resolve(&names, true, Some(dns.addr), &mut known).await;
-        assert_eq!(known[&seed], addrs(&["10.0.0.2:9001"]));
+        known.resolve(&names, true, Some(dns.addr)).await;
+        assert_eq!(all(&known), addrs(&["10.0.0.2:9001"]));
+    }
+    /// Of three targets one is away now and then: the others follow what the name server says, and that one stays as it was
+    /// until it is no target any more.
+    #[tokio::test]
+    async fn targets_that_are_not_found_keep_what_they_had() {
+        let dns = FakeDns::start().await;
+        let seed: SeedAddr = "srv:_crema._udp.example".parse().unwrap();
+        let mut names = Names::default();
+        let mut now = async || {
+            names.resolve(std::slice::from_ref(&seed), true, Some(dns.addr)).await;
+            names.addrs().map(|addr| addr.to_string()).collect::<Vec<_>>()
+        };
+        let host = |name: &str, ip: &str| dns.host(name, &[ip.parse().unwrap()]);
+        let gone = |name: &str| dns.host(name, &[]);
+        dns.srv("_crema._udp.example", &[(1, 1, "one.example."), (2, 2, "two.example."), (3, 3, "three.example.")]);
+        host("one.example", "10.0.0.1");
+        host("two.example", "10.0.0.2");
+        assert_eq!(now().await, ["10.0.0.1:1", "10.0.0.2:2"], "the third was never found");
+        host("one.example", "10.0.0.11");
+        gone("two.example");
+        host("three.example", "10.0.0.3");
+        assert_eq!(now().await, ["10.0.0.11:1", "10.0.0.2:2", "10.0.0.3:3"]);
+        host("two.example", "fd00::2");
+        assert_eq!(
+            now().await,
+            ["10.0.0.11:1", "10.0.0.2:2", "10.0.0.3:3"],
+            "of the other family only is as good as none"
+        );
+        dns.srv("_crema._udp.example", &[(2, 2, "two.example."), (3, 4, "three.example.")]);
+        assert_eq!(now().await, ["10.0.0.2:2", "10.0.0.3:4"], "no target any more, and another port");
+        dns.srv("_crema._udp.example", &[(3, 4, "three.example.")]);
+        assert_eq!(now().await, ["10.0.0.3:4"]);
+        dns.srv("_crema._udp.example", &[(1, 1, "nowhere.example.")]);
+        assert_eq!(now().await, ["10.0.0.3:4"], "none of the new ones is found");
+    }
+
+    /// Paused time.
+    #[tokio::test(start_paused = true)]
+    async fn a_name_of_the_other_family_is_complained_about_once_in_a_while() {
+        let seeds = ["[fd00::1]:1", "10.0.0.1:1"].map(|text| SeedAddr::Ip(text.parse().unwrap()));
+        let mut names = Names::default();
+        let ours = &seeds[..1];
+        assert_eq!(names.look_up(&seeds, true, None).await, ours);
+        for _ in 0..5 {
+            assert_eq!(names.look_up(&seeds, true, None).await, []);
+        }
+        tokio::time::advance(FAMILY_WARN_PERIOD).await;
+        assert_eq!(names.look_up(&seeds, true, None).await, ours);
+        assert_eq!(names.look_up(&seeds, true, None).await, []);
+        assert_eq!(names.addrs().collect::<Vec<_>>(), ["10.0.0.1:1".parse().unwrap()]);
     }
 }
