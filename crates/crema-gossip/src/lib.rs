@@ -9,13 +9,14 @@
 //! ```
 //!
 //! Gossip discovers, describes and suspects; it decides nothing. Voters change through consensus only, and a leader heard
-//! of here is a hint that Raft may contradict. `keys`, `tracker`, `view`, `seal`, `fragment`, `seed` and `config` are pure:
+//! of here is a hint that Raft may contradict. `keys`, `tracker`, `view`, `seal`, `fragment`, `inspect`, `seed` and `config` are pure:
 //! clocks, sockets, files and tasks live in `service`, `events`, `transport`, `resolve` and `generation`.
 
 pub mod config;
 pub mod events;
 pub mod fragment;
 mod generation;
+mod inspect;
 pub mod keys;
 #[cfg(test)]
 mod network_tests;

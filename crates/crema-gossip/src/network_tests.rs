@@ -2,8 +2,9 @@
 
 use crate::config::GossipConfig;
 use crate::events::GossipUpdate;
-use crate::fragment::MAX_DATAGRAM_BYTES;
-use crate::seal::{ClusterKey, Foreign, KeyRing};
+use crate::fragment::{Body, MAX_DATAGRAM_BYTES, split};
+use crate::inspect::tests::{any_message, deadly};
+use crate::seal::{BootId, ClusterKey, FRAME_OVERHEAD_BYTES, Foreign, KeyRing, Sealer, TAG_BYTES};
 use crate::service::{Gossip, GossipError};
 use crate::testing::{FakeDns, PATIENCE, Rng, all_see, config, eventually, fuzz_count, resident_bytes, start, state};
 use crate::transport::{Filter, Hooks};
@@ -218,6 +219,132 @@ async fn hostile_datagrams_are_survived_with_keys() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_datagrams_are_survived_without_keys() {
     hostile_datagrams(None).await;
+}
+
+/// A stranger on the network of a cluster without keys.
+struct Stranger {
+    socket: UdpSocket,
+    sealer: Sealer,
+    messages: u32,
+}
+
+impl Stranger {
+    async fn new() -> Stranger {
+        let mut boot = BootId([0; 16]);
+        getrandom::fill(&mut boot.0).unwrap();
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        Stranger { socket, sealer: Sealer::new(&config(1, &[]).cluster, boot), messages: 0 }
+    }
+
+    async fn send(&mut self, to: SocketAddr, message: &[u8]) {
+        self.messages += 1;
+        for part in split(self.messages, message) {
+            let frame = self.sealer.seal(None, 0, None, &Body::Part(part).encode());
+            self.socket.send_to(&frame, to).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_would_end_gossip_is_kept_from_it_and_counted() {
+    let a = start(1, &[]).await;
+    let b = start(2, &[a.addr()]).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+    let mut stranger = Stranger::new().await;
+    for (what, message) in deadly(&b) {
+        let before = (a.stats().undecodable_messages, a.stats().foreign.of(Foreign::Malformed));
+        stranger.send(a.addr(), &message).await;
+        eventually(what, || a.stats().undecodable_messages > before.0).await;
+        eventually(what, || a.stats().foreign.of(Foreign::Malformed) > before.1).await;
+    }
+    b.publish_leaders(&[(ShardId(1), Term(1), Epoch(1))]);
+    eventually("news still arrives", || a.tracker().get_leader(ShardId(1)) == Some(NodeId(2))).await;
+    assert!(a.health());
+    assert_eq!(a.known_lives().await, 2);
+}
+
+/// That is so of each of them: where chitchat is given all that comes, it panics. Gossip ends visibly then, and may be started
+/// anew at the same address.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panic_of_chitchat_is_seen_and_a_new_start_goes_on() {
+    let b = start(2, &[]).await;
+    let mut again = config(1, &[b.addr()]);
+    let mut stranger = Stranger::new().await;
+    for (what, message) in deadly(&b) {
+        let a = start_with(again.clone(), Hooks { credulous: true, ..Hooks::default() }).await;
+        (again.bind, again.advertise) = (a.addr(), a.addr());
+        all_see(&[&a, &b], &[1, 2]).await;
+        let (mut health, mut events) = (a.health_watch(), a.events());
+        stranger.send(a.addr(), &message).await;
+        timeout(PATIENCE, health.wait_for(|healthy| !healthy)).await.expect(what).unwrap();
+        let end = async { while events.recv().await.is_some() {} };
+        timeout(PATIENCE, end).await.expect("whoever listens hears that it is over");
+        timeout(PATIENCE, a.shutdown()).await.expect("nothing hangs");
+    }
+    let a = start_with(again, Hooks::default()).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+}
+
+/// Messages that other nodes have made, damaged on the way, and made-up ones: without keys they may tell untruths, but they end
+/// nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damaged_and_made_up_messages_without_keys_are_survived() {
+    // Each may make up a life, of which only so many fit a digest.
+    const DAMAGED: u32 = 3_000;
+    let captured = Arc::new(Mutex::new(Vec::new()));
+    let into = captured.clone();
+    let capture = filter(move |_, frame| {
+        let mut captured = into.lock().unwrap();
+        if captured.len() < 1_000 {
+            captured.push(frame.to_vec());
+        }
+        true
+    });
+    let a = start(1, &[]).await;
+    let b = start_with(config(2, &[a.addr()]), capture).await;
+    all_see(&[&a, &b], &[1, 2]).await;
+    // So that there is news to damage.
+    for term in 1..=50 {
+        let shard = ShardId(term as u32 % 7);
+        b.publish_leaders(&[(shard, Term(term), Epoch(1))]);
+        eventually("claims arrive", || a.tracker().entry(shard).is_some_and(|e| e.term == Term(term))).await;
+    }
+    let body = FRAME_OVERHEAD_BYTES - TAG_BYTES;
+    let message = |frame: &Vec<u8>| match Body::parse(&frame[body..]) {
+        // Parts of several would wait for the others.
+        Some(Body::Part(part)) if part.count == 1 => Some(part.bytes.to_vec()),
+        _ => None,
+    };
+    let messages: Vec<Vec<u8>> = captured.lock().unwrap().iter().filter_map(message).collect();
+    let kinds: BTreeSet<u8> = messages.iter().map(|message| message[3]).collect();
+    assert_eq!(kinds, BTreeSet::from([0, 1, 2]), "greetings, answers and news");
+    let (mut stranger, mut rng) = (Stranger::new().await, Rng::from_clock());
+    for i in 1..=DAMAGED {
+        let mut message = messages[rng.below(messages.len() as u64) as usize].clone();
+        if i % 2 == 0 {
+            message = any_message(&mut rng, &[&a, &b]);
+        }
+        if i % 8 < 6 {
+            for _ in 0..=rng.below(3) {
+                let at = rng.below(message.len() as u64) as usize;
+                message[at] ^= 1 << rng.below(8);
+            }
+        }
+        let heard = a.stats().received_datagrams;
+        stranger.send(a.addr(), &message).await;
+        if i % 16 == 0 {
+            eventually("it is read", || a.stats().received_datagrams > heard).await;
+        }
+    }
+    eprintln!("{:?}, {} lives", a.stats(), a.known_lives().await);
+    assert!(a.health(), "it has ended");
+    // What is told of the others may be untrue now. Newcomers are heard, and what this node says itself ends it neither.
+    let c = start(3, &[a.addr()]).await;
+    all_see(&[&a], &[3]).await;
+    a.publish_leaders(&[(ShardId(1), Term(99), Epoch(1))]);
+    let heard = a.stats().received_datagrams;
+    eventually("it goes on", || a.stats().received_datagrams > heard + 20).await;
+    assert!(a.health() && c.health());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

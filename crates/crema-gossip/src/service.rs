@@ -141,7 +141,7 @@ pub struct GossipStats {
     pub sent_stream_bytes: u64,
     /// Messages dropped because more came than could be decoded.
     pub dropped_messages: u64,
-    /// Messages of this cluster that do not decode.
+    /// Messages of this cluster that do not decode, or that no node writes and that would end gossip.
     pub undecodable_messages: u64,
     /// Errors of sockets; none of them ends gossip.
     pub socket_errors: u64,
@@ -494,6 +494,11 @@ impl Gossip {
         if timeout(STOP_LIMIT, self.shared.wire.closed()).await.is_err() {
             tracing::warn!(node = %self.shared.this, "gossip: a socket is still open");
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn node(&self) -> NodeId {
+        self.shared.this
     }
 
     /// How many lives of nodes chitchat has heard of, this one included.

@@ -3,7 +3,7 @@
 //! ```text
 //!   chitchat --Socket::send--> Encoder: 127.0.0.1 --bytes--> route --+-- <= 8 parts --> seal, fragment --> UDP
 //!                                                                    '-- larger, goodbye --> stream task --> TCP
-//!   chitchat <--Socket::recv-- Decoder: 127.0.0.1 <--queue-- open, reassemble <---------------------- UDP, TCP
+//!   chitchat <--Socket::recv-- Decoder: 127.0.0.1 <--inspect-- open, reassemble <-------------------- UDP, TCP
 //! ```
 //!
 //! Chitchat 0.13 tells nobody how to write or read its messages, except a socket of its own. So it writes them into one on the
@@ -19,6 +19,7 @@
 use crate::fragment::{
     Body, MAX_DATAGRAM_BYTES, MAX_MESSAGE_BYTES, MAX_STREAM_FRAME_BYTES, Reassembler, part_count, split,
 };
+use crate::inspect::{Unfit, inspect};
 use crate::seal::{BootId, Foreign, KeyRing, Opener, Refusal, Sealer};
 use async_trait::async_trait;
 use chitchat::transport::{RecvOutcome, SendOutcome, Socket, Transport, UdpSocket as ChitchatUdp};
@@ -95,6 +96,8 @@ pub(crate) struct Hooks {
     pub(crate) udp: Option<Filter>,
     /// Nobody takes connections.
     pub(crate) no_streams: bool,
+    /// Chitchat is given whatever comes.
+    pub(crate) credulous: bool,
     /// The only DNS server, instead of the system's.
     pub(crate) dns: Option<SocketAddr>,
     /// How often names are looked up.
@@ -834,6 +837,12 @@ impl Wire {
         let mut decoder = Decoder::open().await?;
         let mut messages = messages.lock().await;
         while let Some((from_addr, num_bytes_received, message)) = messages.recv().await {
+            if let (Err(Unfit(reason)), false) = (inspect(&message), self.hooks.credulous) {
+                add(&self.traffic.undecodable_messages, 1);
+                tracing::debug!(peer = %from_addr, reason, "gossip: a message is kept from chitchat");
+                self.note_foreign(Foreign::Malformed, from_addr);
+                continue;
+            }
             match decoder.decode(&message).await? {
                 Some(envelope) => {
                     let outcome = RecvOutcome { from_addr, envelope, num_bytes_received };

@@ -207,7 +207,11 @@ pub fn gossip_samples(stats: &GossipStats, leader_conflicts: u64, into: &mut Vec
         counter("gossip_received_stream_bytes", "Bytes of gossip received by TCP", stats.received_stream_bytes),
         counter("gossip_sent_stream_bytes", "Bytes of gossip sent by TCP", stats.sent_stream_bytes),
         counter("gossip_dropped_messages", "Gossip messages beyond what could be decoded", stats.dropped_messages),
-        counter("gossip_undecodable_messages", "Gossip messages that do not decode", stats.undecodable_messages),
+        counter(
+            "gossip_undecodable_messages",
+            "Gossip messages that do not decode, or that no node writes",
+            stats.undecodable_messages,
+        ),
         counter("gossip_socket_errors", "Errors of gossip's sockets", stats.socket_errors),
         counter("gossip_unproven", "Gossip of senders that had not proven to speak now", stats.unproven),
         counter("leader_conflicts", "Claims of two leaders for one shard and term", leader_conflicts),

@@ -1391,6 +1391,29 @@ mod tests {
         }
     }
 
+    /// Whatever ends it, a panic too: see the tests of `crema-gossip`.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn while_gossip_has_ended_a_node_is_not_ready_and_it_is_started_anew() {
+        let node =
+            Node::start(NodeConfig { initial_members: vec![NodeId(7)], replicas: 1, ..joining() }).await.unwrap();
+        let soon = Duration::from_secs(20);
+        tokio::time::timeout(soon, node.ready()).await.expect("a cluster of one").unwrap();
+        let membership = node.inner.watch.membership.clone().unwrap();
+        let ended = membership.gossip();
+        ended.shutdown().await;
+        assert_eq!(node.not_ready().as_deref(), Some("gossip has stopped"));
+        let again = async {
+            while node.not_ready().is_some() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(soon, again).await.expect("it is ready again");
+        let gossip = membership.gossip();
+        assert!(gossip.generation() > ended.generation() && gossip.health());
+        assert_eq!(gossip.addr(), ended.addr());
+        node.shutdown().await;
+    }
+
     /// Peers of one node and what its driver would hear of them.
     fn peers(node: u64, keys: &KeyRing) -> (PeersHandle, crossbeam::channel::Receiver<Input>) {
         let (driver, heard) = crossbeam::channel::bounded(64);
