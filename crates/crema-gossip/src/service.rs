@@ -226,7 +226,8 @@ impl std::fmt::Debug for Gossip {
 }
 
 impl Gossip {
-    /// Binds the sockets and begins to gossip. Returns without waiting for peers or for DNS.
+    /// Binds the sockets and begins to gossip. Returns without waiting for peers or for DNS. If it fails, or is dropped before it
+    /// is done, the sockets are closed soon after.
     ///
     /// Errors: a configuration that cannot work, or an address that cannot be bound. Needs a tokio runtime with time and I/O.
     pub async fn start(config: GossipConfig) -> Result<Gossip, GossipError> {
@@ -250,6 +251,8 @@ impl Gossip {
             Wire::start(sockets, advertise, &config.cluster, config.keys.clone(), hooks.clone())
                 .await
                 .map_err(|error| GossipError::Start(format!("{error:#}")))?;
+        // From here on there are tasks that nobody else would end, should this go no further.
+        let unfinished = CloseGuard(Some(wire.clone()));
         let handle = spawn_chitchat(chitchat_config(&config, &seeds, generation, bound, advertise), pairs, &transport)
             .await
             .map_err(|error| GossipError::Start(format!("{error:#}")))?;
@@ -289,6 +292,11 @@ impl Gossip {
         let mut watcher = Watcher::new(shared.clone(), &config, greeted, heard_goodbyes);
         // This node is a member before anybody can ask.
         watcher.scan(true).await;
+        if let Some(held) = &hooks.held {
+            held.notify_one();
+            std::future::pending::<()>().await;
+        }
+        unfinished.disarm();
         tokio::spawn(watcher.run(config.interval));
         tokio::spawn(seed_loop(shared.clone(), seeds, config.interval, hooks));
         let key = config.keys.as_ref().map(KeyRing::primary);
@@ -674,6 +682,23 @@ impl Shared {
         self.events.close();
         self.updates.close();
         self.wire.close();
+    }
+}
+
+/// Closes the network of a start that fails or is cut off. Chitchat ends by itself when its handle goes.
+struct CloseGuard(Option<Arc<Wire>>);
+
+impl CloseGuard {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for CloseGuard {
+    fn drop(&mut self) {
+        if let Some(wire) = &self.0 {
+            wire.close();
+        }
     }
 }
 
@@ -1380,6 +1405,26 @@ mod tests {
         first.shutdown().await;
         first.leave().await;
         Gossip::start(second).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_start_that_is_cut_off_frees_its_port() {
+        let probe = start(1, &[]).await;
+        let mut config = config(1, &[]);
+        (config.bind, config.advertise) = (probe.addr(), probe.addr());
+        probe.shutdown().await;
+        let held = Arc::new(Notify::new());
+        let hooks = Hooks { held: Some(held.clone()), ..Hooks::default() };
+        let mut start = Box::pin(Gossip::start_with(config, hooks));
+        let addr = probe.addr();
+        let free = || std::net::UdpSocket::bind(addr).is_ok() && std::net::TcpListener::bind(addr).is_ok();
+        tokio::select! {
+            _ = &mut start => panic!("it is held"),
+            () = held.notified() => {}
+        }
+        assert!(!free());
+        drop(start);
+        eventually("its port is free", free).await;
     }
 
     #[tokio::test]

@@ -96,6 +96,8 @@ pub(crate) struct Hooks {
     pub(crate) udp: Option<Filter>,
     /// Nobody takes connections.
     pub(crate) no_streams: bool,
+    /// A start tells this that it is all but done, and goes no further.
+    pub(crate) held: Option<Arc<Notify>>,
     /// Chitchat is given whatever comes.
     pub(crate) credulous: bool,
     /// The only DNS server, instead of the system's.

@@ -328,7 +328,7 @@ impl Membership {
         let config = GossipConfig { generation: Some(generation), keys, ..self.config.clone() };
         let busy = self.starting.clone().lock_owned().await;
         let (hand_over, handed_over) = oneshot::channel();
-        // In a task of its own: a start that is cut off midway would leave its sockets to nobody.
+        // In a task of its own: a start that is cut off midway closes its sockets at some time later, for which nobody could wait.
         tokio::spawn(async move {
             if let Err(Ok(unwanted)) = hand_over.send(Gossip::start(config).await) {
                 unwanted.shutdown().await;
