@@ -811,7 +811,15 @@ mod tests {
         let (sender, inputs) = crossbeam::channel::bounded(1_024);
         let options = crate::peers::PeerOptions::default();
         let (cluster, node, incarnation) = ("test".to_owned(), NodeId(1), Incarnation(1));
-        let peers = crate::peers::PeersConfig { cluster, node, incarnation, boot: 0, keys: None, options };
+        let peers = crate::peers::PeersConfig {
+            cluster,
+            node,
+            incarnation,
+            boot: 0,
+            addr: "127.0.0.1:1".to_owned(),
+            keys: None,
+            options,
+        };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let book = Arc::new(Mutex::new(AddressBook::new(true)));
         let (_reach, reach) = watch::channel(());
