@@ -508,6 +508,60 @@ async fn a_capture_played_to_a_restarted_observer_shows_no_ghost() {
     assert_eq!(a.known_lives().await, 1, "not even chitchat has heard of it");
 }
 
+/// Whoever captured one frame may send it again and again, in the name of a host that has not asked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_first_frames_from_one_host_is_answered_sparingly_and_keeps_nobody_out() {
+    let a = Gossip::start(keyed(1, &[])).await.unwrap();
+    let now_s = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let ring = KeyRing::new(key(1));
+    let body = Body::Heard { generation: 1 }.encode();
+    let first = Sealer::new(&config(1, &[]).cluster, BootId([5; 16])).seal(Some(&ring), now_s, None, &body);
+    let socket = UdpSocket::bind("127.0.0.2:0").await.unwrap();
+    let began = Instant::now();
+    for _ in 0..2_000 {
+        let unproven = a.stats().unproven;
+        socket.send_to(&first, a.addr()).await.unwrap();
+        eventually("it is read", || a.stats().unproven > unproven).await;
+    }
+    let seconds = began.elapsed().as_secs() + 2;
+    assert!(a.stats().greetings <= 64 * seconds, "{:?} within {seconds} s", a.stats());
+    let b = Gossip::start(keyed(2, &[a.addr()])).await.unwrap();
+    let both = async { all_see(&[&a, &b], &[1, 2]).await };
+    let flood = async {
+        loop {
+            socket.send_to(&first, a.addr()).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        () = both => {}
+        () = flood => {}
+    }
+}
+
+/// What one node said to a second one, played to a third that knows both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_said_to_another_is_not_taken() {
+    let captured = Arc::new(Mutex::new(Vec::new()));
+    let into = captured.clone();
+    let capture = filter(move |to, frame| {
+        into.lock().unwrap().push((to, frame.to_vec()));
+        true
+    });
+    let a = Gossip::start(keyed(1, &[])).await.unwrap();
+    let b = start_with(keyed(2, &[a.addr()]), capture).await;
+    let c = Gossip::start(keyed(3, &[a.addr()])).await.unwrap();
+    all_see(&[&a, &b, &c], &[1, 2, 3]).await;
+    let to_c = || captured.lock().unwrap().iter().rev().find(|(to, _)| *to == c.addr()).map(|(_, frame)| frame.clone());
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let (before, heard) = (a.stats().unproven, captured.lock().unwrap().len());
+    eventually("it speaks to the other", || captured.lock().unwrap()[heard..].iter().any(|(to, _)| *to == c.addr()))
+        .await;
+    socket.send_to(&to_c().unwrap(), a.addr()).await.unwrap();
+    eventually("it is not taken", || a.stats().unproven > before).await;
+    assert!(a.health() && b.health() && c.health());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_are_rotated_under_traffic_and_nobody_becomes_suspect() {
     let a = Gossip::start(keyed(1, &[])).await.unwrap();

@@ -14,8 +14,9 @@
 //!
 //! Replays. The counters of a known boot pass a window once. An unknown boot must prove that it speaks now: its frame carries
 //! the beginning of *our* boot id (`echo`), which nobody could know before this process started, and its clock is within ten
-//! minutes of ours. What was captured before an observer restarted therefore shows it nobody. A frame that does not prove it
-//! is answered with a greeting (by the shell), after which the sender knows what to echo.
+//! minutes of ours. What was captured before an observer restarted therefore shows it nobody. The echo is asked of known boots,
+//! too: what one of them sent to somebody else is nothing that it said to us. A frame without it is answered with a greeting
+//! (by the shell), after which the sender knows what to echo – unless it would not be taken with it either.
 //!
 //! No clock and no randomness here: both are arguments.
 
@@ -417,7 +418,7 @@ pub struct Opened {
 pub enum Refusal {
     /// It does not belong here; says how.
     Foreign(Foreign),
-    /// It was made with a key of the cluster by a boot that has not proven yet that it speaks now. Greet the sender: its next
+    /// It was made with a key of the cluster, but does not prove that it was made for this boot. Greet the sender: its next
     /// frame will carry the proof.
     Unproven(Opened),
 }
@@ -541,17 +542,23 @@ impl Opener {
         if boot == self.boot {
             return foreign(Foreign::Replay);
         }
+        let to_us = prefix[4..] == self.boot.echo();
         if let Some(window) = self.windows.get_mut(&boot) {
-            return if window.admit(counter, sent_s) { Ok(opened) } else { foreign(Foreign::Replay) };
+            return match window.admit(counter, sent_s) {
+                false => foreign(Foreign::Replay),
+                true if to_us => Ok(opened),
+                true => Err(Refusal::Unproven(opened)),
+            };
         }
-        if prefix[4..] != self.boot.echo() {
-            return Err(Refusal::Unproven(opened));
-        }
+        // First what no echo would mend: a recording must not make this node answer.
         if now_s.abs_diff(sent_s) > CLOCK_TOLERANCE_S {
             return foreign(Foreign::Clock);
         }
         if sent_s <= self.floor_s {
             return foreign(Foreign::Replay);
+        }
+        if !to_us {
+            return Err(Refusal::Unproven(opened));
         }
         self.make_room(now_s);
         self.windows.insert(boot, Window::new(counter, sent_s));
@@ -747,10 +754,10 @@ mod tests {
         let mut both = ring.clone();
         both.install(key(2)).unwrap();
         both.use_key(key(2).id()).unwrap();
-        let frame = sealer.seal(Some(&both), NOW_S, None, b"");
+        let frame = sealer.seal(Some(&both), NOW_S, Some(B), b"");
         assert_eq!(opener.open(Some(&ring), NOW_S, &frame), foreign(Foreign::WrongKey));
         assert!(opener.open(Some(&both), NOW_S, &frame).is_ok());
-        assert!(opener.open(Some(&both), NOW_S, &sealer.seal(Some(&ring), NOW_S, None, b"")).is_ok());
+        assert!(opener.open(Some(&both), NOW_S, &sealer.seal(Some(&ring), NOW_S, Some(B), b"")).is_ok());
     }
 
     #[test]
@@ -792,15 +799,31 @@ mod tests {
         };
         assert!(matches!(open(&mut opener, NOW_S, None), Err(Refusal::Unproven(Opened { boot: A, counter: 0, .. }))));
         assert!(matches!(open(&mut opener, NOW_S, Some(A)), Err(Refusal::Unproven(_))));
-        assert_eq!(open(&mut opener, NOW_S - CLOCK_TOLERANCE_S - 1, Some(B)), foreign(Foreign::Clock));
-        assert_eq!(open(&mut opener, NOW_S + CLOCK_TOLERANCE_S + 1, Some(B)), foreign(Foreign::Clock));
+        // Whose clock is wrong would not be taken with an echo either: it is not asked for one.
+        for peer in [Some(B), None] {
+            assert_eq!(open(&mut opener, NOW_S - CLOCK_TOLERANCE_S - 1, peer), foreign(Foreign::Clock));
+            assert_eq!(open(&mut opener, NOW_S + CLOCK_TOLERANCE_S + 1, peer), foreign(Foreign::Clock));
+        }
         assert_eq!(opener.boots(), 0);
         assert!(open(&mut opener, NOW_S - CLOCK_TOLERANCE_S, Some(B)).is_ok());
-        // Once it is known, neither its clock nor its echo matters.
-        assert!(open(&mut opener, 1, None).is_ok());
+        // Once it is known, its clock does not matter.
+        assert!(open(&mut opener, 1, Some(B)).is_ok());
         // A frame that comes back to its maker is not a peer's.
         let mut own = Opener::new("crema", A);
         assert_eq!(open(&mut own, NOW_S, Some(A)), foreign(Foreign::Replay));
+    }
+
+    #[test]
+    fn what_a_known_boot_sent_to_another_is_not_taken() {
+        let (ring, mut sealer, mut opener) = pair();
+        let own = sealer.seal(Some(&ring), NOW_S, Some(B), b"x");
+        assert!(opener.open(Some(&ring), NOW_S, &own).is_ok());
+        for peer in [Some(BootId([7; 16])), None] {
+            let other = sealer.seal(Some(&ring), NOW_S, peer, b"x");
+            assert!(matches!(opener.open(Some(&ring), NOW_S, &other), Err(Refusal::Unproven(_))));
+            assert_eq!(opener.open(Some(&ring), NOW_S, &other), foreign(Foreign::Replay), "it is answered once");
+        }
+        assert!(opener.open(Some(&ring), NOW_S, &sealer.seal(Some(&ring), NOW_S, Some(B), b"x")).is_ok());
     }
 
     #[test]
@@ -864,6 +887,8 @@ mod tests {
         assert_eq!(opener.boots(), MAX_BOOTS);
         assert_eq!(opener.open(Some(&ring), NOW_S + 2, &first), foreign(Foreign::Replay));
         assert_eq!(opener.open(Some(&ring), NOW_S + 2, &newcomer(NOW_S)), foreign(Foreign::Replay));
+        let silent = Sealer::new("crema", BootId([8; 16])).seal(Some(&ring), NOW_S, None, b"x");
+        assert_eq!(opener.open(Some(&ring), NOW_S + 2, &silent), foreign(Foreign::Replay), "no echo would mend it");
         // Old ones go by themselves.
         let later = NOW_S + CLOCK_TOLERANCE_S + 10;
         assert!(opener.open(Some(&ring), later, &newcomer(later)).is_ok());

@@ -68,8 +68,10 @@ const STREAM_REFUSED_PAUSE: Duration = Duration::from_secs(30);
 const STREAM_ANSWER_TIME: Duration = Duration::from_secs(1);
 /// Most peers whose state is kept. When there are more, it is learnt anew.
 const MAX_PEERS: usize = 4_096;
-/// Most greetings a second. An attacker may repeat what he captured; he must not make this node send much.
+/// Most greetings a second, and most of them to one host. An attacker may repeat what he captured, in the name of any host; he
+/// must not make this node send much, and least of all to one that has not asked.
 const HELLOS_PER_SECOND: u32 = 256;
+const HELLOS_PER_SECOND_AND_IP: u32 = 64;
 /// A kind of warning is given once in this time.
 const WARN_PERIOD: Duration = Duration::from_secs(10);
 /// Greeted peers that wait to be told again.
@@ -150,7 +152,35 @@ struct State {
     peers: HashMap<SocketAddr, PeerState>,
     next_message: u32,
     warned: HashMap<&'static str, (Instant, u64)>,
-    hello_second: (u64, u32),
+    greetings: Greetings,
+}
+
+/// The greetings of one second.
+#[derive(Debug, Default)]
+struct Greetings {
+    second: u64,
+    all: u32,
+    /// No more hosts than greetings.
+    by_ip: HashMap<IpAddr, u32>,
+}
+
+impl Greetings {
+    fn may_greet(&mut self, now_s: u64, ip: IpAddr) -> bool {
+        if self.second != now_s {
+            (self.second, self.all) = (now_s, 0);
+            self.by_ip.clear();
+        }
+        if self.all >= HELLOS_PER_SECOND {
+            return false;
+        }
+        let of_ip = self.by_ip.entry(ip).or_default();
+        if *of_ip >= HELLOS_PER_SECOND_AND_IP {
+            return false;
+        }
+        *of_ip += 1;
+        self.all += 1;
+        true
+    }
 }
 
 impl State {
@@ -175,14 +205,6 @@ impl State {
                 Some(unsaid)
             }
         }
-    }
-
-    fn may_greet(&mut self, now_s: u64) -> bool {
-        if self.hello_second.0 != now_s {
-            self.hello_second = (now_s, 0);
-        }
-        self.hello_second.1 += 1;
-        self.hello_second.1 <= HELLOS_PER_SECOND
     }
 }
 
@@ -313,7 +335,7 @@ impl Wire {
                 peers: HashMap::new(),
                 next_message: 0,
                 warned: HashMap::new(),
-                hello_second: (0, 0),
+                greetings: Greetings::default(),
             }),
             traffic: Traffic::default(),
             started: Instant::now(),
@@ -535,7 +557,7 @@ impl Wire {
         let frame = {
             let now_s = self.now_s();
             let state = &mut *lock(&self.state);
-            if !state.may_greet(now_s) {
+            if !state.greetings.may_greet(now_s, to.ip()) {
                 return;
             }
             state.sealer.seal(state.ring.as_ref(), now_s, Some(boot), &Body::Hello { counter }.encode())
@@ -1053,6 +1075,25 @@ impl Decoder {
                 return Ok(found);
             }
             found = Some(outcome.envelope);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn greetings_are_bounded_for_each_host_and_in_all() {
+        let mut greetings = Greetings::default();
+        let ip = |n: u16| IpAddr::from([10, 0, (n >> 8) as u8, n as u8]);
+        for second in [5, 6] {
+            let to_one = (0..1_000).filter(|_| greetings.may_greet(second, ip(0))).count();
+            assert_eq!(to_one, HELLOS_PER_SECOND_AND_IP as usize);
+            assert!(greetings.may_greet(second, ip(1)), "others are greeted all the same");
+            let more = (2..10_000).filter(|n| greetings.may_greet(second, ip(*n))).count();
+            assert_eq!(more, HELLOS_PER_SECOND as usize - to_one - 1);
+            assert!(greetings.by_ip.len() <= HELLOS_PER_SECOND as usize);
         }
     }
 }
