@@ -4,8 +4,8 @@
 //!   srv:_crema._udp.example --SRV--> crema-0.example port 8001, crema-1.example port 8001 --A, AAAA--> addresses
 //! ```
 //!
-//! The name servers are the system's, read anew for each lookup. Nothing is cached here: names are asked for every 15 seconds
-//! at most, and what a name server says now is what counts.
+//! The name servers are the system's, read anew for each lookup. Nothing is cached here: names are asked for every 15 seconds,
+//! or every second until they are found, and what a name server says now is what counts.
 
 use crate::seed::{SeedAddr, SeedError, check_srv_name};
 use hickory_resolver::TokioResolver;

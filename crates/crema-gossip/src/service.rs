@@ -1,7 +1,7 @@
-//! The tokio shell around chitchat: the only place of this crate with clocks, sockets and tasks.
+//! The tokio shell around chitchat: its tasks and clocks. Sockets are in `transport`, name servers in `resolve`.
 //!
 //! ```text
-//!   every interval: snapshot --> View::tick    --> events, members, Gone        \
+//!   every interval: snapshot --> View::tick    --> events, members, updates     \
 //!   a claim or goodbye arrives: --> View::observe, then claims --> tracker       > one watch task
 //!   publish_leaders: wait 10 ms for more --> set keys --> gossip to 16 peers    /
 //!   host:port and srv: seeds: look up, keep the last good answer, gossip to one -> one seed task
@@ -18,12 +18,12 @@ use crate::config::{ConfigError, GossipConfig, Seeds};
 use crate::events::{EventHub, EventReceiver, GossipUpdate, UpdateHub, UpdateReceiver};
 use crate::generation;
 use crate::keys::{
-    KeyError, LEADER_PREFIX, LeaderClaim, MAX_METADATA_ENTRIES, METADATA_PREFIX, NODE_PREFIX, NodeMeta, ParsedNode,
-    STATE_KEY, STATE_LEFT, encode_claim, encode_metadata, encode_node, parse_claim, parse_node,
+    KeyError, LEADER_PREFIX, LeaderClaim, METADATA_PREFIX, NODE_PREFIX, NodeMeta, ParsedNode, STATE_KEY, STATE_LEFT,
+    encode_claim, encode_node, parse_claim, parse_node,
 };
 use crate::resolve::{MAX_SRV_ADDRS, RESOLVE_LIMIT, Target, lookup_targets};
 use crate::rng::SplitMix;
-use crate::seal::{ClusterKey, Foreign, KeyId, KeyRing, KeyRingError};
+use crate::seal::{Foreign, KeyRing};
 use crate::seed::SeedAddr;
 use crate::tracker::{ClaimOutcome, ShardLeaderTracker};
 use crate::transport::{Bound, Hooks, Started, Wire};
@@ -71,7 +71,7 @@ const RESOLVE_RETRY: Duration = Duration::from_secs(1);
 const FAMILY_WARN_PERIOD: Duration = Duration::from_secs(600);
 /// A node that knows live peers still contacts a seed this often, so that parts of a cluster that forgot each other merge.
 const SEED_PERIOD: Duration = Duration::from_secs(15);
-/// Most addresses of one seed name, and most that the caller may offer.
+/// Most addresses of one seed name.
 const MAX_SEED_ADDRS: usize = MAX_SRV_ADDRS;
 
 /// Why gossip does not start, or refuses.
@@ -103,15 +103,9 @@ pub enum GossipError {
     /// The value cannot be carried: correct it.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// The keys cannot be changed so: see the error.
-    #[error(transparent)]
-    KeyRing(#[from] KeyRingError),
     /// This node was started without cluster keys; restart it with a key file.
     #[error("gossip was started without cluster keys")]
     NoKeys,
-    /// Gossip has stopped; nothing is heard or told any more.
-    #[error("gossip has stopped")]
-    Stopped,
 }
 
 /// Counters since the start, for metrics.
@@ -178,12 +172,6 @@ impl ForeignStats {
     }
 }
 
-#[derive(Debug, Default)]
-struct Pending {
-    claims: BTreeMap<ShardId, (Term, Epoch)>,
-    metadata: BTreeMap<String, String>,
-}
-
 struct Shared {
     handle: ChitchatHandle,
     this: NodeId,
@@ -192,9 +180,8 @@ struct Shared {
     events: EventHub,
     updates: UpdateHub,
     members: Mutex<Vec<Member>>,
-    pending: Mutex<Pending>,
-    metadata_names: Mutex<HashSet<String>>,
-    offered_seeds: Mutex<Vec<SocketAddr>>,
+    /// Claims that peers are still to be told.
+    pending: Mutex<BTreeMap<ShardId, (Term, Epoch)>>,
     /// Something is pending.
     publish: Notify,
     /// Something arrived.
@@ -274,9 +261,7 @@ impl Gossip {
             events: EventHub::default(),
             updates: UpdateHub::new(),
             members: Mutex::new(Vec::new()),
-            pending: Mutex::new(Pending::default()),
-            metadata_names: Mutex::new(config.metadata.keys().cloned().collect()),
-            offered_seeds: Mutex::new(Vec::new()),
+            pending: Mutex::default(),
             publish: Notify::new(),
             heard,
             healthy: watch::channel(true).0,
@@ -356,30 +341,11 @@ impl Gossip {
         }
         let mut pending = self.shared.pending.lock().expect("no panic while held");
         for (shard, claim) in claims {
-            let newest = pending.claims.entry(shard).or_insert(claim);
+            let newest = pending.entry(shard).or_insert(claim);
             *newest = (*newest).max(claim);
         }
         drop(pending);
         self.shared.publish.notify_one();
-    }
-
-    /// Sets one entry of this node's metadata; peers see it within a few rounds. Entries can be changed, never removed.
-    ///
-    /// Errors: a name or value that gossip cannot carry, or too many entries.
-    pub fn set_metadata(&self, name: &str, value: &str) -> Result<(), GossipError> {
-        if !self.health() {
-            return Err(GossipError::Stopped);
-        }
-        let (key, value) = encode_metadata(name, value)?;
-        let mut names = self.shared.metadata_names.lock().expect("no panic while held");
-        if !names.contains(name) && names.len() >= MAX_METADATA_ENTRIES {
-            return Err(KeyError::TooManyMetadata.into());
-        }
-        names.insert(name.to_owned());
-        drop(names);
-        self.shared.pending.lock().expect("no panic while held").metadata.insert(key, value);
-        self.shared.publish.notify_one();
-        Ok(())
     }
 
     /// The cluster's keys as they stand now; `None` on a node without. A later start of gossip must be given these and not those
@@ -388,50 +354,11 @@ impl Gossip {
         self.shared.wire.ring()
     }
 
-    /// Adds a key with which peers may seal. The first step of a rotation, to be done on every node before the second.
-    ///
-    /// Errors: [`GossipError::NoKeys`]; too many keys.
-    pub fn install_key(&self, key: ClusterKey) -> Result<(), GossipError> {
-        self.change_keys("installed", key.id(), |ring| ring.install(key))
-    }
-
-    /// Seals with this key from now on. The second step, to be done on every node before the third.
-    ///
-    /// Errors: [`GossipError::NoKeys`]; a key that is not installed.
-    pub fn use_key(&self, id: KeyId) -> Result<(), GossipError> {
-        self.change_keys("in use", id, |ring| ring.use_key(id))
-    }
-
-    /// Refuses from now on what is sealed with this key. The last step.
-    ///
-    /// Errors: [`GossipError::NoKeys`]; a key that is not installed, or with which this node seals.
-    pub fn remove_key(&self, id: KeyId) -> Result<(), GossipError> {
-        self.change_keys("removed", id, |ring| ring.remove(id))
-    }
-
     /// Replaces all keys at once, as whoever keeps them in a file does: a rotation is then three versions of that file.
     ///
     /// Errors: [`GossipError::NoKeys`] on a node that was started without.
     pub fn set_keys(&self, keys: KeyRing) -> Result<(), GossipError> {
-        self.shared.wire.change_ring(|ring| *ring = keys).ok_or(GossipError::NoKeys)
-    }
-
-    fn change_keys(
-        &self,
-        what: &str,
-        id: KeyId,
-        change: impl FnOnce(&mut KeyRing) -> Result<(), KeyRingError>,
-    ) -> Result<(), GossipError> {
-        self.shared.wire.change_ring(change).ok_or(GossipError::NoKeys)??;
-        tracing::info!(node = %self.shared.this, key = %id, "gossip key {what}");
-        Ok(())
-    }
-
-    /// Replaces the seed addresses that the caller found by itself; at most 64 are kept. They are contacted like the
-    /// configured ones.
-    pub fn offer_seeds(&self, addrs: &[SocketAddr]) {
-        let fitting = addrs.iter().copied().filter(|addr| addr.is_ipv4() == self.advertise.is_ipv4());
-        *self.shared.offered_seeds.lock().expect("no panic while held") = fitting.take(MAX_SEED_ADDRS).collect();
+        if self.shared.wire.set_ring(keys) { Ok(()) } else { Err(GossipError::NoKeys) }
     }
 
     /// Whether gossip runs. Once false it stays false: start anew.
@@ -645,7 +572,7 @@ impl Shared {
 
     /// Sets what is pending and tells some peers at once. Nothing is told if nothing is new.
     async fn flush(&self, rng: &mut SplitMix) {
-        let Pending { claims, metadata } = std::mem::take(&mut *self.pending.lock().expect("no panic while held"));
+        let claims = std::mem::take(&mut *self.pending.lock().expect("no panic while held"));
         let chitchat = self.handle.chitchat();
         let mut chitchat = chitchat.lock().await;
         let own = chitchat.self_node_state();
@@ -658,9 +585,6 @@ impl Shared {
             if told.is_none_or(|told| (told.term, told.epoch) < (term, epoch)) {
                 own.set(key, value);
             }
-        }
-        for (key, value) in metadata {
-            own.set(key, value);
         }
         if own.max_version() == before {
             return;
@@ -1044,8 +968,7 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
         if !alone && Instant::now() < contact_at {
             continue;
         }
-        let offered = shared.offered_seeds.lock().expect("no panic while held").clone();
-        let mut targets: Vec<SocketAddr> = names.addrs().chain(offered).filter(|a| *a != own).collect();
+        let mut targets: Vec<SocketAddr> = names.addrs().filter(|a| *a != own).collect();
         targets.sort_unstable();
         targets.dedup();
         if targets.is_empty() {
@@ -1369,28 +1292,17 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn metadata_travels_and_a_name_is_a_seed() {
         let mut zoned = config(1, &[]);
-        zoned.metadata.insert("zone".into(), "a".into());
+        let expected = BTreeMap::from([("zone".to_owned(), "b".to_owned()), ("rack".to_owned(), "r 1".to_owned())]);
+        zoned.metadata = expected.clone();
         let a = Gossip::start(zoned).await.unwrap();
         let mut by_name = config(2, &[]);
         by_name.seeds = vec![format!("localhost:{}", a.addr().port()).parse().unwrap()];
         let b = Gossip::start(by_name).await.unwrap();
-        let c = start(3, &[]).await;
-        c.offer_seeds(&[a.addr()]);
+        let c = start(3, &[a.addr()]).await;
         all_see(&[&a, &b, &c], &[1, 2, 3]).await;
-        a.set_metadata("zone", "b").unwrap();
-        a.set_metadata("rack", "r 1").unwrap();
-        let expected = BTreeMap::from([("zone".to_owned(), "b".to_owned()), ("rack".to_owned(), "r 1".to_owned())]);
         for g in [&a, &b, &c] {
             eventually("metadata arrives", || g.members()[0].meta.metadata == expected).await;
         }
-        assert!(a.set_metadata("zone", &"x".repeat(1025)).is_err());
-        assert!(a.set_metadata("é", "x").is_err());
-        for i in 0..MAX_METADATA_ENTRIES - 2 {
-            a.set_metadata(&format!("k{i}"), "").unwrap();
-        }
-        assert!(matches!(a.set_metadata("more", "x"), Err(GossipError::Key(KeyError::TooManyMetadata))));
-        a.set_metadata("k0", "y").unwrap();
-        assert!(a.health());
     }
 
     #[tokio::test]
@@ -1447,7 +1359,6 @@ mod tests {
         assert_eq!(events.recv().await, None);
         assert_eq!(updates.recv().await, Some(GossipUpdate::Resync));
         assert_eq!(updates.recv().await, None);
-        assert!(matches!(a.set_metadata("a", "b"), Err(GossipError::Stopped)));
         timeout(PATIENCE, a.leave()).await.expect("leaving ends although nothing runs");
     }
 

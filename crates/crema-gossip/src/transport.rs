@@ -373,9 +373,9 @@ impl Wire {
         lock(&self.state).ring.clone()
     }
 
-    /// Changes the keys, if there are any.
-    pub(crate) fn change_ring<T>(&self, change: impl FnOnce(&mut KeyRing) -> T) -> Option<T> {
-        lock(&self.state).ring.as_mut().map(change)
+    /// Replaces the keys; false if there are none to replace.
+    pub(crate) fn set_ring(&self, ring: KeyRing) -> bool {
+        lock(&self.state).ring.as_mut().map(|present| *present = ring).is_some()
     }
 
     /// Whether small messages to this peer go by TCP too, if it takes it.

@@ -1,7 +1,7 @@
 //! The membership state machine: from what chitchat shows at one moment to members and their events.
 //!
 //! ```text
-//!                    alive                    chitchat-dead                 20 on-time ticks
+//!                    alive                    chitchat-dead             `dead_ticks` on time
 //!   (unknown) ------- Join ------> Alive ----------------------> Suspect ---- Failed ----> Dead
 //!                                    ^  <------------------------   |                        |
 //!                                    |            alive             |                        |
@@ -489,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn joins_suspects_recovers_and_dies_after_twenty_on_time_ticks() {
+    fn joins_suspects_recovers_and_dies_after_its_on_time_ticks() {
         let mut b = Bench::new();
         assert_eq!(b.tick(&[row(2, 5)]).events, [join(2)]);
         assert_eq!(b.tick(&[row(2, 5)]), ViewStep::default());
@@ -681,7 +681,7 @@ mod tests {
 
     /// Random snapshots, with several lives a node, forgotten ones, late ticks and looks between ticks: each event fits what
     /// was told before, and what was told is always what the member list shows. So no transition is lost, doubled or
-    /// invented. Death comes neither before twenty counted ticks nor later, by a count of its own.
+    /// invented. Death comes neither before so many counted ticks nor later, by a count of its own.
     #[test]
     fn random_snapshots_give_exactly_one_event_per_transition() {
         let mut rng = Rng::from_clock();
