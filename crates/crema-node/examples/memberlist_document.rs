@@ -166,6 +166,17 @@ async fn approval(cache: DistributedCache, rejoining_nodes: Vec<NodeId>) -> Outc
     Ok(())
 }
 
+/// "Multi-Raft Integration".
+fn leader_information(cache: &DistributedCache) -> Vec<crema::cluster::memberlist_cluster::ShardLeaderInfo> {
+    use crema::cluster::memberlist_cluster::ShardLeaderInfo;
+
+    // Each node broadcasts which shards it leads
+    // This enables gossip-based leader discovery for routing
+    let tracker = cache.multiraft_coordinator().map(|coordinator| coordinator.shard_leader_tracker());
+    let infos: Vec<ShardLeaderInfo> = tracker.map(|tracker| tracker.all_leader_infos()).unwrap_or_default();
+    infos
+}
+
 /// "Shard Leader Tracker".
 fn shard_leader_tracker(cache: &DistributedCache, shard_id: ShardId) -> usize {
     let mut known = 0;
@@ -190,6 +201,17 @@ fn shard_leader_tracker(cache: &DistributedCache, shard_id: ShardId) -> usize {
 /// "Static Seed Nodes".
 fn static_seed_nodes(bind_addr: SocketAddr) -> Outcome<MemberlistConfig> {
     let seeds = vec!["10.0.0.1:8000".parse()?, "10.0.0.2:8000".parse()?, "10.0.0.3:8000".parse()?];
+
+    let config = MemberlistConfig::new(bind_addr).with_seeds(seeds);
+    Ok(config)
+}
+
+/// "DNS-Based Seeds". Not run: the name has no records here. The example `dns_seeds` looks names up.
+async fn dns_based_seeds(bind_addr: SocketAddr) -> Outcome<MemberlistConfig> {
+    use crema::resolve_srv;
+
+    // Resolve seeds from DNS (application code)
+    let seeds = resolve_srv("_crema._tcp.cluster.local").await?;
 
     let config = MemberlistConfig::new(bind_addr).with_seeds(seeds);
     Ok(config)
@@ -228,6 +250,7 @@ async fn main() -> Outcome {
     drop(basic_setup());
     defaults();
     let bind_addr = "127.0.0.1:8001".parse()?;
+    drop(dns_based_seeds(bind_addr));
     assert_eq!(static_seed_nodes(bind_addr)?.seed_addrs.len(), 3);
     assert_eq!(headless_service(bind_addr)?.seed_addrs.len(), 1);
     assert_eq!(nat()?.advertise_addr, Some("203.0.113.10:8000".parse()?));
@@ -252,6 +275,7 @@ async fn main() -> Outcome {
     until("the cluster to be founded", async || cache.voters().len() == 3).await;
     approval(cache.clone(), vec![2, 3]).await?;
     until("every shard to have a leader", async || shard_leader_tracker(&cache, 0) == 16).await;
+    assert_eq!(leader_information(&cache).len(), 16);
 
     graceful_shutdown(caches.pop().expect("node 3")).await?;
     until("node 3 to have left", async || {

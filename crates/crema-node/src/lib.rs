@@ -53,7 +53,9 @@ pub mod voters;
 pub use cache::{CacheConfig, CacheError, DistributedCache, NodeId, ShardId};
 pub use coordinator::{Coordinator, MultiRaftCacheConfig, ShardLeaderTracker};
 pub use crema_core::EvictionPolicy;
-pub use crema_gossip::{ClusterKey, KeyFileError, KeyRing, KeyRingError, SeedAddr, SeedError, resolve_srv};
+pub use crema_gossip::{
+    ClusterKey, KeyFileError, KeyRing, KeyRingError, ResolveError, SeedAddr, SeedError, resolve_srv,
+};
 pub use crema_shard::{ReadLevel, ReadMode};
 pub use memberlist::{
     EventReceiver, GossipTuning, Member, MemberState, MemberlistConfig, MemberlistDiscovery, MemberlistEvent,

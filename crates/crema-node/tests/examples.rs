@@ -78,6 +78,7 @@ macro_rules! examples {
 
 examples! {
     basic_setup
+    dns_seeds
     events
     graceful_shutdown
     headless_service
