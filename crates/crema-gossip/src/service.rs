@@ -67,8 +67,6 @@ const STOP_LIMIT: Duration = Duration::from_secs(1);
 /// Seed names are looked up again this often, and sooner while one of them has never been found.
 const RESOLVE_PERIOD: Duration = Duration::from_secs(15);
 const RESOLVE_RETRY: Duration = Duration::from_secs(1);
-/// That a seed name has no address of the socket's family is said once in this time.
-const FAMILY_WARN_PERIOD: Duration = Duration::from_secs(600);
 /// A node that knows live peers still contacts a seed this often, so that parts of a cluster that forgot each other merge.
 const SEED_PERIOD: Duration = Duration::from_secs(15);
 /// Most addresses of one seed name.
@@ -985,20 +983,13 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
 struct Names {
     /// Of each name its targets, the best first, with their addresses as they were found last. A host is its own only target.
     known: HashMap<SeedAddr, Vec<(String, Vec<SocketAddr>)>>,
-    /// When it was last said that a name has no address of the socket's family.
-    warned: HashMap<SeedAddr, Instant>,
+    /// The names that are not found now: neither that nor their return is told at every retry.
+    missing: HashSet<SeedAddr>,
 }
 
 impl Names {
     /// Looks all names up at once.
     async fn resolve(&mut self, names: &[SeedAddr], ipv4: bool, dns: Option<SocketAddr>) {
-        for seed in self.look_up(names, ipv4, dns).await {
-            tracing::warn!(%seed, ipv4, "gossip seed has no address of the socket's family");
-        }
-    }
-
-    /// Returns the names to complain about.
-    async fn look_up(&mut self, names: &[SeedAddr], ipv4: bool, dns: Option<SocketAddr>) -> Vec<SeedAddr> {
         let mut lookups = JoinSet::new();
         for seed in names.iter().cloned() {
             lookups.spawn(async move {
@@ -1006,35 +997,49 @@ impl Names {
                 (seed, found)
             });
         }
-        let mut complaints = Vec::new();
         while let Some(lookup) = lookups.join_next().await {
             match lookup {
-                Ok((seed, Ok(targets))) => {
-                    if self.take(&seed, targets, ipv4) && self.may_warn(&seed) {
-                        complaints.push(seed);
-                    }
+                Ok((seed, found)) => {
+                    let found = found.and_then(|targets| self.take(&seed, targets, ipv4));
+                    self.tell(seed, found);
                 }
-                Ok((seed, Err(reason))) => tracing::debug!(%seed, reason, "gossip seed not found; kept as it was"),
                 Err(error) => tracing::error!(%error, "a lookup of a gossip seed panicked"),
             }
         }
-        complaints
+    }
+
+    fn tell(&mut self, seed: SeedAddr, found: Result<(), String>) {
+        match found {
+            Ok(()) => {
+                if self.missing.remove(&seed) {
+                    tracing::info!(%seed, "this gossip seed is found now");
+                }
+            }
+            Err(reason) if self.missing.insert(seed.clone()) => {
+                tracing::warn!(%seed, reason, "this gossip seed is not found; it is looked up again until it is");
+            }
+            Err(reason) => tracing::debug!(%seed, reason, "gossip seed still not found"),
+        }
     }
 
     /// A target that is not found now keeps the addresses that it had, and so does a name all of whose targets are new and not
-    /// found. Returns whether addresses were found, and none of the family.
-    fn take(&mut self, seed: &SeedAddr, targets: Vec<Target>, ipv4: bool) -> bool {
+    /// found. Errors: none was found, of the socket's family at least.
+    fn take(&mut self, seed: &SeedAddr, targets: Vec<Target>, ipv4: bool) -> Result<(), String> {
         let before = self.known.get(seed).map_or(&[][..], Vec::as_slice);
         let (mut now, mut room) = (Vec::with_capacity(targets.len()), MAX_SEED_ADDRS);
-        let (mut found, mut fitting) = (false, false);
+        let family = if ipv4 { "IPv4" } else { "IPv6" };
+        let mut outcome = Err("it has no targets".to_owned());
         for Target { name, addrs } in targets {
             let mut addrs = addrs.unwrap_or_else(|reason| {
                 tracing::debug!(%seed, target = name, reason, "gossip seed: a target is not found; kept as it was");
+                outcome = outcome.clone().or(Err(reason));
                 Vec::new()
             });
-            found |= !addrs.is_empty();
-            addrs.retain(|addr| addr.is_ipv4() == ipv4);
-            fitting |= !addrs.is_empty();
+            if !addrs.is_empty() {
+                addrs.retain(|addr| addr.is_ipv4() == ipv4);
+                let none = || Err(format!("it has no {family} address"));
+                outcome = outcome.or_else(|_| if addrs.is_empty() { none() } else { Ok(()) });
+            }
             if addrs.is_empty() {
                 let kept = before.iter().find(|(known, _)| *known == name);
                 addrs = kept.map_or_else(Vec::new, |(_, addrs)| addrs.clone());
@@ -1048,17 +1053,7 @@ impl Names {
         if !now.is_empty() {
             self.known.insert(seed.clone(), now);
         }
-        found && !fitting
-    }
-
-    /// Whether to say now that this name has no address of the family: lookups are as often as each second.
-    fn may_warn(&mut self, seed: &SeedAddr) -> bool {
-        let now = Instant::now();
-        let due = self.warned.get(seed).is_none_or(|last| now.duration_since(*last) >= FAMILY_WARN_PERIOD);
-        if due {
-            self.warned.insert(seed.clone(), now);
-        }
-        due
+        outcome
     }
 
     /// All addresses that were found.
@@ -1091,7 +1086,7 @@ async fn until(watched: &mut watch::Receiver<bool>, value: bool) {
 mod tests {
     use super::*;
     use crate::keys::encode_node;
-    use crate::testing::{FakeDns, PATIENCE, all_see, config, eventually, start, state};
+    use crate::testing::{FakeDns, Logs, PATIENCE, all_see, config, eventually, start, state};
     use crate::view::MemberEvent;
     use crema_core::Incarnation;
 
@@ -1480,19 +1475,32 @@ mod tests {
         assert_eq!(now().await, ["10.0.0.3:4"], "none of the new ones is found");
     }
 
-    /// Paused time.
-    #[tokio::test(start_paused = true)]
-    async fn a_name_of_the_other_family_is_complained_about_once_in_a_while() {
-        let seeds = ["[fd00::1]:1", "10.0.0.1:1"].map(|text| SeedAddr::Ip(text.parse().unwrap()));
-        let mut names = Names::default();
-        let ours = &seeds[..1];
-        assert_eq!(names.look_up(&seeds, true, None).await, ours);
-        for _ in 0..5 {
-            assert_eq!(names.look_up(&seeds, true, None).await, []);
-        }
-        tokio::time::advance(FAMILY_WARN_PERIOD).await;
-        assert_eq!(names.look_up(&seeds, true, None).await, ours);
-        assert_eq!(names.look_up(&seeds, true, None).await, []);
-        assert_eq!(names.addrs().collect::<Vec<_>>(), ["10.0.0.1:1".parse().unwrap()]);
+    #[tokio::test]
+    async fn a_seed_that_is_not_found_is_told_once_and_so_is_its_return() {
+        let (logs, _guard) = Logs::start();
+        let dns = FakeDns::start().await;
+        let names: [SeedAddr; 1] = ["srv:_crema._udp.example".parse().unwrap()];
+        let mut known = Names::default();
+        let mut look = async |times| {
+            for _ in 0..times {
+                known.resolve(&names, true, Some(dns.addr)).await;
+            }
+            logs.take(tracing::Level::INFO)
+        };
+        let told = look(3).await;
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].starts_with("WARN") && told[0].contains("seed=srv:_crema._udp.example"), "{told:?}");
+        assert!(
+            told[0].contains("reason=") && told[0].contains("no records found"),
+            "what the resolver says: {told:?}"
+        );
+        dns.srv("_crema._udp.example", &[(1, 8001, "one.example.")]);
+        dns.host("one.example", &["10.0.0.1".parse().unwrap()]);
+        let told = look(3).await;
+        assert!(told.len() == 1 && told[0].starts_with("INFO") && told[0].contains("seed=srv:_crema"), "{told:?}");
+        // Of the other family alone.
+        dns.host("one.example", &["fd00::1".parse().unwrap()]);
+        let told = look(3).await;
+        assert!(told.len() == 1 && told[0].starts_with("WARN") && told[0].contains("no IPv4 address"), "{told:?}");
     }
 }

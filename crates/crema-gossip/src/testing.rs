@@ -102,6 +102,47 @@ pub(crate) async fn all_see(all: &[&Gossip], nodes: &[u64]) {
     .await;
 }
 
+/// What this thread logs while the guard lives: a level, the message and its fields a line.
+#[derive(Clone, Default)]
+pub(crate) struct Logs {
+    lines: Arc<Mutex<Vec<(tracing::Level, String)>>>,
+}
+
+impl Logs {
+    pub(crate) fn start() -> (Logs, tracing::subscriber::DefaultGuard) {
+        let logs = Logs::default();
+        let guard = tracing::subscriber::set_default(logs.clone());
+        (logs, guard)
+    }
+
+    /// Takes all lines out; returns those of this crate that are at least as grave as `level`.
+    pub(crate) fn take(&self, level: tracing::Level) -> Vec<String> {
+        let lines = std::mem::take(&mut *self.lines.lock().expect("no panic while held"));
+        lines.into_iter().filter(|(l, _)| *l <= level).map(|(_, line)| line).collect()
+    }
+}
+
+impl tracing::Subscriber for Logs {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target().starts_with("crema_gossip")
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        let level = *event.metadata().level();
+        let mut line = level.to_string();
+        event.record(&mut |field: &tracing::field::Field, value: &dyn std::fmt::Debug| {
+            line.push_str(&format!(" {field}={value:?}"));
+        });
+        self.lines.lock().expect("no panic while held").push((level, line));
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
 /// A name server on the loopback device that says what it is told to say.
 pub(crate) struct FakeDns {
     pub(crate) addr: SocketAddr,
