@@ -402,7 +402,7 @@ impl CacheConfig {
 /// A cache cluster's node inside this program. Clones share it; it stops with [`DistributedCache::shutdown`], or, less
 /// politely, with the last clone.
 ///
-/// Must be made and used within a tokio runtime.
+/// Must be made and used within a tokio runtime, with its I/O and its time enabled.
 #[derive(Clone, Debug)]
 pub struct DistributedCache {
     inner: Arc<Inner>,
@@ -431,7 +431,8 @@ impl Inner {
 impl DistributedCache {
     /// Starts the node. Returns once its addresses are bound; operations wait for the cluster within their deadline.
     ///
-    /// Errors: [`CacheError::Invalid`] for a configuration that cannot work, [`CacheError::Start`] for an address in use.
+    /// Errors: [`CacheError::Invalid`] for a configuration that cannot work, [`CacheError::Start`] for an address in use, or
+    /// without a tokio runtime.
     pub async fn new(config: CacheConfig) -> Result<Self> {
         let multiraft = config.multiraft.enabled;
         let config = config.resolve()?;

@@ -232,6 +232,9 @@ pub enum StartError {
         /// What the system says.
         reason: String,
     },
+    /// There is no tokio runtime around the call: start the node within one.
+    #[error("a node needs a tokio runtime: start it from a task of one, as in #[tokio::main], or in Runtime::block_on")]
+    NoRuntime,
     /// Something else failed.
     #[error("{0}")]
     Failed(String),
@@ -495,8 +498,11 @@ fn random<const N: usize>() -> Result<[u8; N], StartError> {
 impl Node {
     /// Starts a node. Returns once its addresses are bound and its tasks run; the cluster may still be forming.
     ///
-    /// Errors: see [`StartError`]. Must be called within a tokio runtime.
+    /// Errors: see [`StartError`]. Must be called within a tokio runtime, with its I/O and its time enabled.
     pub async fn start(config: NodeConfig) -> Result<Node, StartError> {
+        if tokio::runtime::Handle::try_current().is_err() {
+            return Err(StartError::NoRuntime);
+        }
         config.check().map_err(StartError::Invalid)?;
         // Everything is bound before anything runs, so that a mistake has no other effect than its message.
         let raft = bind("raft_addr", config.bind.raft)?;

@@ -501,6 +501,15 @@ async fn keys_are_changed_while_a_node_runs() {
     assert!(matches!(open.set_cluster_keys(keys(&[1])), Err(CacheError::Invalid(_))));
 }
 
+#[test]
+fn outside_a_runtime_the_error_says_what_to_do() {
+    let start = std::pin::pin!(DistributedCache::new(CacheConfig::new(1, addr("127.0.0.1:0"))));
+    let polled = start.poll(&mut std::task::Context::from_waker(std::task::Waker::noop()));
+    let std::task::Poll::Ready(Err(error)) = polled else { panic!("it does not start") };
+    assert_eq!(error, CacheError::Start(StartError::NoRuntime));
+    assert!(error.to_string().contains("#[tokio::main]"), "{error}");
+}
+
 fn discovery(node_id: NodeId, raft_addr: SocketAddr, config: MemberlistConfig) -> MemberlistDiscovery {
     MemberlistDiscovery::new(node_id, raft_addr, &config, &[])
 }
