@@ -37,9 +37,10 @@
 //! # }
 //! ```
 //!
-//! A node of which nobody hears others (only itself is listed) has seeds that are not reached: a firewall that lets TCP
-//! through but not UDP, or a cluster of another name. Members that fail and come back again and again are a network, or a
-//! machine, that is too slow for the pace: see [`GossipTuning`].
+//! A node that lists only itself reaches no seed, or is not listened to. Of a seed's name that is not found, and of nodes with
+//! other keys or of a cluster of another name, warnings in the log tell; a firewall drops in silence, and gossip needs both UDP
+//! and TCP. Members that fail and come back again and again are a network, or a machine, that is too slow for the pace: see
+//! [`GossipTuning`].
 
 use crate::admin::MemberBody;
 use crate::cache::{NodeId, ShardId};
@@ -161,9 +162,9 @@ impl Default for PeerManagementConfig {
 
 /// Pace and patience of gossip. All nodes of a cluster should agree on them.
 ///
-/// A node that falls silent is suspect after 2 to 4 s with the defaults, later where nodes are many, and counts as failed
-/// 4 s after that. Shorter periods
-/// find failures sooner, and take a busy node for a failed one sooner.
+/// With the defaults a node that falls silent is suspect after about 2 to 4 s, later where nodes are many, and counts as failed
+/// 4 s after that: 5 to 8 s after it was killed. Shorter periods find failures sooner, and take a busy node for a failed one
+/// sooner.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GossipTuning {
     /// Period of gossip rounds, 10 ms to 10 s. Default: 250 ms.
