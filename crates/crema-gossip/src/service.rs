@@ -32,7 +32,7 @@ use chitchat::{
     Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, Heartbeat, ListenerHandle, NodeState,
     ProtocolVersion, spawn_chitchat,
 };
-use crema_core::{Epoch, MonoTime, NodeId, ShardId, Term};
+use crema_core::{Epoch, Incarnation, MonoTime, NodeId, ShardId, Term};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -187,6 +187,7 @@ struct Shared {
     healthy: watch::Sender<bool>,
     stop: watch::Sender<bool>,
     superseded_by: AtomicU64,
+    overtaken_by: Mutex<Option<Incarnation>>,
     malformed_values: AtomicU64,
     conflicts: AtomicU64,
     refused_members: AtomicU64,
@@ -265,6 +266,7 @@ impl Gossip {
             healthy: watch::channel(true).0,
             stop: watch::channel(false).0,
             superseded_by: AtomicU64::new(0),
+            overtaken_by: Mutex::new(None),
             malformed_values: AtomicU64::new(0),
             conflicts: AtomicU64::new(0),
             refused_members: AtomicU64::new(0),
@@ -377,6 +379,11 @@ impl Gossip {
             0 => None,
             generation => Some(generation),
         }
+    }
+
+    /// The life of another process that is heard at present under this node's id, in this one's place.
+    pub fn overtaken_by(&self) -> Option<Incarnation> {
+        *self.shared.overtaken_by.lock().expect("no panic while held")
     }
 
     /// Counters.
@@ -794,6 +801,7 @@ impl Watcher {
             );
         }
         shared.superseded_by.store(self.view.superseded_by().unwrap_or(0), Ordering::Relaxed);
+        *shared.overtaken_by.lock().expect("no panic while held") = self.view.overtaken_by();
         shared.refused_members.store(self.view.refused(), Ordering::Relaxed);
         // State first, then the news about it: whoever hears the news finds it true.
         if !step.changed.is_empty() || !step.gone.is_empty() || !step.forgotten.is_empty() || tick {
@@ -1088,7 +1096,6 @@ mod tests {
     use crate::keys::encode_node;
     use crate::testing::{FakeDns, Logs, PATIENCE, all_see, config, eventually, start, state};
     use crate::view::MemberEvent;
-    use crema_core::Incarnation;
 
     async fn next(events: &mut EventReceiver) -> MemberEvent {
         timeout(PATIENCE, events.recv()).await.expect("an event").expect("gossip runs")
@@ -1231,12 +1238,16 @@ mod tests {
     async fn two_processes_under_one_id_are_noticed() {
         let a = start(1, &[]).await;
         let lower = start(2, &[a.addr()]).await;
-        let higher = start(2, &[a.addr()]).await;
+        let rival = Incarnation(99);
+        let higher = Gossip::start(GossipConfig { incarnation: rival, ..config(2, &[a.addr()]) }).await.unwrap();
         assert!(lower.generation() < higher.generation());
         eventually("the observer counts it", || a.stats().conflicts == 1).await;
         eventually("the lower one knows", || lower.superseded_by() == Some(higher.generation())).await;
-        assert_eq!(higher.superseded_by(), None);
+        eventually("and that it is heard", || lower.overtaken_by() == Some(rival)).await;
+        assert_eq!((higher.superseded_by(), higher.overtaken_by()), (None, None));
         assert_eq!(a.members().len(), 2);
+        drop(higher);
+        eventually("and is not any more", || lower.overtaken_by().is_none()).await;
     }
 
     /// Its clock was an hour fast at the last start and is right again.

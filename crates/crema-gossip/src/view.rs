@@ -22,7 +22,7 @@
 //! No clock here: time is an argument.
 
 use crate::keys::NodeMeta;
-use crema_core::{MonoTime, NodeId};
+use crema_core::{Incarnation, MonoTime, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -191,6 +191,7 @@ pub struct View {
     clean_ticks_due: u32,
     refused: u64,
     superseded_by: Option<u64>,
+    overtaken_by: Option<Incarnation>,
     /// The highest life under the own id that was reported as a conflict.
     conflicting: Option<u64>,
 }
@@ -206,6 +207,7 @@ impl View {
             clean_ticks_due: 0,
             refused: 0,
             superseded_by: None,
+            overtaken_by: None,
             conflicting: None,
         }
     }
@@ -252,6 +254,11 @@ impl View {
     /// well: whoever has seen it alive ignores this life.
     pub fn superseded_by(&self) -> Option<u64> {
         self.superseded_by
+    }
+
+    /// The life that is heard at present under this node's own id with a higher generation: another process runs, and counts.
+    pub fn overtaken_by(&self) -> Option<Incarnation> {
+        self.overtaken_by
     }
 
     fn take(&mut self, snapshot: &[Observed], counts: bool) -> ViewStep {
@@ -363,8 +370,12 @@ impl View {
     /// Compares, for every node, the life that counts with the highest other one that is heard too.
     fn find_conflicts(&mut self, snapshot: &[Observed]) -> Vec<Conflict> {
         let mut found = Vec::new();
-        let own = snapshot.iter().filter(|row| row.meta.node_id == self.config.this).map(|row| row.generation).max();
-        self.superseded_by = self.superseded_by.max(own.filter(|generation| *generation > self.config.generation));
+        let above = snapshot
+            .iter()
+            .filter(|row| row.meta.node_id == self.config.this && row.generation > self.config.generation);
+        self.superseded_by = self.superseded_by.max(above.clone().map(|row| row.generation).max());
+        let heard = above.filter(|row| row.chitchat_alive).max_by_key(|row| row.generation);
+        self.overtaken_by = heard.map(|row| row.meta.incarnation);
         let mut heard: BTreeMap<NodeId, (u64, u64)> = BTreeMap::new();
         let mut main_beats: BTreeMap<NodeId, u64> = BTreeMap::new();
         for row in snapshot.iter().filter(|row| row.chitchat_alive) {
@@ -416,7 +427,6 @@ impl View {
 mod tests {
     use super::*;
     use crate::testing::Rng;
-    use crema_core::Incarnation;
 
     const INTERVAL: Duration = Duration::from_millis(250);
     const DEAD_TICKS: u32 = 20;
@@ -654,12 +664,14 @@ mod tests {
         assert_eq!(b.view.superseded_by(), None);
         // Silent it is no other process, but peers may have seen it alive and ignore this one for it.
         assert_eq!(b.tick(&[row(1, 100), silent(row(1, 200))]).conflicts, []);
-        assert_eq!(b.view.superseded_by(), Some(200));
+        assert_eq!((b.view.superseded_by(), b.view.overtaken_by()), (Some(200), None));
         let conflict = Conflict { node: NodeId(1), lower: 100, higher: 200 };
         assert_eq!(b.tick(&[row(1, 100), row(1, 200)]).conflicts, [conflict]);
+        assert_eq!(b.view.overtaken_by(), Some(row(1, 200).meta.incarnation));
         assert_eq!(b.tick(&[row(1, 100), row(1, 200)]).conflicts, []);
         assert_eq!(b.tick(&[row(1, 100)]).conflicts, []);
         assert_eq!(b.view.superseded_by(), Some(200), "it is not forgotten here before it is elsewhere");
+        assert_eq!(b.view.overtaken_by(), None, "it is not heard any more");
     }
 
     #[test]

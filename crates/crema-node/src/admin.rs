@@ -83,6 +83,8 @@ pub trait AdminSource: Send + Sync + 'static {
     fn alive(&self) -> Result<(), String>;
     /// Whether this node is about to stop.
     fn draining(&self) -> bool;
+    /// Whether another process is in this one's place, under its id; in a sentence.
+    fn rivalry(&self) -> Option<String>;
     /// The present routing view.
     fn view(&self) -> Arc<RoutingView>;
     /// The driver's picture; an error says why there is none.
@@ -287,7 +289,8 @@ pub fn not_ready(source: &dyn AdminSource) -> Option<String> {
     if source.draining() {
         return Some("this node is about to stop".to_owned());
     }
-    source.view().not_ready.clone()
+    // More telling than what it waits for in vain.
+    source.rivalry().or_else(|| source.view().not_ready.clone())
 }
 
 /// The number of shards by the number of their standing replicas, fewest first.
@@ -701,6 +704,7 @@ pub(crate) mod tests {
     pub(crate) struct Fake {
         pub(crate) alive: Result<(), String>,
         pub(crate) draining: bool,
+        pub(crate) rivalry: Option<String>,
         pub(crate) view: RoutingView,
         pub(crate) status: HostStatus,
         pub(crate) members: Option<Vec<GossipMember>>,
@@ -713,6 +717,9 @@ pub(crate) mod tests {
         }
         fn draining(&self) -> bool {
             self.draining
+        }
+        fn rivalry(&self) -> Option<String> {
+            self.rivalry.clone()
         }
         fn view(&self) -> Arc<RoutingView> {
             Arc::new(self.view.clone())
@@ -812,6 +819,7 @@ pub(crate) mod tests {
         Fake {
             alive: Ok(()),
             draining: false,
+            rivalry: None,
             view: RoutingView {
                 this: NodeId(1),
                 uuid: Some(ClusterUuid(7)),
@@ -976,6 +984,11 @@ pub(crate) mod tests {
         let (_server, addr) = serve(not_joined).await;
         assert_eq!(get(addr, "/livez").await.0, 200);
         assert_eq!(get(addr, "/readyz").await, (503, r#"{"reason":"joining"}"#.to_owned()));
+        // What it waits for is not why: another process is in its place.
+        let not_joined = RoutingView { not_ready: Some("founding".into()), ..fake().view };
+        let (_server, addr) = serve(Fake { rivalry: Some("in use".into()), view: not_joined, ..fake() }).await;
+        assert_eq!(get(addr, "/livez").await.0, 200);
+        assert_eq!(get(addr, "/readyz").await, (503, r#"{"reason":"in use"}"#.to_owned()));
         let (_server, addr) = serve(Fake { draining: true, ..fake() }).await;
         assert!(get(addr, "/readyz").await.1.contains("about to stop"));
         let (_server, addr) = serve(Fake { alive: Err("gossip has stopped".into()), ..fake() }).await;

@@ -296,6 +296,8 @@ struct Watch {
     draining: AtomicBool,
     drained: watch::Sender<bool>,
     failure: watch::Sender<Option<Failure>>,
+    /// That another process is in this one's place, as long as it is.
+    rivalry: Mutex<Option<String>>,
     view_changed: watch::Receiver<()>,
 }
 
@@ -308,12 +310,14 @@ impl Watch {
         }
     }
 
-    fn fail_id_in_use(&self, by: &str) {
+    fn id_in_use(&self, by: &str) -> String {
         let node = self.facts.node;
-        let reason = format!(
-            "node id {node} is in use by another living process (life {by}): stop that one or choose another id"
-        );
-        self.fail(reason, true);
+        format!("node id {node} is in use by another living process (life {by}): stop that one or choose another id")
+    }
+
+    fn set_rival(&self, life: Option<&str>) {
+        let rivalry = life.map(|life| self.id_in_use(life));
+        *self.rivalry.lock().expect("no panic while held") = rivalry;
     }
 
     fn fail(&self, reason: String, is_configuration: bool) {
@@ -343,6 +347,9 @@ impl AdminSource for Watch {
     }
     fn draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+    fn rivalry(&self) -> Option<String> {
+        self.rivalry.lock().expect("no panic while held").clone()
     }
     fn view(&self) -> Arc<RoutingView> {
         self.driver.view()
@@ -639,12 +646,17 @@ impl Node {
             draining: AtomicBool::new(false),
             drained: watch::channel(false).0,
             failure: watch::channel(None).0,
+            rivalry: Mutex::new(None),
             view_changed,
         });
         let admin = http
             .map(|bound| AdminServer::start(bound.listener, admin::router(watch.clone(), config.requirepass.clone())));
         let mut tasks = vec![
-            tokio::spawn(watch_registration(watch.clone())),
+            tokio::spawn(watch_registration(
+                watch.clone(),
+                host_config.uuid.is_some(),
+                overtaken_patience(&config.gossip.tuning),
+            )),
             tokio::spawn(follow_events(watch.clone(), outputs.events, data_dir, (book.clone(), peers.clone()))),
         ];
         tasks.push(tokio::spawn(follow_callers(book.clone(), peers.clone())));
@@ -1102,7 +1114,7 @@ async fn follow_events(
                     tracing::warn!("node id {node} is in use by a living process, life {by}; trying again for a while");
                 }
                 if refused.last - refused.first >= ID_IN_USE_PATIENCE {
-                    watch.fail_id_in_use(&by.to_string());
+                    watch.fail(watch.id_in_use(&by.to_string()), true);
                 }
                 in_use = Some(refused);
             }
@@ -1132,40 +1144,77 @@ impl IdInUse {
 
 /// Notices that this life is kept from registering by another process under its id. The refusal itself, like all that
 /// is sent to this id, goes to the life that is registered, so this node has to ask the others whom they are connected to.
-async fn watch_registration(watch: Arc<Watch>) {
+///
+/// Where they have no HTTP there is gossip, which counts one process of each id. A life that is registered knows it by its table,
+/// and starts its gossip anew above any other, see [`crate::membership`]: so a life that stays overtaken is not the one that is
+/// registered, unless it belongs to a cluster from before and has not learned yet how that stands. Such a one (`returns`) says
+/// what it hears, and waits. `overtaken_patience` is long enough for gossip to notice that a process of before has ended.
+async fn watch_registration(watch: Arc<Watch>, returns: bool, overtaken_patience: Duration) {
     let mut look = tokio::time::interval(REGISTRATION_LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut rival: Option<(String, Instant)> = None;
+    let mut place = TakenPlace::default();
     // The first tick is immediate, when nothing can have happened yet.
     look.tick().await;
     loop {
         look.tick().await;
         let view = watch.driver.view();
         let registered = view.nodes.get(&watch.facts.node);
-        if registered.is_some_and(|route| route.incarnation == watch.incarnation) {
-            rival = None;
+        let (rival, patience) = if registered.is_some_and(|route| route.incarnation == watch.incarnation) {
+            (None, None)
+        } else if let Some(life) = find_rival(&watch).await {
+            (Some(life), Some(ID_IN_USE_PATIENCE))
+        } else {
+            (overtaken_by(&watch), (!returns).then_some(overtaken_patience))
+        };
+        watch.set_rival(rival.as_deref());
+        let Some(rival) = rival else {
+            place = TakenPlace::default();
             continue;
+        };
+        let now = Instant::now();
+        if place.is_new_by(&rival, now) {
+            let node = watch.facts.node;
+            tracing::warn!(
+                "node id {node} is in use by another living process, life {rival}; trying again for a while"
+            );
         }
-        let Some(found) = find_rival(&watch).await else {
-            rival = None;
-            continue;
-        };
-        let since = match rival {
-            Some((known, since)) if known == found => since,
-            _ => {
-                let node = watch.facts.node;
-                tracing::warn!(
-                    "node id {node} is in use by another living process, life {found}; trying again for a while"
-                );
-                Instant::now()
-            }
-        };
-        if since.elapsed() >= ID_IN_USE_PATIENCE {
-            watch.fail_id_in_use(&found);
+        if place.is_lost(patience, now) {
+            watch.fail(watch.id_in_use(&rival), true);
             return;
         }
-        rival = Some((found, since));
     }
+}
+
+/// By which life, and since when, this one's place is taken.
+#[derive(Debug, Default)]
+struct TakenPlace(Option<(String, Instant)>);
+
+impl TakenPlace {
+    /// Takes note that it is by `life`; returns whether that is news.
+    fn is_new_by(&mut self, life: &str, now: Instant) -> bool {
+        let known = self.0.as_ref().is_some_and(|(known, _)| known == life);
+        if !known {
+            self.0 = Some((life.to_owned(), now));
+        }
+        !known
+    }
+
+    /// Whether it has lasted as long as `patience`; without an end to that, never.
+    fn is_lost(&self, patience: Option<Duration>, now: Instant) -> bool {
+        self.0.as_ref().zip(patience).is_some_and(|((_, since), patience)| now - *since >= patience)
+    }
+}
+
+/// The other life under this id that gossip hears in this one's place.
+fn overtaken_by(watch: &Watch) -> Option<String> {
+    let life = watch.membership.as_ref()?.gossip().overtaken_by()?;
+    // A life outlasts its process if its log is on disk: this would be its own trace.
+    (life != watch.incarnation).then(|| life.to_string())
+}
+
+/// How long gossip of this pace may take a process for living that has ended, twice over.
+fn overtaken_patience(tuning: &GossipTuning) -> Duration {
+    (tuning.interval.mul_f64(tuning.phi) * 2).max(ID_IN_USE_PATIENCE)
 }
 
 /// The other life under this id to which a member of the cluster is connected, if one says so.
@@ -1293,6 +1342,28 @@ mod tests {
         }
         assert_eq!(series.unwrap().first, begin);
         assert_eq!(IdInUse::again(series, at(14)).first, at(14));
+    }
+
+    #[test]
+    fn a_place_is_lost_to_one_other_life_that_stays_and_never_without_an_end_to_patience() {
+        let begin = Instant::now();
+        let at = |s: u64| begin + Duration::from_secs(s);
+        let patience = Some(Duration::from_secs(10));
+        let mut place = TakenPlace::default();
+        assert!(!place.is_lost(patience, at(100)));
+        assert!(place.is_new_by("a", at(0)));
+        assert!(!place.is_new_by("a", at(9)) && !place.is_lost(patience, at(9)));
+        // Of another life nobody knows yet whether it stays.
+        assert!(place.is_new_by("b", at(10)) && !place.is_lost(patience, at(19)));
+        assert!(place.is_lost(patience, at(20)));
+        assert!(!place.is_lost(None, at(1_000_000)), "it may be the one that is registered");
+    }
+
+    #[test]
+    fn a_slow_gossip_is_given_the_time_to_notice_an_end() {
+        let tuned = |ms| GossipTuning { interval: Duration::from_millis(ms), phi: 16.0, ..GossipTuning::default() };
+        assert_eq!(overtaken_patience(&tuned(250)), ID_IN_USE_PATIENCE);
+        assert_eq!(overtaken_patience(&tuned(1_000)), Duration::from_secs(32));
     }
 
     #[tokio::test]

@@ -510,6 +510,51 @@ fn outside_a_runtime_the_error_says_what_to_do() {
     assert!(error.to_string().contains("#[tokio::main]"), "{error}");
 }
 
+/// Embedded nodes have no HTTP where the second process could ask whom the others are connected to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_process_under_an_id_says_so_and_ends_and_the_registered_one_goes_on() {
+    let gossiping = |node_id, config: CacheConfig| {
+        let tuning = GossipTuning { interval: Duration::from_millis(50), ..GossipTuning::default() };
+        let memberlist = MemberlistConfig { enabled: true, tuning, ..MemberlistConfig::default() };
+        let discovery = MemberlistDiscovery::new(node_id, config.raft_addr, &memberlist, &[]);
+        config.with_cluster_discovery(discovery)
+    };
+    let nodes = three_nodes_with(gossiping).await;
+    for node in &nodes {
+        node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    }
+    let registered = nodes[1].inner.node.members().into_iter().find(|m| m.node_id == 2).expect("itself").incarnation;
+    let others: Vec<_> = [0, 2].map(|i: usize| nodes[i].memberlist_metadata()).map(|m| (m.node_id, m.raft_addr)).into();
+    let rival = loop {
+        let [addr] = free_addrs();
+        let config = CacheConfig::new(2, addr).with_seed_nodes(others.clone()).with_stop_grace(Duration::ZERO);
+        match DistributedCache::new(gossiping(2, config)).await {
+            Ok(node) => break node,
+            Err(CacheError::Start(StartError::Bind { .. })) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let sentence = format!("node id 2 is in use by another living process (life {registered})");
+    let told = async {
+        loop {
+            match rival.wait_until_ready(Duration::from_millis(20)).await {
+                Err(CacheError::NotReady { reason }) if reason.contains(&sentence) => return,
+                Err(CacheError::NotReady { .. }) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), told).await.expect("it says why it is not ready");
+    assert_eq!(rival.failure(), None, "it is patient");
+    let failure = tokio::time::timeout(Duration::from_secs(60), rival.inner.node.failed()).await.expect("it ends");
+    assert!(failure.reason.contains(&sentence) && failure.is_configuration, "{failure}");
+    for node in &nodes {
+        assert_eq!((node.failure(), node.inner.node.not_ready()), (None, None));
+    }
+    nodes[1].put("k", "v").await.unwrap();
+    assert_eq!(nodes[0].get("k").await, Ok(Some("v".into())));
+}
+
 fn discovery(node_id: NodeId, raft_addr: SocketAddr, config: MemberlistConfig) -> MemberlistDiscovery {
     MemberlistDiscovery::new(node_id, raft_addr, &config, &[])
 }
