@@ -33,7 +33,7 @@ use chitchat::{
     ProtocolVersion, spawn_chitchat,
 };
 use crema_core::{Epoch, Incarnation, MonoTime, NodeId, ShardId, Term};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -69,6 +69,10 @@ const RESOLVE_PERIOD: Duration = Duration::from_secs(15);
 const RESOLVE_RETRY: Duration = Duration::from_secs(1);
 /// A node that knows live peers still contacts a seed this often, so that parts of a cluster that forgot each other merge.
 const SEED_PERIOD: Duration = Duration::from_secs(15);
+/// After so long without hearing of anybody alive a node says that its seeds do not answer.
+const SILENCE: Duration = Duration::from_secs(30);
+/// Most addresses that it names then.
+const SHOWN_SEEDS: usize = 8;
 /// Most addresses of one seed name.
 const MAX_SEED_ADDRS: usize = MAX_SRV_ADDRS;
 
@@ -951,7 +955,7 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
     let (mut resolve_at, mut contact_at) = (Instant::now(), Instant::now());
     let ipv4 = shared.handle.chitchat_id().gossip_advertise_addr.is_ipv4();
     let own = shared.handle.chitchat_id().gossip_advertise_addr;
-    let mut turn = 0_usize;
+    let (mut turn, mut silence) = (0_usize, Silence::default());
     loop {
         tokio::select! {
             () = until(&mut stop, true) => return,
@@ -971,6 +975,20 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
             let members = shared.members.lock().expect("no panic while held");
             !members.iter().any(|m| m.meta.node_id != shared.this && m.state == MemberState::Alive)
         };
+        let asked = || seeds.addrs.iter().copied().chain(names.addrs()).filter(|addr| *addr != own);
+        match silence.look(alone && asked().next().is_some(), Instant::now()) {
+            Some(true) => {
+                let seeds: BTreeSet<_> = asked().take(SHOWN_SEEDS).map(|addr| addr.to_string()).collect();
+                let seeds = seeds.into_iter().collect::<Vec<_>>().join(" ");
+                tracing::warn!(
+                    seeds,
+                    "no gossip seed has answered for {} s: they do not run, or a firewall stops UDP or TCP on the way",
+                    SILENCE.as_secs()
+                );
+            }
+            Some(false) => tracing::info!("gossip hears of others now"),
+            None => {}
+        }
         if !alone && Instant::now() < contact_at {
             continue;
         }
@@ -983,6 +1001,24 @@ async fn seed_loop(shared: Arc<Shared>, seeds: Seeds, period: Duration, hooks: H
         let _ = shared.handle.gossip(targets[turn % targets.len()]);
         turn = turn.wrapping_add(1);
         contact_at = Instant::now() + SEED_PERIOD;
+    }
+}
+
+/// Since when nobody is heard, so that it is told once.
+#[derive(Debug, Default)]
+struct Silence {
+    since: Option<Instant>,
+    told: bool,
+}
+
+impl Silence {
+    /// Returns whether there is silence if that is to be told now: once when it has lasted, and then when it has ended.
+    fn look(&mut self, silent: bool, now: Instant) -> Option<bool> {
+        if !silent {
+            return std::mem::take(self).told.then_some(false);
+        }
+        let lasts = now - *self.since.get_or_insert(now) >= SILENCE;
+        (lasts && !std::mem::replace(&mut self.told, lasts)).then_some(true)
     }
 }
 
@@ -1096,6 +1132,7 @@ mod tests {
     use crate::keys::encode_node;
     use crate::testing::{FakeDns, Logs, PATIENCE, all_see, config, eventually, start, state};
     use crate::view::MemberEvent;
+    use tokio::net::UdpSocket;
 
     async fn next(events: &mut EventReceiver) -> MemberEvent {
         timeout(PATIENCE, events.recv()).await.expect("an event").expect("gossip runs")
@@ -1513,5 +1550,38 @@ mod tests {
         dns.host("one.example", &["fd00::1".parse().unwrap()]);
         let told = look(3).await;
         assert!(told.len() == 1 && told[0].starts_with("WARN") && told[0].contains("no IPv4 address"), "{told:?}");
+    }
+
+    /// The clock runs ahead whenever nothing else does.
+    #[tokio::test(start_paused = true)]
+    async fn seeds_that_do_not_answer_are_named_once() {
+        let (logs, _guard) = Logs::start();
+        let nobody = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let seed = nobody.local_addr().unwrap();
+        let alone = start(1, &[seed]).await;
+        sleep_until(Instant::now() + SILENCE * 4).await;
+        let mut told = logs.take(tracing::Level::WARN);
+        told.retain(|line| line.contains("no gossip seed has answered"));
+        assert!(told.len() == 1 && told[0].contains(&seed.to_string()), "{told:?}");
+        assert_eq!(alone.members().len(), 1);
+        // Nor does a node that has nobody to ask.
+        let first = start(2, &[]).await;
+        sleep_until(Instant::now() + SILENCE * 4).await;
+        first.shutdown().await;
+        let told = logs.take(tracing::Level::WARN);
+        assert!(!told.iter().any(|line| line.contains("no gossip seed has answered")), "{told:?}");
+    }
+
+    #[test]
+    fn a_silence_is_told_once_and_so_is_its_end() {
+        let begin = Instant::now();
+        let mut silence = Silence::default();
+        let mut look = |silent, s| silence.look(silent, begin + Duration::from_secs(s));
+        let lasts = SILENCE.as_secs();
+        assert_eq!([look(true, 0), look(true, lasts - 1), look(false, lasts)], [None; 3], "others come a little later");
+        assert_eq!([look(true, 100), look(true, 99 + lasts)], [None; 2], "from its own beginning");
+        assert_eq!([look(true, 100 + lasts), look(true, 101 + lasts), look(true, 10_000)], [Some(true), None, None]);
+        assert_eq!([look(false, 10_001), look(false, 10_002)], [Some(false), None]);
+        assert_eq!([look(true, 20_000), look(true, 20_000 + lasts)], [None, Some(true)]);
     }
 }

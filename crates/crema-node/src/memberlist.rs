@@ -37,10 +37,10 @@
 //! # }
 //! ```
 //!
-//! A node that lists only itself reaches no seed, or is not listened to. Of a seed's name that is not found, and of nodes with
-//! other keys or of a cluster of another name, warnings in the log tell; a firewall drops in silence, and gossip needs both UDP
-//! and TCP. Members that fail and come back again and again are a network, or a machine, that is too slow for the pace: see
-//! [`GossipTuning`].
+//! A node that lists only itself reaches no seed, or is not listened to. Warnings in the log tell of a seed's name that is not
+//! found, of seeds of which none answers for half a minute, and of nodes with other keys or of a cluster of another name. A
+//! firewall drops in silence, and gossip needs both UDP and TCP. Members that fail and come back again and again are a network,
+//! or a machine, that is too slow for the pace: see [`GossipTuning`].
 
 use crate::admin::MemberBody;
 use crate::cache::{NodeId, ShardId};
