@@ -52,7 +52,7 @@ const BUDGET_UNITS: usize = 64 * 1024;
 const READ_UNITS: usize = 3;
 /// How long after its deadline a request without an answer is given up: its driver must have stopped.
 const OVERDUE: Duration = Duration::from_secs(2);
-/// How long a node that is heard of may take to register before it can be added, and how often that is looked at.
+/// How long a node that is heard of may take to join or to answer before it can be added, and how often that is looked at.
 const ADD_PEER_PATIENCE: Duration = Duration::from_secs(10);
 const ADD_PEER_AGAIN: Duration = Duration::from_millis(200);
 /// How often a request without a placement, or with an outdated one, looks at the view again.
@@ -566,30 +566,36 @@ impl DistributedCache {
     /// Lets a node hold data and vote. Returns once that is committed in the cluster's own log; its share of the replicas moves
     /// there afterwards, a few at a time, while all is served. What is so already succeeds.
     ///
-    /// Errors: [`CacheError::Invalid`] with the reason where it cannot be – the node has not joined, or does not
-    /// answer –, [`CacheError::NotApplied`] if nobody could be asked, and [`CacheError::OutcomeUnknown`] if no answer came: look
-    /// at [`DistributedCache::voters`] then.
+    /// A node that was just discovered may not have joined yet, or, where it was here before, not answer yet. For as long as
+    /// gossip hears it – without gossip: if it is known where it is –, that is waited for, 10 s at most.
+    ///
+    /// Errors: [`CacheError::NotApplied`] with the reason where it cannot be at present – the node does not answer, or has not
+    /// joined although gossip hears it –, or if nobody could be asked; [`CacheError::Invalid`] if the cluster knows no such node;
+    /// [`CacheError::OutcomeUnknown`] if no answer came: look at [`DistributedCache::voters`] then.
     pub async fn add_peer(&self, node_id: NodeId) -> Result<()> {
         let until = tokio::time::Instant::now() + ADD_PEER_PATIENCE;
         let node = crema_core::NodeId(node_id);
         loop {
             let result = self.inner.node.change_voters(node, true).await;
-            // One that was just discovered, or that nobody was to connect to before, registers within a moment.
-            let comes = matches!(result, Err(VoterError::Refused(_))) && !self.inner.node.is_registered(node);
-            let here = || async { self.memberlist_healthy_members().await.iter().any(|m| m.node_id == node_id) };
-            if comes && tokio::time::Instant::now() < until && here().await {
+            // One that was just discovered, or that nobody was to connect to before, registers and answers within a moment.
+            let not_yet = matches!(result, Err(VoterError::NotJoined(_) | VoterError::NotNow(_)));
+            let comes = not_yet && self.inner.node.may_come(node);
+            if comes && tokio::time::Instant::now() < until {
                 tokio::time::sleep(ADD_PEER_AGAIN).await;
                 continue;
             }
-            return result.map_err(voter_error);
+            return result.map_err(|error| match error {
+                VoterError::NotJoined(_) if comes => CacheError::NotApplied { reason: error.to_string() },
+                error => voter_error(error),
+            });
         }
     }
 
     /// Takes data and vote of a node away, for good or until [`DistributedCache::add_peer`]. Returns once that is committed; its
     /// replicas then move to others, before the node may be stopped, and it goes on as a gateway.
     ///
-    /// Errors: as [`DistributedCache::add_peer`]. What would leave any shard without a majority of nodes that answer is
-    /// refused, with the reason.
+    /// Errors: as [`DistributedCache::add_peer`], at once. What would leave any shard without a majority of nodes that answer is
+    /// [`CacheError::NotApplied`], with the reason; the last voter stays one: [`CacheError::Invalid`].
     pub async fn remove_peer(&self, node_id: NodeId) -> Result<()> {
         self.inner.node.change_voters(crema_core::NodeId(node_id), false).await.map_err(voter_error)
     }
@@ -710,8 +716,8 @@ fn check_value(value: &[u8]) -> Result<()> {
 
 fn voter_error(error: VoterError) -> CacheError {
     match error {
-        VoterError::Refused(reason) => CacheError::Invalid(reason),
-        VoterError::NoLeader => CacheError::NotApplied { reason: error.to_string() },
+        VoterError::Refused(_) | VoterError::NotJoined(_) => CacheError::Invalid(error.to_string()),
+        VoterError::NotNow(_) | VoterError::NoLeader => CacheError::NotApplied { reason: error.to_string() },
         _ => CacheError::OutcomeUnknown,
     }
 }

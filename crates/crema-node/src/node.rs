@@ -804,9 +804,19 @@ impl Node {
         change_voters(&self.inner.watch.driver, node, approved).await
     }
 
-    /// Whether the cluster's table, as this node knows it, has a record of the node.
-    pub fn is_registered(&self, node: NodeId) -> bool {
-        self.inner.watch.driver.view().nodes.contains_key(&node)
+    /// Whether a node that does not answer, or has not joined, is about to: gossip hears it. Without gossip: it is known where
+    /// to reach it, so that it may be.
+    pub(crate) fn may_come(&self, node: NodeId) -> bool {
+        match self.membership() {
+            Some(membership) => {
+                let is_alive = |m: &Member| m.meta.node_id == node && m.state == crema_gossip::MemberState::Alive;
+                membership.gossip().members().iter().any(is_alive)
+            }
+            None => {
+                self.inner.watch.driver.view().nodes.contains_key(&node)
+                    || self.inner.config.static_peers.contains_key(&node)
+            }
+        }
     }
 
     /// The nodes that may hold replicas, ascending, as this node knows; nobody before the cluster is known.

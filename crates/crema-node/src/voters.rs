@@ -113,7 +113,9 @@ pub(crate) async fn change(
 ) -> Response {
     match source.change_voters(NodeId(node_id), approved).await {
         Ok(()) => Json(ChangeBody { node_id, approved }).into_response(),
-        Err(e @ VoterError::Refused(_)) => refuse(StatusCode::CONFLICT, e.to_string()),
+        Err(e @ (VoterError::Refused(_) | VoterError::NotNow(_) | VoterError::NotJoined(_))) => {
+            refuse(StatusCode::CONFLICT, e.to_string())
+        }
         Err(e @ VoterError::NoLeader) => refuse(StatusCode::SERVICE_UNAVAILABLE, e.to_string()),
         Err(e) => refuse(StatusCode::GATEWAY_TIMEOUT, e.to_string()),
     }

@@ -492,6 +492,20 @@ pub enum Control {
         #[serde(deserialize_with = "bounded_vec::<_, _, ASKED_AT_ONCE>")]
         groups: Vec<(ShardId, Term)>,
     },
+    /// The leader of the meta group does not do that at present: asked again later it may.
+    ApproveNotNow {
+        /// Of the question.
+        round: u64,
+        /// What has to change first, for the operator.
+        reason: String,
+    },
+    /// The leader of the meta group does not know the node.
+    ApproveNotJoined {
+        /// Of the question.
+        round: u64,
+        /// The node.
+        node: NodeId,
+    },
 }
 
 /// Encodes a control frame.

@@ -789,3 +789,101 @@ async fn what_is_kept_of_a_dropped_node_does_not_keep_it() {
     tokio::time::timeout(Duration::from_secs(30), ended).await.expect("gossip ends");
     drop(coordinator);
 }
+
+/// Starts a node at an address that another has just left: that one closes it when its tasks have ended.
+async fn start_again(config: CacheConfig) -> DistributedCache {
+    let started = async {
+        loop {
+            match DistributedCache::new(config.clone()).await {
+                Ok(node) => return node,
+                Err(CacheError::Start(StartError::Bind { .. })) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), started).await.expect("the address becomes free")
+}
+
+/// Takes a node that was just dropped out. Until the cluster's own group has noticed, others are no majority that answers.
+async fn remove_dropped(by: &DistributedCache, node: NodeId) {
+    let removed = async {
+        while let Err(error) = by.remove_peer(node).await {
+            assert!(matches!(error, CacheError::NotApplied { .. }), "{error}");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), removed).await.expect("it is removed");
+}
+
+/// The record of a node that was removed and comes back is there before it answers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_comes_back_is_added_as_soon_as_it_answers() {
+    let mut nodes = three_nodes().await;
+    for node in &nodes {
+        node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    }
+    let raft = nodes.pop().unwrap().memberlist_metadata().raft_addr;
+    remove_dropped(&nodes[0], 3).await;
+    let seeds: Vec<_> = (1..).zip(&nodes).map(|(id, node)| (id, node.memberlist_metadata().raft_addr)).collect();
+    let refused = Arc::new(Notify::new());
+    let adding = tokio::spawn({
+        let (first, refused) = (nodes[0].clone(), refused.clone());
+        async move {
+            let mut add = Box::pin(first.add_peer(3));
+            // Woken by the answer, and then by the timer until it asks again.
+            let mut polled = 0;
+            std::future::poll_fn(|context| {
+                polled += 1;
+                let poll = add.as_mut().poll(context);
+                if polled == 3 || poll.is_ready() {
+                    refused.notify_one();
+                }
+                poll
+            })
+            .await
+        }
+    });
+    refused.notified().await;
+    let config = CacheConfig::new(3, raft).with_seed_nodes(seeds).with_stop_grace(Duration::ZERO);
+    let third = start_again(config).await;
+    assert_eq!(adding.await.unwrap(), Ok(()));
+    third.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    assert_eq!(nodes[0].voters(), [1, 2, 3]);
+}
+
+/// What a program does that takes every failed node out, and every one that it hears of in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn voters_may_follow_the_events_of_gossip() {
+    let gossips = |id, config: CacheConfig| {
+        let tuning = GossipTuning { interval: Duration::from_millis(50), ..GossipTuning::default() };
+        let gossip = MemberlistConfig { enabled: true, tuning, ..MemberlistConfig::default() };
+        let discovery = discovery(id, config.raft_addr, gossip);
+        config.with_cluster_discovery(discovery)
+    };
+    let mut nodes = three_nodes_with(gossips).await;
+    for node in &nodes {
+        node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    }
+    let mut events = nodes[0].memberlist_events().await;
+    let mut until = async |is: fn(&MemberlistEvent) -> bool| {
+        let heard = async { while !is(&events.recv().await.expect("the node runs")) {} };
+        tokio::time::timeout(Duration::from_secs(60), heard).await.expect("gossip notices");
+    };
+    let all: Vec<_> = (1..).zip(&nodes).map(|(id, node)| (id, node.memberlist_metadata().raft_addr)).collect();
+    drop(nodes.pop());
+    until(|event| matches!(event, MemberlistEvent::NodeFailed { node_id: 3 })).await;
+    remove_dropped(&nodes[0], 3).await;
+    // Nobody hears it: that may be different in a while, and is not waited for.
+    let error = nodes[0].add_peer(3).await.unwrap_err();
+    assert!(matches!(&error, CacheError::NotApplied { reason } if reason.contains("does not answer")), "{error}");
+    let config = CacheConfig::new(3, all[2].1).with_seed_nodes(all).with_stop_grace(Duration::ZERO);
+    let third = start_again(gossips(3, config)).await;
+    until(|event| matches!(event, MemberlistEvent::NodeJoin { node_id: 3, .. })).await;
+    assert_eq!(nodes[0].add_peer(3).await, Ok(()));
+    third.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    // Whom nobody has heard of is not waited for either.
+    for (node, word) in [(0, "begin at 1"), (9, "not known")] {
+        for result in [nodes[0].add_peer(node).await, nodes[0].remove_peer(node).await] {
+            assert!(matches!(&result, Err(CacheError::Invalid(text)) if text.contains(word)), "{result:?}");
+        }
+    }
+}

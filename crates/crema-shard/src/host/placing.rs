@@ -68,9 +68,16 @@ pub struct VoterRequest {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum VoterError {
-    /// It would do harm, or cannot be: the sentence says why. Nothing has changed.
+    /// It cannot be: the sentence says why. Nothing has changed; give up, or ask for something else.
     #[error("{0}")]
     Refused(String),
+    /// It would do harm, or cannot be, as things stand at present: the sentence says what has to change. Nothing has changed;
+    /// try again once it has.
+    #[error("{0}")]
+    NotNow(String),
+    /// The table has no record of the node. Nothing has changed; try again once it has joined.
+    #[error("node {0} is not known to this cluster: only a node that has joined can be added or removed")]
+    NotJoined(NodeId),
     /// The meta group has had no leader in time: nothing has changed, try again.
     #[error("the meta group has no leader that could be asked: nothing was changed")]
     NoLeader,
@@ -113,7 +120,7 @@ impl Host {
     pub fn change_voters(&mut self, now: Now, request: VoterRequest) {
         if self.placing.questions.len() >= MAX_OPEN {
             let why = format!("{MAX_OPEN} changes of voters are open at this node: try again");
-            return self.out.voters.push((request.id, Err(VoterError::Refused(why))));
+            return self.out.voters.push((request.id, Err(VoterError::NotNow(why))));
         }
         self.placing.questions.push(Question { request, since: now.mono, asked: None });
         self.placing.next_look = now.mono;
@@ -184,7 +191,7 @@ impl Host {
             }
             self.admit(&state, node, approved);
             if let Some(why) = self.objection(&state, node, approved) {
-                self.out.voters.push((id, Err(VoterError::Refused(why))));
+                self.out.voters.push((id, Err(why)));
                 return false;
             }
             q.asked = Some(now.mono);
@@ -236,7 +243,9 @@ impl Host {
         }
         self.admit(&state, node, approved);
         match self.objection(&state, node, approved) {
-            Some(reason) => self.control(from, &Control::ApproveRefused { round, reason }),
+            Some(VoterError::NotNow(reason)) => self.control(from, &Control::ApproveNotNow { round, reason }),
+            Some(VoterError::NotJoined(node)) => self.control(from, &Control::ApproveNotJoined { round, node }),
+            Some(why) => self.control(from, &Control::ApproveRefused { round, reason: why.to_string() }),
             None => self.propose_approval(node, approved, true, now),
         }
     }
@@ -258,20 +267,24 @@ impl Host {
     }
 
     /// Why a node must not become a voter, or must stay one.
-    fn objection(&self, state: &MetaState, node: NodeId, approved: bool) -> Option<String> {
+    fn objection(&self, state: &MetaState, node: NodeId, approved: bool) -> Option<VoterError> {
+        if node == NodeId(0) {
+            return Some(VoterError::Refused("there is no node 0: node ids begin at 1".to_owned()));
+        }
         let Some(record) = state.nodes.get(&node) else {
-            return Some(format!("node {node} is not known to this cluster: start it with --join first"));
+            return Some(VoterError::NotJoined(node));
         };
         let answers = |n: NodeId| state.nodes.get(&n).is_some_and(|r| self.is_usable(n, r.incarnation));
         if approved {
             let silent = record.incarnation == NO_LIFE || !answers(node);
-            return silent.then(|| format!("node {node} does not answer: it can hold replicas once it is back"));
+            let why = || format!("node {node} does not answer: it can hold replicas once it is back");
+            return silent.then(|| VoterError::NotNow(why()));
         }
         if !record.approved {
             return None;
         }
         if state.approved().len() <= 1 {
-            return Some(format!("node {node} is the last voter"));
+            return Some(VoterError::Refused(format!("node {node} is the last voter")));
         }
         let plan = Plan::new(state, Some(node));
         let short = |nodes: &[NodeId]| {
@@ -282,18 +295,18 @@ impl Host {
         for shard in state.groups().filter(|s| !self.is_untouched(state, &plan, *s, node)) {
             let present: Vec<NodeId> = state.replicas(shard).iter().map(|r| r.node).collect();
             if let Some((living, all)) = short(&present) {
-                return Some(format!(
+                return Some(VoterError::NotNow(format!(
                     "{} has {living} of {all} replicas on nodes that answer, no majority to move by: bring the others \
                      back first",
                     name(shard)
-                ));
+                )));
             }
             if let Some((living, all)) = short(plan.nodes(shard)) {
-                return Some(format!(
+                return Some(VoterError::NotNow(format!(
                     "without node {node}, {} would have {living} of {all} replicas on nodes that answer, which is no \
                      majority: bring the others back first",
                     name(shard)
-                ));
+                )));
             }
         }
         None

@@ -65,6 +65,12 @@ impl Host {
             Control::ApproveRefused { round, reason } => {
                 self.take_approve_answer(round, Err(VoterError::Refused(reason)));
             }
+            Control::ApproveNotNow { round, reason } => {
+                self.take_approve_answer(round, Err(VoterError::NotNow(reason)));
+            }
+            Control::ApproveNotJoined { round, node } => {
+                self.take_approve_answer(round, Err(VoterError::NotJoined(node)));
+            }
             Control::Settled { shard, epoch, members } => self.settle(shard, epoch, members),
             Control::AskLeaders { groups } => self.tell_leaders(from, &groups),
             Control::Leads { groups } => self.take_leaders(from, incarnation, groups, now),
