@@ -402,7 +402,8 @@ impl CacheConfig {
 /// A cache cluster's node inside this program. Clones share it; it stops with [`DistributedCache::shutdown`], or, less
 /// politely, with the last clone.
 ///
-/// Must be made and used within a tokio runtime, with its I/O and its time enabled.
+/// Must be made and used within a tokio runtime, with its I/O and its time enabled. It may be used in others than it was made
+/// in, but works only as long as that one does: afterwards operations fail with [`CacheError::Stopped`].
 #[derive(Clone, Debug)]
 pub struct DistributedCache {
     inner: Arc<Inner>,
@@ -636,6 +637,9 @@ impl DistributedCache {
     ///
     /// Errors: [`CacheError::NotReady`] with the reason when `within` is over, [`CacheError::Stopped`].
     pub async fn wait_until_ready(&self, within: Duration) -> Result<()> {
+        if self.inner.client.is_closed() {
+            return Err(CacheError::Stopped);
+        }
         match tokio::time::timeout(within, self.inner.node.ready()).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Stopped)) => Err(CacheError::Stopped),
@@ -766,7 +770,7 @@ struct Shared {
     budget: Arc<Semaphore>,
     deadline: Duration,
     /// Nothing is answered any more, not even from a table that is still there.
-    closed: AtomicBool,
+    closed: Arc<AtomicBool>,
 }
 
 impl Drop for Shared {
@@ -781,14 +785,15 @@ impl CacheClient {
     /// Opens the connections; every operation may take `deadline`.
     pub async fn open(client: Client, deadline: Duration) -> Result<CacheClient> {
         let mut lanes = Vec::with_capacity(LANES);
+        let closed = Arc::new(AtomicBool::new(false));
         for _ in 0..LANES {
             let (conn, outbox) = client.open().await.map_err(|Stopped| CacheError::Stopped)?;
             let lane = Arc::new(Lane { conn, state: Mutex::default(), wake: Notify::new() });
-            tokio::spawn(lane.clone().run(client.clone(), outbox));
+            let end = LaneEnd { lane: lane.clone(), all: closed.clone() };
+            tokio::spawn(lane.clone().run(client.clone(), outbox, end));
             lanes.push(lane);
         }
         let budget = Arc::new(Semaphore::new(BUDGET_UNITS));
-        let closed = AtomicBool::new(false);
         Ok(CacheClient {
             shared: Arc::new(Shared { client, lanes, next: AtomicUsize::new(0), budget, deadline, closed }),
         })
@@ -798,6 +803,10 @@ impl CacheClient {
     pub fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
         self.shared.lanes.iter().for_each(|lane| lane.close());
+    }
+
+    fn is_closed(&self) -> bool {
+        self.shared.closed.load(Ordering::Acquire)
     }
 
     /// Reads one key: from this node's own replica if `level` allows it now, else by way of the driver.
@@ -817,7 +826,7 @@ impl CacheClient {
     /// The answer of this node's own replica, if it may give one.
     fn read_here(&self, slot: Slot, op: &Op<'_>, level: ReadLevel) -> Option<Reply> {
         let shared = &*self.shared;
-        if shared.closed.load(Ordering::Acquire) {
+        if self.is_closed() {
             return None;
         }
         let view = shared.client.view();
@@ -883,7 +892,7 @@ impl CacheClient {
     }
 
     async fn look_again(&self, until: tokio::time::Instant, why: Refusal) -> Result<()> {
-        if self.shared.lanes[0].is_closed() {
+        if self.is_closed() {
             return Err(CacheError::Stopped);
         }
         if tokio::time::Instant::now() + LOOK_AGAIN > until {
@@ -954,13 +963,32 @@ impl Drop for Unsent<'_> {
     }
 }
 
+/// Ends a lane together with its task, which may be dropped midway: with the runtime that the client was opened in. Nobody
+/// would ever hand an answer to those who wait then, be it in another runtime.
+struct LaneEnd {
+    lane: Arc<Lane>,
+    /// Closes the whole client: what ends one lane ends all.
+    all: Arc<AtomicBool>,
+}
+
+impl Drop for LaneEnd {
+    fn drop(&mut self) {
+        self.all.store(true, Ordering::Release);
+        let (mut waiting, queue) = {
+            let mut state = self.lane.lock();
+            state.closed = true;
+            (std::mem::take(&mut state.waiting), std::mem::take(&mut state.queue))
+        };
+        // What the driver was never given is certainly not executed; dropping the other senders says that it may be.
+        for unsent in queue.iter().filter_map(|request| waiting.remove(request.token)) {
+            let _ = unsent.answer.send(ClientResult::NotApplied(Refusal::ShuttingDown));
+        }
+    }
+}
+
 impl Lane {
     fn lock(&self) -> std::sync::MutexGuard<'_, LaneState> {
         self.state.lock().expect("no panic while held")
-    }
-
-    fn is_closed(&self) -> bool {
-        self.lock().closed
     }
 
     fn close(&self) {
@@ -1004,8 +1032,9 @@ impl Lane {
         answered.await.ok()
     }
 
-    /// Submits what is queued and hands answers to their callers, until the lane is closed or the driver has gone.
-    async fn run(self: Arc<Self>, client: Client, outbox: Arc<Outbox>) {
+    /// Submits what is queued and hands answers to their callers, until the lane is closed or the driver has gone. `end` is
+    /// dropped with the task, however that ends.
+    async fn run(self: Arc<Self>, client: Client, outbox: Arc<Outbox>, end: LaneEnd) {
         let mut sweep = tokio::time::interval(Duration::from_secs(1));
         sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let (mut done, mut ready) = (Vec::new(), Vec::new());
@@ -1026,21 +1055,19 @@ impl Lane {
             for (waiting, result) in ready.drain(..) {
                 let _ = waiting.answer.send(result);
             }
-            let (queue, closed) = {
+            let queue = {
                 let mut state = self.lock();
-                (std::mem::take(&mut state.queue), state.closed)
+                // What is queued stays so: `end` tells its callers that nobody has got it.
+                if state.closed {
+                    break;
+                }
+                std::mem::take(&mut state.queue)
             };
-            if closed || (!queue.is_empty() && client.submit(queue).await.is_err()) {
+            if !queue.is_empty() && client.submit(queue).await.is_err() {
                 break;
             }
         }
-        let abandoned = {
-            let mut state = self.lock();
-            state.closed = true;
-            (std::mem::take(&mut state.waiting), std::mem::take(&mut state.queue))
-        };
-        // Dropping the senders tells the callers; what was only queued may count as unknown all the same.
-        drop(abandoned);
+        drop(end);
         client.close(self.conn).await;
     }
 }

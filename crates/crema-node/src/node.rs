@@ -683,7 +683,11 @@ impl Node {
                 events: events.clone(),
             };
             let (node, publisher) = (config.node_id, membership.clone());
-            tasks.push(tokio::spawn(async move { membership.run(around).await }));
+            let closing = CloseEvents(events.clone());
+            tasks.push(tokio::spawn(async move {
+                let _closing = closing;
+                membership.run(around).await
+            }));
             tasks.push(tokio::spawn(async move {
                 while let Some(led) = led.recv().await {
                     publisher.publish(node, &led);
@@ -914,6 +918,16 @@ impl Inner {
             ),
             _ => tracing::warn!("after {grace:?} not all leaderships were handed over; elections will follow"),
         }
+    }
+}
+
+/// Ends the events of members with the task that they come from, also where that goes with its runtime: nobody shall wait
+/// for more of them.
+struct CloseEvents(Arc<EventHub>);
+
+impl Drop for CloseEvents {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 

@@ -219,6 +219,64 @@ async fn when_the_node_stops_writes_in_flight_are_unknown_and_reads_are_not_done
     assert_eq!(cache.execute_encoded(Slot(0), true, Bytes::new()).await, Err(CacheError::Stopped));
 }
 
+/// Nothing hands answers to their callers any more then, whichever runtime these wait in.
+#[test]
+fn nobody_waits_for_a_runtime_that_has_gone() {
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);
+    // It runs only while it opens the client: what is queued stays there.
+    let made_in = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let cache = made_in.block_on(CacheClient::open(client, Duration::from_secs(600))).unwrap();
+    let used_in = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    used_in.block_on(async {
+        let execute = |write| {
+            let cache = cache.clone();
+            async move { cache.execute_encoded(Slot(0), write, Bytes::new()).await }
+        };
+        let mut ends = tokio::task::JoinSet::new();
+        // Every lane has two reads and two writes with the driver, and one write more in its queue.
+        for i in 0..LANES * (DIRECT + 1) {
+            ends.spawn(execute(i >= LANES * DIRECT / 2));
+        }
+        let in_flight = || cache.shared.lanes.iter().map(|l| l.lock().waiting.len).sum::<usize>();
+        while in_flight() < LANES * (DIRECT + 1) {
+            tokio::task::yield_now().await;
+        }
+        tokio::task::spawn_blocking(move || drop(made_in)).await.unwrap();
+        let all = tokio::time::timeout(Duration::from_secs(30), ends.join_all()).await.expect("they end");
+        let of = |error: CacheError| all.iter().filter(|end| **end == Err(error.clone())).count();
+        assert_eq!(of(CacheError::Stopped), LANES * (DIRECT / 2 + 1), "reads, and what the driver never got");
+        assert_eq!(of(CacheError::OutcomeUnknown), LANES * DIRECT / 2);
+        for write in [true, false] {
+            assert_eq!(execute(write).await, Err(CacheError::Stopped));
+        }
+    });
+}
+
+#[test]
+fn a_cache_is_of_no_use_after_its_runtime_and_can_be_shut_down_in_another() {
+    let made_in = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let gossip = MemberlistConfig { enabled: true, ..MemberlistConfig::default() };
+    let config = CacheConfig::new(1, addr("127.0.0.1:0"));
+    let config = config.with_cluster_discovery(discovery(1, addr("127.0.0.1:0"), gossip));
+    let (cache, mut events) = made_in.block_on(async {
+        let cache = DistributedCache::new(config).await.unwrap();
+        cache.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+        cache.put("k", "v").await.unwrap();
+        let events = cache.memberlist_events().await;
+        (cache, events)
+    });
+    drop(made_in);
+    let used_in = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let used = async {
+        assert_eq!(cache.put("k", "w").await, Err(CacheError::Stopped));
+        assert_eq!(cache.get("k").await, Err(CacheError::Stopped));
+        assert_eq!(cache.wait_until_ready(Duration::from_secs(30)).await, Err(CacheError::Stopped));
+        while events.recv().await.is_some() {}
+        cache.shutdown().await.unwrap();
+    };
+    used_in.block_on(async { tokio::time::timeout(Duration::from_secs(30), used).await.expect("nothing hangs") });
+}
+
 #[tokio::test]
 async fn what_is_in_flight_is_bounded_even_when_callers_lose_patience() {
     let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);
