@@ -55,6 +55,8 @@ const OVERDUE: Duration = Duration::from_secs(2);
 /// How long a node that is heard of may take to join or to answer before it can be added, and how often that is looked at.
 const ADD_PEER_PATIENCE: Duration = Duration::from_secs(10);
 const ADD_PEER_AGAIN: Duration = Duration::from_millis(200);
+/// Longest time for operations in flight to finish when the node stops; Redis clients have as long.
+const FINISH: Duration = crate::node::RESP_DRAIN;
 /// How often a request without a placement, or with an outdated one, looks at the view again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -424,7 +426,12 @@ impl Inner {
             tracing::error!("{failure}");
         }
         self.node.hurry();
-        self.node.shutdown().await;
+        self.shutdown().await;
+    }
+
+    async fn shutdown(&self) {
+        let client = self.client.clone();
+        self.node.shutdown_with(async move { client.finish(FINISH).await }).await;
         self.client.close();
     }
 }
@@ -574,6 +581,7 @@ impl DistributedCache {
     /// joined although gossip hears it –, or if nobody could be asked; [`CacheError::Invalid`] if the cluster knows no such node;
     /// [`CacheError::OutcomeUnknown`] if no answer came: look at [`DistributedCache::voters`] then.
     pub async fn add_peer(&self, node_id: NodeId) -> Result<()> {
+        let _begun = self.inner.client.begin()?;
         let until = tokio::time::Instant::now() + ADD_PEER_PATIENCE;
         let node = crema_core::NodeId(node_id);
         loop {
@@ -581,7 +589,7 @@ impl DistributedCache {
             // One that was just discovered, or that nobody was to connect to before, registers and answers within a moment.
             let not_yet = matches!(result, Err(VoterError::NotJoined(_) | VoterError::NotNow(_)));
             let comes = not_yet && self.inner.node.may_come(node);
-            if comes && tokio::time::Instant::now() < until {
+            if comes && tokio::time::Instant::now() < until && !self.inner.client.is_closed() {
                 tokio::time::sleep(ADD_PEER_AGAIN).await;
                 continue;
             }
@@ -598,6 +606,7 @@ impl DistributedCache {
     /// Errors: as [`DistributedCache::add_peer`], at once. What would leave any shard without a majority of nodes that answer is
     /// [`CacheError::NotApplied`], with the reason; the last voter stays one: [`CacheError::Invalid`].
     pub async fn remove_peer(&self, node_id: NodeId) -> Result<()> {
+        let _begun = self.inner.client.begin()?;
         self.inner.node.change_voters(crema_core::NodeId(node_id), false).await.map_err(voter_error)
     }
 
@@ -701,12 +710,17 @@ impl DistributedCache {
         self.inner.coordinator.clone()
     }
 
-    /// Stops the node: hands its leaderships over, waits (up to the grace) until every shard can do without it, says goodbye by
-    /// gossip, so that the others see it leave and not fail, and closes. Further operations of all clones fail with
-    /// [`CacheError::Stopped`]. A second call waits for the first.
+    /// Stops the node: hands its leaderships over and waits, up to the grace, until every shard can do without it. Until then
+    /// operations are served. From then on new ones of all clones fail with [`CacheError::Stopped`], and those in flight have 3 s
+    /// to finish; a write that has not by then ends as [`CacheError::OutcomeUnknown`]. At last the node says goodbye by gossip, so
+    /// that the others see it leave and not fail, and closes.
+    ///
+    /// Nobody can succeed the last node of several, or one without a majority: there the whole grace passes. Alone in its
+    /// cluster, a node stops at once.
+    ///
+    /// Cancel-safe: the stop goes on all the same. A second call, also after a cancelled one, waits for its end.
     pub async fn shutdown(&self) -> Result<()> {
-        self.inner.node.shutdown().await;
-        self.inner.client.close();
+        self.inner.shutdown().await;
         Ok(())
     }
 }
@@ -721,6 +735,7 @@ fn check_value(value: &[u8]) -> Result<()> {
 fn voter_error(error: VoterError) -> CacheError {
     match error {
         VoterError::Refused(_) | VoterError::NotJoined(_) => CacheError::Invalid(error.to_string()),
+        VoterError::Stopped => CacheError::Stopped,
         VoterError::NotNow(_) | VoterError::NoLeader => CacheError::NotApplied { reason: error.to_string() },
         _ => CacheError::OutcomeUnknown,
     }
@@ -769,8 +784,24 @@ struct Shared {
     next: AtomicUsize,
     budget: Arc<Semaphore>,
     deadline: Duration,
-    /// Nothing is answered any more, not even from a table that is still there.
+    /// Nothing new is begun any more, nor answered from a table that is still there.
     closed: Arc<AtomicBool>,
+    /// Operations that have begun and not ended, reads that were answered here excepted: those wait for nobody.
+    in_flight: AtomicUsize,
+    /// The last of them has ended after nothing new may begin.
+    ended: Notify,
+}
+
+/// An operation in flight.
+struct Begun<'a>(&'a Shared);
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        let was = self.0.in_flight.fetch_sub(1, Ordering::SeqCst);
+        if was == 1 && self.0.closed.load(Ordering::SeqCst) {
+            self.0.ended.notify_waiters();
+        }
+    }
 }
 
 impl Drop for Shared {
@@ -795,13 +826,51 @@ impl CacheClient {
         }
         let budget = Arc::new(Semaphore::new(BUDGET_UNITS));
         Ok(CacheClient {
-            shared: Arc::new(Shared { client, lanes, next: AtomicUsize::new(0), budget, deadline, closed }),
+            shared: Arc::new(Shared {
+                client,
+                lanes,
+                next: AtomicUsize::new(0),
+                budget,
+                deadline,
+                closed,
+                in_flight: AtomicUsize::new(0),
+                ended: Notify::new(),
+            }),
         })
+    }
+
+    /// Counts an operation that begins.
+    ///
+    /// Errors: nothing begins any more.
+    fn begin(&self) -> Result<Begun<'_>> {
+        // Counted before looking: either we see that it is closed, or whoever closes sees us.
+        self.shared.in_flight.fetch_add(1, Ordering::SeqCst);
+        let begun = Begun(&self.shared);
+        if self.shared.closed.load(Ordering::SeqCst) { Err(CacheError::Stopped) } else { Ok(begun) }
+    }
+
+    /// Lets operations in flight finish, for `within` at most, and begins none; then as [`CacheClient::close`].
+    pub async fn finish(&self, within: Duration) {
+        self.shared.closed.store(true, Ordering::SeqCst);
+        let all = async {
+            loop {
+                // Made before looking: an end in between is not missed.
+                let ended = self.shared.ended.notified();
+                if self.shared.in_flight.load(Ordering::SeqCst) == 0 {
+                    return;
+                }
+                ended.await;
+            }
+        };
+        if tokio::time::timeout(within, all).await.is_err() {
+            tracing::warn!("operations of this program did not finish within {within:?}");
+        }
+        self.close();
     }
 
     /// Ends the connections. Waiting and further operations fail.
     pub fn close(&self) {
-        self.shared.closed.store(true, Ordering::Release);
+        self.shared.closed.store(true, Ordering::SeqCst);
         self.shared.lanes.iter().for_each(|lane| lane.close());
     }
 
@@ -856,6 +925,7 @@ impl CacheClient {
 
     /// Has the driver execute encoded operations; `level` is for reads.
     async fn submit(&self, slot: Slot, write: bool, level: ReadLevel, ops: Bytes) -> Result<Reply> {
+        let _begun = self.begin()?;
         let shared = &*self.shared;
         let deadline = crate::clock::now().mono.after(shared.deadline);
         let until = tokio::time::Instant::now() + shared.deadline;
@@ -892,11 +962,12 @@ impl CacheClient {
     }
 
     async fn look_again(&self, until: tokio::time::Instant, why: Refusal) -> Result<()> {
-        if self.is_closed() {
+        let shared = &*self.shared;
+        if shared.lanes[0].is_closed() {
             return Err(CacheError::Stopped);
         }
         if tokio::time::Instant::now() + LOOK_AGAIN > until {
-            return Err(match (why, &self.shared.client.view().not_ready) {
+            return Err(match (why, &shared.client.view().not_ready) {
                 (Refusal::NotReady, Some(reason)) => CacheError::NotApplied { reason: reason.clone() },
                 _ => refusal(why),
             });
@@ -973,7 +1044,7 @@ struct LaneEnd {
 
 impl Drop for LaneEnd {
     fn drop(&mut self) {
-        self.all.store(true, Ordering::Release);
+        self.all.store(true, Ordering::SeqCst);
         let (mut waiting, queue) = {
             let mut state = self.lane.lock();
             state.closed = true;
@@ -989,6 +1060,10 @@ impl Drop for LaneEnd {
 impl Lane {
     fn lock(&self) -> std::sync::MutexGuard<'_, LaneState> {
         self.state.lock().expect("no panic while held")
+    }
+
+    fn is_closed(&self) -> bool {
+        self.lock().closed
     }
 
     fn close(&self) {

@@ -28,7 +28,7 @@ use crema_core::store::Table;
 use crema_core::{ClusterUuid, CodecError, Incarnation, MonoTime, NodeId, Now, ReplicaId, ShardId};
 use crema_shard::{
     Channel, ClientRequest, ClientResult, Completion, ConnId, Effects, Host, HostStatus, LeaderHint, LedShard, Note,
-    RecoverRequest, RecoverResult, RoutingView, Token, VoterRequest, VoterResult,
+    RecoverRequest, RecoverResult, RoutingView, Token, VoterError, VoterRequest, VoterResult,
 };
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use std::collections::{BTreeMap, HashMap};
@@ -438,10 +438,11 @@ impl DriverHandle {
 
     /// Lets a node hold replicas, or no longer: ends once that is committed, refused, or has taken too long. What it holds
     /// moves afterwards.
-    pub async fn change_voters(&self, node: NodeId, approved: bool) -> Result<VoterResult, Stopped> {
+    pub async fn change_voters(&self, node: NodeId, approved: bool) -> VoterResult {
         let (tell, told) = oneshot::channel();
-        self.send(Input::Voters(node, approved, tell)).await?;
-        told.await.map_err(|_| Stopped)
+        self.send(Input::Voters(node, approved, tell)).await.map_err(|Stopped| VoterError::Stopped)?;
+        // The driver has ended with the question in it.
+        told.await.unwrap_or(Err(VoterError::Unknown))
     }
 
     /// Begins a planned stop: leaderships are handed over, then [`NodeEvent::Drained`] comes.

@@ -7,7 +7,7 @@
 //!   driver --view-------> addresses ----> peers                      (in the driver's own thread: it must not wait)
 //!   driver --NodeEvent--> Failure: fenced, misfit, id in use, driver died
 //!
-//!   stop:   drain until nobody needs this node (or the grace is over) -> RESP finish and close -> gossip `left`
+//!   stop:   drain until nobody needs this node (or the grace is over) -> RESP and embedding finish -> gossip `left`
 //!           -> driver and peers stop -> HTTP stops
 //! ```
 //!
@@ -33,7 +33,7 @@ use crema_gossip::{EventReceiver, GossipConfig, GossipError, KeyRing, Member, Se
 use crema_shard::meta::{NO_LIFE, WHOLE_SHARE};
 use crema_shard::{
     AutoVoters, Host, HostConfig, HostStatus, MemoryOptions, NodeAddrs, ReadMode, RecoverResult, RoutingView, Timing,
-    VoterError, VoterResult,
+    VoterResult,
 };
 use std::collections::BTreeMap;
 use std::fmt;
@@ -63,7 +63,7 @@ const KEYS_LOOK: Duration = Duration::from_secs(2);
 /// Period at which INFO's figure of used memory is brought up to date.
 const MEMORY_LOOK: Duration = Duration::from_secs(5);
 /// Longest time for RESP connections to finish what is in flight.
-const RESP_DRAIN: Duration = Duration::from_secs(3);
+pub(crate) const RESP_DRAIN: Duration = Duration::from_secs(3);
 /// Longest time for this node's tasks to end; they wait nowhere but where they may be ended.
 const TASKS_END: Duration = Duration::from_secs(2);
 /// Longest time to resolve the advertised host.
@@ -368,7 +368,7 @@ impl AdminSource for Watch {
         &self.facts
     }
     fn change_voters(&self, node: NodeId, approved: bool) -> BoxFuture<'_, VoterResult> {
-        Box::pin(change_voters(&self.driver, node, approved))
+        Box::pin(self.driver.change_voters(node, approved))
     }
     fn recover(&self, what: Recover) -> BoxFuture<'_, Result<RecoverResult, String>> {
         Box::pin(async {
@@ -377,14 +377,6 @@ impl AdminSource for Watch {
                 Err(_) => Err("the driver did not answer: look whether it was done".to_owned()),
             }
         })
-    }
-}
-
-async fn change_voters(driver: &DriverHandle, node: NodeId, approved: bool) -> VoterResult {
-    match driver.change_voters(node, approved).await {
-        Ok(result) => result,
-        // The driver has ended with the question in it.
-        Err(Stopped) => Err(VoterError::Unknown),
     }
 }
 
@@ -800,12 +792,12 @@ impl Node {
     /// Lets a node hold replicas, or no longer. Returns once that is committed; what it holds moves afterwards. Doing again
     /// what is done already succeeds.
     ///
-    /// Errors: [`VoterError`] says whether anything may have changed.
+    /// Errors: [`crema_shard::VoterError`] says whether anything may have changed.
     pub async fn change_voters(&self, node: NodeId, approved: bool) -> VoterResult {
         if approved {
             update_addresses(&self.inner.book, &self.inner.peers, |book| book.admit(node));
         }
-        change_voters(&self.inner.watch.driver, node, approved).await
+        self.inner.watch.driver.change_voters(node, approved).await
     }
 
     /// Whether a node that does not answer, or has not joined, is about to: gossip hears it. Without gossip: it is known where
@@ -846,14 +838,28 @@ impl Node {
     }
 
     /// Stops: hands leaderships over and waits, up to the grace, until every group keeps a quorum without this node;
-    /// finishes what clients have in flight; says goodbye; closes. A second call waits for the first.
+    /// finishes what clients have in flight; says goodbye; closes. A second call waits for the first. Cancel-safe: it goes on.
     pub async fn shutdown(&self) {
-        self.inner.stopped.get_or_init(|| self.inner.stop()).await;
+        self.shutdown_with(std::future::ready(())).await;
+    }
+
+    /// As [`Node::shutdown`]; `finish`, of the call that is the first, ends what the program itself has in flight.
+    pub(crate) async fn shutdown_with(&self, finish: impl Future<Output = ()> + Send + 'static) {
+        let inner = self.inner.clone();
+        // A task of its own: a caller that is cancelled must not leave a node behind that is about to stop for ever.
+        let stop = tokio::spawn(async move {
+            inner.stopped.get_or_init(|| inner.stop(finish)).await;
+        });
+        match stop.await {
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Or the runtime ends, and with it whatever there is to stop.
+            _ => {}
+        }
     }
 }
 
 impl Inner {
-    async fn stop(&self) {
+    async fn stop(&self, finish: impl Future<Output = ()>) {
         let watch = &self.watch;
         watch.draining.store(true, Ordering::Relaxed);
         let mut hurry = self.hurry.subscribe();
@@ -866,7 +872,8 @@ impl Inner {
         for server in servers {
             closing.spawn(async move { server.shutdown(RESP_DRAIN).await });
         }
-        while closing.join_next().await.is_some() {}
+        let closed = async { while closing.join_next().await.is_some() {} };
+        tokio::join!(closed, finish);
         // From here on the parts end one after the other, which is no news to act on.
         let tasks = std::mem::take(&mut *self.tasks.lock().expect("no panic while held"));
         end_all(tasks).await;
@@ -1482,6 +1489,11 @@ mod tests {
         tokio::join!(node.shutdown(), second.shutdown());
         assert!(begin.elapsed() < Duration::from_secs(5), "nobody needs a node that has not joined");
         assert_eq!(node.ready().await, Err(Stopped));
+        assert_eq!(
+            node.change_voters(NodeId(1), true).await,
+            Err(crema_shard::VoterError::Stopped),
+            "nobody was asked"
+        );
         assert_eq!(node.failure(), None);
         for (key, addr) in node.addresses() {
             if *key == "gossip_addr" {

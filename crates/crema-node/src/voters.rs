@@ -116,7 +116,7 @@ pub(crate) async fn change(
         Err(e @ (VoterError::Refused(_) | VoterError::NotNow(_) | VoterError::NotJoined(_))) => {
             refuse(StatusCode::CONFLICT, e.to_string())
         }
-        Err(e @ VoterError::NoLeader) => refuse(StatusCode::SERVICE_UNAVAILABLE, e.to_string()),
+        Err(e @ (VoterError::NoLeader | VoterError::Stopped)) => refuse(StatusCode::SERVICE_UNAVAILABLE, e.to_string()),
         Err(e) => refuse(StatusCode::GATEWAY_TIMEOUT, e.to_string()),
     }
 }

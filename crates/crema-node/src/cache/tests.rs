@@ -277,6 +277,89 @@ fn a_cache_is_of_no_use_after_its_runtime_and_can_be_shut_down_in_another() {
     used_in.block_on(async { tokio::time::timeout(Duration::from_secs(30), used).await.expect("nothing hangs") });
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_begun_finishes_before_the_client_ends() {
+    let (go_on, may_go_on) = std::sync::mpsc::channel();
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), move |r| {
+        may_go_on.recv().ok()?;
+        echo(r)
+    });
+    let cache = CacheClient::open(client, Duration::from_secs(600)).await.unwrap();
+    let execute = |write| cache.execute_encoded(Slot(0), write, Bytes::new());
+    let mut write = Box::pin(execute(true));
+    let mut finish = Box::pin(cache.finish(Duration::from_secs(600)));
+    std::future::poll_fn(|context| {
+        assert!(write.as_mut().poll(context).is_pending());
+        assert!(finish.as_mut().poll(context).is_pending(), "there is a write in flight");
+        std::task::Poll::Ready(())
+    })
+    .await;
+    for write in [true, false] {
+        assert_eq!(execute(write).await, Err(CacheError::Stopped));
+    }
+    go_on.send(()).unwrap();
+    let (written, ()) = tokio::time::timeout(Duration::from_secs(30), async { tokio::join!(write, finish) })
+        .await
+        .expect("one end brings the other");
+    assert_eq!(written, Ok(Reply::Bulk(Bytes::new())));
+}
+
+#[tokio::test]
+async fn what_does_not_finish_in_time_is_unknown() {
+    let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);
+    let cache = CacheClient::open(client, Duration::from_secs(600)).await.unwrap();
+    let write = cache.execute_encoded(Slot(0), true, Bytes::new());
+    let both = async { tokio::join!(write, cache.finish(Duration::from_millis(1))) };
+    let (written, ()) = tokio::time::timeout(Duration::from_secs(30), both).await.expect("the wait is bounded");
+    assert_eq!(written, Err(CacheError::OutcomeUnknown));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shutdown_fails_no_write_that_has_begun() {
+    let nodes = three_nodes().await;
+    for node in &nodes {
+        node.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    }
+    let written = Arc::new(AtomicUsize::new(0));
+    let mut writers = tokio::task::JoinSet::new();
+    for writer in 0..200 {
+        let (node, written) = (nodes[0].clone(), written.clone());
+        writers.spawn(async move {
+            loop {
+                match node.put(format!("key {writer}"), "v").await {
+                    Ok(()) => _ = written.fetch_add(1, Ordering::Relaxed),
+                    Err(error) => return error,
+                }
+            }
+        });
+    }
+    while written.load(Ordering::Relaxed) < 1000 {
+        tokio::task::yield_now().await;
+    }
+    nodes[0].shutdown().await.unwrap();
+    let ends = tokio::time::timeout(Duration::from_secs(30), writers.join_all()).await.expect("they end");
+    assert!(ends.iter().all(|end| *end == CacheError::Stopped), "{ends:?}");
+    assert_eq!(nodes[0].add_peer(2).await, Err(CacheError::Stopped));
+    assert_eq!(nodes[0].remove_peer(2).await, Err(CacheError::Stopped));
+}
+
+#[tokio::test]
+async fn a_cancelled_shutdown_stops_the_node_all_the_same() {
+    let cache = DistributedCache::new(CacheConfig::new(1, addr("127.0.0.1:0"))).await.unwrap();
+    let mut events = cache.memberlist_events().await;
+    let mut shutdown = Box::pin(cache.shutdown());
+    std::future::poll_fn(|context| {
+        assert!(shutdown.as_mut().poll(context).is_pending());
+        std::task::Poll::Ready(())
+    })
+    .await;
+    drop(shutdown);
+    let ended = tokio::time::timeout(Duration::from_secs(30), events.recv()).await;
+    assert_eq!(ended.expect("it stops"), None);
+    cache.shutdown().await.unwrap();
+    assert_eq!(cache.put("k", "v").await, Err(CacheError::Stopped));
+}
+
 #[tokio::test]
 async fn what_is_in_flight_is_bounded_even_when_callers_lose_patience() {
     let (client, _driver) = fake_driver(Arc::new(ArcSwap::from_pointee(view(1))), |_| None);

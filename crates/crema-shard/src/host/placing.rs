@@ -81,6 +81,9 @@ pub enum VoterError {
     /// The meta group has had no leader in time: nothing has changed, try again.
     #[error("the meta group has no leader that could be asked: nothing was changed")]
     NoLeader,
+    /// This node has stopped and asked nobody: nothing has changed.
+    #[error("this node has stopped: nothing was changed")]
+    Stopped,
     /// The leader was asked, but no answer has come: look whether it was done before trying again.
     #[error("outcome unknown: the change may still be made; look at the list of voters")]
     Unknown,
