@@ -21,7 +21,9 @@ use crate::memberlist::{EventReceiver, LOOKUP_LIMIT, Member, MemberState, Member
 use crate::node::{BindAddrs, GossipOptions, Node, NodeConfig, StartError};
 use bytes::Bytes;
 use crema_core::Op;
-use crema_core::{EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, Slot, encode_ops, limits};
+use crema_core::{
+    CodecError, EvictionPolicy, KeyRef, MonoTime, OpError, Reply, SetCond, SetExpire, Slot, encode_ops, limits,
+};
 use crema_gossip::KeyRing;
 use crema_shard::{
     AutoVoters, ClientRequest, ClientResult, ConnId, MemoryOptions, ReadLevel, ReadMode, Refusal, Token, VoterError,
@@ -71,8 +73,12 @@ pub enum CacheError {
         reason: String,
     },
     /// A write may or may not have been executed, now or later: read before you retry. Never the end of a read.
-    #[error("outcome unknown: the operation may or may not have been executed")]
+    #[error("outcome unknown: the operation may or may not have been executed, now or later: read before you retry")]
     OutcomeUnknown,
+    /// Certainly not executed: the memory for the data of the key's shard is full, and nothing in it may go, or not enough. To
+    /// retry alone does not help: delete keys, raise [`CacheConfig::with_max_memory`], or allow eviction.
+    #[error("not executed: the memory for data is full: delete keys, raise max_memory, or allow eviction")]
+    MemoryFull,
     /// The request or the configuration is not valid, or the key holds what the operation cannot use: give up, or ask
     /// differently. Nothing was changed.
     #[error("invalid: {0}")]
@@ -86,8 +92,9 @@ pub enum CacheError {
         /// Why it is not ready.
         reason: String,
     },
-    /// This node has stopped; nothing was executed. Make a new [`DistributedCache`].
-    #[error("this node has stopped")]
+    /// This node has stopped; nothing was executed. Where nobody has shut it down, [`DistributedCache::failure`] says why. Make a
+    /// new [`DistributedCache`].
+    #[error("this node has stopped, and nothing was executed: unless it was shut down, failure() says why")]
     Stopped,
 }
 
@@ -206,7 +213,7 @@ impl CacheConfig {
         self.max_memory = bytes;
         self
     }
-    /// What goes when a shard's memory is full; with none, writes that take more memory are refused.
+    /// What goes when a shard's memory is full; with none, writes that take more memory end as [`CacheError::MemoryFull`].
     pub fn with_eviction(mut self, eviction: Option<EvictionPolicy>) -> Self {
         self.eviction = eviction;
         self
@@ -545,7 +552,7 @@ impl DistributedCache {
     /// Stores `new` under `key` if the key holds exactly `expected`, or, with none, if it is absent; returns whether it did.
     /// Nothing comes between the comparison and the change. How long the key lives does not change; a new one lives for ever.
     ///
-    /// Errors: [`CacheError::Invalid`] also where `expected` and `new` together come close to 16 MiB. After
+    /// Errors: [`CacheError::Invalid`] also where key, `expected` and `new` together come close to 16 MiB. After
     /// [`CacheError::OutcomeUnknown`], the key may hold `new` by this call or by another.
     pub async fn compare_and_set(
         &self,
@@ -555,6 +562,7 @@ impl DistributedCache {
     ) -> Result<bool> {
         let (key, value) = (key_ref(key.as_ref())?, new.as_ref());
         check_value(value)?;
+        check_value(expected.unwrap_or_default())?;
         let op = Op::CompareAndSet { key, expected, value, expire: SetExpire::Keep };
         match self.inner.client.execute(key.slot, op).await? {
             Reply::Int(n) => Ok(n != 0),
@@ -746,11 +754,26 @@ fn key_ref(key: &[u8]) -> Result<KeyRef<'_>> {
     KeyRef::new(0, key).ok_or_else(too_long)
 }
 
+/// Errors: what keys and values may each be is checked before; what is left is that they are too long together.
+fn encode(op: Op<'_>) -> Result<Bytes> {
+    encode_ops(&[op]).map_err(|error| match error {
+        CodecError::TooLarge => CacheError::Invalid(format!(
+            "an operation may have at most {} bytes, its key and values together",
+            limits::MAX_REQUEST_BYTES
+        )),
+        error => CacheError::Invalid(error.to_string()),
+    })
+}
+
 /// What becomes of a read that somebody may have answered, but not to us: asking again is always right.
 const READ_LOST: &str = "the read was not answered in time; it changed nothing";
 
 fn unexpected(reply: &Reply) -> CacheError {
     match reply {
+        Reply::Error(OpError::OutOfMemory) => CacheError::MemoryFull,
+        Reply::Error(OpError::InvalidExpire) => CacheError::Invalid(
+            "the value would outlive what can be told of time, hundreds of millions of years: use put".to_owned(),
+        ),
         Reply::Error(error) => CacheError::Invalid(error.to_string()),
         // A reply of another kind is a mistake of ours; the caller cannot tell what has happened.
         _ => CacheError::OutcomeUnknown,
@@ -888,7 +911,7 @@ impl CacheClient {
             tokio::task::coop::consume_budget().await;
             return Ok(reply);
         }
-        let ops = encode_ops(&[op]).map_err(|e| CacheError::Invalid(e.to_string()))?;
+        let ops = encode(op)?;
         self.submit(slot, false, level, ops).await
     }
 
@@ -912,7 +935,7 @@ impl CacheClient {
 
     /// Executes one operation on the shard that owns `slot`.
     pub async fn execute(&self, slot: Slot, op: Op<'_>) -> Result<Reply> {
-        let ops = encode_ops(&[op]).map_err(|e| CacheError::Invalid(e.to_string()))?;
+        let ops = encode(op)?;
         self.execute_encoded(slot, op.is_write(), ops).await
     }
 

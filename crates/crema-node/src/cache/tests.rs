@@ -825,6 +825,18 @@ async fn values_expire_are_counted_and_compared() {
     let long = vec![0; limits::MAX_VALUE_BYTES + 1];
     assert!(matches!(cache.compare_and_set("c", None, &long).await, Err(CacheError::Invalid(_))));
     assert!(matches!(cache.compare_and_set("c", Some(&long), "v").await, Err(CacheError::Invalid(_))));
+    let longest = &long[1..];
+    for (key, expected, word) in
+        [("c".to_owned(), &long[..], "value may have"), ("c".repeat(1000), longest, "operation")]
+    {
+        let error = cache.compare_and_set(key, Some(expected), longest).await.unwrap_err();
+        assert!(
+            matches!(&error, CacheError::Invalid(text) if text.contains(word) && text.contains("bytes")),
+            "{error}"
+        );
+    }
+    let error = cache.put_with_ttl("k", "v", Duration::from_millis(u64::MAX)).await.unwrap_err();
+    assert!(error.to_string().contains("use put"), "{error}");
 
     // Of many who compare and set, one wins each round.
     let mut racers = tokio::task::JoinSet::new();
@@ -1027,4 +1039,34 @@ async fn voters_may_follow_the_events_of_gossip() {
             assert!(matches!(&result, Err(CacheError::Invalid(text)) if text.contains(word)), "{result:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn full_memory_is_no_mistake_of_the_caller() {
+    let config = CacheConfig::new(1, addr("127.0.0.1:0")).with_max_memory(16 << 20).with_eviction(None).with_shards(1);
+    let cache = DistributedCache::new(config).await.unwrap();
+    cache.wait_until_ready(Duration::from_secs(30)).await.unwrap();
+    // The limit counts from when the node is registered with it, a moment after it is ready.
+    let filled = async {
+        for i in 0..512 {
+            if let Err(error) = cache.put(format!("{i}"), vec![1; 1 << 20]).await {
+                return (i, error);
+            }
+        }
+        panic!("there is no limit")
+    };
+    let (at, error) = tokio::time::timeout(Duration::from_secs(30), filled).await.expect("writes end");
+    assert_eq!(error, CacheError::MemoryFull);
+    // What it advises helps.
+    assert!(error.to_string().contains("delete keys"));
+    for i in 0..at {
+        assert_eq!(cache.delete(format!("{i}")).await, Ok(true));
+    }
+    cache.put("k", vec![1; 1 << 20]).await.unwrap();
+}
+
+#[test]
+fn errors_say_what_to_do_when_they_are_only_printed() {
+    assert!(CacheError::OutcomeUnknown.to_string().contains("read before you retry"));
+    assert!(CacheError::Stopped.to_string().contains("failure()"));
 }
