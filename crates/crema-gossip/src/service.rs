@@ -84,12 +84,12 @@ pub enum GossipError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The sockets cannot be opened: free the port in both protocols or choose another address.
-    #[error("gossip cannot listen on {addr} (UDP and TCP): {reason}")]
+    #[error("gossip cannot listen on {addr} (UDP and TCP): {source}")]
     Bind {
         /// The address.
         addr: SocketAddr,
         /// What the system says.
-        reason: String,
+        source: std::io::Error,
     },
     /// The generation cannot be kept: mend what the file system says.
     #[error("gossip cannot keep its generation in {path}: {reason}")]
@@ -227,9 +227,8 @@ impl Gossip {
     pub(crate) async fn start_with(config: GossipConfig, hooks: Hooks) -> Result<Gossip, GossipError> {
         config.validate()?;
         let seeds = config.split_seeds()?;
-        let sockets = Bound::bind(config.bind)
-            .await
-            .map_err(|error| GossipError::Bind { addr: config.bind, reason: error.to_string() })?;
+        let sockets =
+            Bound::bind(config.bind).await.map_err(|source| GossipError::Bind { addr: config.bind, source })?;
         let bound = sockets.addr;
         let mut advertise = config.advertise;
         if advertise.port() == 0 {

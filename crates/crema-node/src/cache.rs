@@ -207,7 +207,7 @@ impl CacheConfig {
         self.reads = reads;
         self
     }
-    /// Bytes of memory that the node may use, at least 16 MiB, or 0 for no limit, which is the default. Three quarters are for
+    /// Bytes of memory that the node may use, 16 MiB to 1 PiB, or 0 for no limit, which is the default. Three quarters are for
     /// keys and values, divided over the shards that it holds.
     pub fn with_max_memory(mut self, bytes: u64) -> Self {
         self.max_memory = bytes;
@@ -379,6 +379,11 @@ impl CacheConfig {
     fn peers(&self) -> Result<Vec<(NodeId, SocketAddr)>> {
         let discovered = self.discovery.as_ref().map_or(&[][..], |discovery| discovery.seed_nodes());
         let mut peers: BTreeMap<NodeId, SocketAddr> = BTreeMap::new();
+        // Whom each address is of. A port that the system chooses is nobody's yet.
+        let mut at: BTreeMap<SocketAddr, NodeId> = BTreeMap::new();
+        if self.raft_addr.port() != 0 {
+            at.insert(self.raft_addr, self.node_id);
+        }
         for (list, seeds) in [&self.seed_nodes[..], discovered].into_iter().enumerate() {
             let mut named = std::collections::BTreeSet::new();
             for &(id, addr) in seeds {
@@ -386,8 +391,13 @@ impl CacheConfig {
                 // address. Where it listens everywhere, only the others know that.
                 let own = id == self.node_id;
                 let wrong = own && addr != self.raft_addr && !self.raft_addr.ip().is_unspecified();
+                let other = *at.entry(addr).or_insert(id);
                 let error = if wrong {
                     format!("seed node {id} is this node, but {addr} is not its address {}", self.raft_addr)
+                } else if other == self.node_id && !own {
+                    format!("{addr} of seed node {id} is this node's own address")
+                } else if other != id {
+                    format!("{addr} is the address of seed node {other} and of seed node {id}: each has one of its own")
                 } else if own {
                     continue;
                 } else if id == 0 {

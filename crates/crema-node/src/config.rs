@@ -277,16 +277,15 @@ impl Config {
         if !(4 << 20..=1 << 40).contains(&self.snapshot_rate.0) {
             return bad(format!("snapshot_rate must be between 4mb and 1tb, not {}", self.snapshot_rate));
         }
-        if let Some(size) = self.max_memory.filter(|size| !(16 << 20..=1 << 50).contains(&size.0)) {
-            return bad(format!("max_memory must be at least 16mb, not {size}"));
+        if self.max_memory == Some(ByteSize(0)) {
+            return bad("max_memory must be at least 16mb: leave it out for no limit");
         }
         check_metadata(&self.metadata)?;
-        self.check_addresses_differ()?;
         self.check_advertise_host()?;
         let requirepass = self.requirepass_file.as_deref().map(read_password).transpose()?;
         let cluster_keys = self.cluster_key_file.as_deref().map(read_keys).transpose()?;
         let warnings = self.check_exposure(cluster_keys.is_some(), requirepass.is_some())?;
-        Ok(Settings {
+        let settings = Settings {
             node: NodeConfig {
                 node_id: NodeId(self.node_id),
                 cluster: self.cluster.clone(),
@@ -329,7 +328,9 @@ impl Config {
                 snapshot_rate: self.snapshot_rate.0,
             },
             warnings,
-        })
+        };
+        settings.node.check().map_err(ConfigError)?;
+        Ok(settings)
     }
 
     /// The founding members: checked, and without this node if it must not found.
@@ -373,16 +374,6 @@ impl Config {
             ("redis_cluster_addr", self.redis_cluster_addr),
             ("http_addr", self.http_addr),
         ]
-    }
-
-    fn check_addresses_differ(&self) -> Result<(), ConfigError> {
-        let addrs = self.addrs();
-        for (i, (key, addr)) in addrs.iter().enumerate() {
-            if let Some((other, _)) = addrs[..i].iter().find(|(_, a)| a == addr && a.port() != 0) {
-                return bad(format!("{other} and {key} are both {addr}"));
-            }
-        }
-        Ok(())
     }
 
     fn check_advertise_host(&self) -> Result<(), ConfigError> {

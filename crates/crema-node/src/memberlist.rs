@@ -140,7 +140,7 @@ pub struct PeerManagementConfig {
     /// table are tried for ever. Default: false.
     pub auto_remove_peers: bool,
     /// Approve a discovered node as a voter once it has been there for [`crate::CacheConfig::with_auto_voters_after`], unless
-    /// it was removed by [`crate::DistributedCache::remove_peer`]. Default: false. **Do not set this in production** unless you
+    /// it was removed by [`crate::DistributedCache::remove_peer`]. Needs `auto_add_peers`. Default: false. **Do not set this in production** unless you
     /// understand what a cluster does that reshapes itself while the network is in trouble. The leader of the cluster's own
     /// group decides by whom it reaches, never gossip; set it alike on all nodes.
     pub auto_add_voters: bool,
@@ -260,6 +260,13 @@ impl MemberlistDiscovery {
             config.peer_management;
         if !config.enabled {
             return Ok(None);
+        }
+        if auto_add_voters && !auto_add_peers {
+            return Err(
+                "auto_add_voters needs auto_add_peers: a discovered node that nobody connects to cannot join, and so \
+                        cannot become a voter by itself; set both, or name who shall become one with add_peer"
+                    .to_owned(),
+            );
         }
         let bind = match config.bind_addr {
             Some(addr) => addr,

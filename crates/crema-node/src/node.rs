@@ -17,7 +17,7 @@
 use crate::admin::{self, AdminServer, AdminSource, BoxFuture, Facts, GossipMember, MemberBody};
 use crate::client::{Client, Stopped};
 use crate::config::Secret;
-use crate::disk::{self, DataDir, LogStats, Mode};
+use crate::disk::{self, DataDir, DirError, LogStats, Mode};
 use crate::driver::{Driver, DriverHandle, Input, NodeEvent, Recover};
 use crate::memberlist::GossipTuning;
 use crate::membership::{AddressBook, Membership, Placed, Surroundings, update_addresses};
@@ -38,7 +38,7 @@ use crema_shard::{
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -74,6 +74,9 @@ const SNAPSHOT_CHUNK_BYTES: usize = 256 * 1024;
 /// Connections that the system accepts on our behalf before we do.
 const BACKLOG: u32 = 1024;
 
+/// Bytes of memory that a limit may be. With less, nothing would be left for data.
+const MAX_MEMORY: std::ops::RangeInclusive<u64> = 16 << 20..=1 << 50;
+
 /// Where a node listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BindAddrs {
@@ -87,6 +90,40 @@ pub struct BindAddrs {
     pub redis_cluster: Option<SocketAddr>,
     /// HTTP.
     pub http: Option<SocketAddr>,
+}
+
+impl BindAddrs {
+    /// All of them, by key of the configuration.
+    fn named(&self) -> impl Iterator<Item = (&'static str, SocketAddr)> {
+        let all = [
+            ("gossip_addr", self.gossip),
+            ("raft_addr", Some(self.raft)),
+            ("redis_addr", self.redis),
+            ("redis_cluster_addr", self.redis_cluster),
+            ("http_addr", self.http),
+        ];
+        all.into_iter().filter_map(|(key, addr)| Some((key, addr?)))
+    }
+
+    /// Checks that no two of them are one: the system would call the port taken, and not say by whom.
+    fn check(&self) -> Result<(), String> {
+        let all: Vec<_> = self.named().collect();
+        for (i, (key, addr)) in all.iter().enumerate() {
+            if let Some((other, its)) = all[..i].iter().find(|(_, its)| overlap(*its, *addr)) {
+                return Err(match its == addr {
+                    true => format!("{other} and {key} are both {addr}: give each a port of its own"),
+                    false => format!("{other} {its} and {key} {addr} share a port: give each one of its own"),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a machine cannot listen on both. An unspecified address is all addresses; of IPv6, those of IPv4 with them.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    let all = |a: SocketAddr, b: SocketAddr| a.ip().is_unspecified() && (a.is_ipv6() || b.is_ipv4());
+    a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || all(a, b) || all(b, a))
 }
 
 /// What a node is started with. [`crate::config`] makes it from flags and files, [`crate::cache`] from its builder.
@@ -197,6 +234,15 @@ impl NodeConfig {
         if self.stop_grace > Duration::from_secs(600) {
             return Err(format!("the stop grace must be at most 10 min, not {:?}", self.stop_grace));
         }
+        let max_memory = self.memory.max_memory;
+        if max_memory != 0 && !MAX_MEMORY.contains(&max_memory) {
+            let [least, most] = [*MAX_MEMORY.start(), *MAX_MEMORY.end()].map(crate::config::ByteSize);
+            return Err(format!(
+                "max_memory must be between {least} and {most}, not {}; without a limit if it is left out",
+                crate::config::ByteSize(max_memory)
+            ));
+        }
+        self.bind.check()?;
         crate::config::check_metadata(&self.metadata).map_err(|e| e.to_string())?;
         match self.bind.gossip {
             Some(bind) => self.check_gossip(bind),
@@ -459,6 +505,19 @@ fn draw_incarnation() -> Result<u128, String> {
     random().map(u128::from_le_bytes).map_err(|e| e.to_string())
 }
 
+/// What is wrong with a directory, by its key of the configuration where the system's words alone would not tell.
+fn directory_error(key: &str, named: Option<&Path>, error: DirError) -> StartError {
+    let DirError::Io { path, source } = error else { return StartError::Invalid(error.to_string()) };
+    let named = named.unwrap_or(&path);
+    let why = match source.kind() {
+        _ if path != named => format!("{}: {source}", path.display()),
+        // The file that is there in its place.
+        std::io::ErrorKind::AlreadyExists | std::io::ErrorKind::NotADirectory => "it is not a directory".to_owned(),
+        _ => source.to_string(),
+    };
+    StartError::Invalid(format!("{key} {} cannot be used: {why}", named.display()))
+}
+
 /// Opens the data directory, if there is one, and reads what it holds.
 async fn open_storage(config: &NodeConfig) -> Result<Option<Opened>, StartError> {
     let Some(path) = config.data_dir.clone() else { return Ok(None) };
@@ -467,7 +526,7 @@ async fn open_storage(config: &NodeConfig) -> Result<Option<Opened>, StartError>
     let open = move || Opened::open(&path, node, &cluster, log_bytes, draw_incarnation);
     match tokio::task::spawn_blocking(open).await {
         Ok(Ok(opened)) => Ok(Some(opened)),
-        Ok(Err(e @ StorageError::Directory(_))) => Err(StartError::Invalid(e.to_string())),
+        Ok(Err(StorageError::Directory(e))) => Err(directory_error("data_dir", config.data_dir.as_deref(), e)),
         Ok(Err(e)) => Err(StartError::Failed(e.to_string())),
         Err(e) => Err(StartError::Failed(format!("the data directory was not read: {e}"))),
     }
@@ -480,7 +539,7 @@ async fn open_state(config: &NodeConfig) -> Result<Option<DataDir>, StartError> 
     let open = move || DataDir::open(&path, node, &cluster, Mode::IdentityOnly);
     match tokio::task::spawn_blocking(open).await {
         Ok(Ok((dir, _))) => Ok(Some(dir)),
-        Ok(Err(e)) => Err(StartError::Invalid(e.to_string())),
+        Ok(Err(e)) => Err(directory_error("state_dir", config.state_dir.as_deref(), e)),
         Err(e) => Err(StartError::Failed(format!("the state directory was not read: {e}"))),
     }
 }
@@ -1001,7 +1060,9 @@ async fn start_gossip(
     };
     match Membership::start(gossip_config(config, incarnation, addrs, bind, advertise)).await {
         Ok(membership) => Ok(Some(membership)),
-        Err(GossipError::Bind { addr, reason }) => Err(StartError::Bind { key: "gossip_addr", addr, reason }),
+        Err(GossipError::Bind { addr, source }) => {
+            Err(StartError::Bind { key: "gossip_addr", addr, reason: reason(&source) })
+        }
         Err(e @ (GossipError::Config(_) | GossipError::Key(_))) => Err(StartError::Invalid(e.to_string())),
         Err(e) => Err(StartError::Failed(e.to_string())),
     }
@@ -1623,8 +1684,24 @@ mod tests {
         let mut config = joining();
         (config.bind.gossip, config.bind.raft) = (Some(taken), free);
         let error = Node::start(config).await.unwrap_err();
+        let text = format!("gossip_addr {taken} cannot be bound: the port is in use by another process");
+        assert_eq!(error.to_string(), text, "as of any other address");
         assert!(matches!(&error, StartError::Bind { key: "gossip_addr", addr, .. } if *addr == taken), "{error}");
         std::net::TcpListener::bind(free).expect("the listeners are closed again");
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_cannot_be_used_is_named_with_its_key() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let within = file.path().join("below");
+        for (path, why) in [(file.path(), "it is not a directory"), (within.as_path(), "it is not a directory")] {
+            let path = Some(path.to_owned());
+            let text = |key| format!("{key} {} cannot be used: {why}", path.as_deref().unwrap().display());
+            let config = NodeConfig { data_dir: path.clone(), ..joining() };
+            assert_eq!(Node::start(config).await.unwrap_err(), StartError::Invalid(text("data_dir")));
+            let config = NodeConfig { state_dir: path.clone(), ..joining() };
+            assert_eq!(Node::start(config).await.unwrap_err(), StartError::Invalid(text("state_dir")));
+        }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

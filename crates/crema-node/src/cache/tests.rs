@@ -1,7 +1,7 @@
 use super::*;
 use crate::client::ClientInput;
 use crate::driver::Input;
-use crate::memberlist::{GossipTuning, MemberlistConfig, MemberlistEvent};
+use crate::memberlist::{GossipTuning, MemberlistConfig, MemberlistEvent, PeerManagementConfig};
 use arc_swap::ArcSwap;
 use crema_core::store::{Edit, TableWriter};
 use crema_core::{LogTime, Published, SlotRange, Term};
@@ -545,11 +545,24 @@ fn configurations_that_cannot_work_are_refused() {
         ok.bind,
         BindAddrs { raft: addr("127.0.0.1:9001"), gossip: None, redis: None, redis_cluster: None, http: None }
     );
+    for bytes in [0, 16 << 20, 1 << 50] {
+        assert_eq!(base().with_max_memory(bytes).resolve().unwrap().memory.max_memory, bytes);
+    }
+    // Ports that the system chooses are not the same.
+    let any = addr("127.0.0.1:0");
+    CacheConfig::new(1, any).with_redis_addr(any).with_http_addr(any).resolve().unwrap();
     for (config, word) in [
         (CacheConfig::new(0, addr("127.0.0.1:1")), "begin at 1"),
         (base().with_seed_nodes(vec![(1, addr("127.0.0.1:9002"))]), "not its address"),
         (base().with_seed_nodes(vec![(2, addr("127.0.0.1:1")), (2, addr("127.0.0.1:2"))]), "twice"),
         (base().with_seed_nodes(vec![(2, addr("127.0.0.1:0"))]), "no address"),
+        (base().with_seed_nodes(vec![(2, addr("127.0.0.1:9001"))]), "this node's own"),
+        (base().with_seed_nodes(vec![(2, addr("127.0.0.1:1")), (3, addr("127.0.0.1:1"))]), "of seed node 2 and of"),
+        (base().with_max_memory(1), "max_memory"),
+        (base().with_max_memory((16 << 20) - 1), "max_memory"),
+        (base().with_max_memory(u64::MAX), "max_memory"),
+        (base().with_redis_addr(addr("127.0.0.1:9001")), "raft_addr and redis_addr are both"),
+        (base().with_http_addr(addr("0.0.0.0:9001")).with_requirepass("p"), "share a port"),
         (base().with_shards(0), "shards"),
         (base().with_replicas(8), "replicas"),
         (base().with_request_deadline(Duration::ZERO), "deadline"),
@@ -753,6 +766,10 @@ fn discoveries_that_cannot_work_are_refused() {
     let enabled = || MemberlistConfig { enabled: true, ..MemberlistConfig::default() };
     let with = |config| CacheConfig::new(1, raft).with_cluster_discovery(discovery(1, raft, config));
     let slow = GossipTuning { interval: Duration::from_secs(60), ..GossipTuning::default() };
+    let two = [(2, addr("127.0.0.1:9002")), (3, addr("127.0.0.1:9002"))];
+    let shared = MemberlistDiscovery::new(1, raft, &enabled(), &two);
+    let never =
+        PeerManagementConfig { auto_add_peers: false, auto_add_voters: true, ..PeerManagementConfig::default() };
     let elsewhere = MemberlistDiscovery::new(1, raft, &enabled(), &[(2, addr("127.0.0.1:9003"))]);
     for (config, word) in [
         (CacheConfig::new(1, raft).with_cluster_discovery(discovery(2, raft, enabled())), "node 2"),
@@ -766,6 +783,14 @@ fn discoveries_that_cannot_work_are_refused() {
             with(enabled()).with_seed_nodes(vec![(2, addr("127.0.0.1:9002"))]).with_cluster_discovery(elsewhere),
             "another address",
         ),
+        (with(enabled()).with_cluster_discovery(shared), "of seed node 2 and of"),
+        (
+            CacheConfig::new(1, addr("0.0.0.0:9001"))
+                .with_seed_nodes(vec![(2, addr("203.0.113.10:9001")), (1, addr("203.0.113.10:9001"))]),
+            "of seed node 2 and of seed node 1",
+        ),
+        (with(enabled().with_peer_management(never)), "auto_add_voters needs auto_add_peers"),
+        (with(MemberlistConfig::new(raft)), "gossip_addr and raft_addr are both"),
         (CacheConfig::new(1, raft).with_join(true), "to join"),
         (with(enabled()).with_join(true), "to join"),
     ] {
