@@ -219,6 +219,15 @@ impl Host {
         }
     }
 
+    /// Whether the table has this life of the node as it is.
+    pub(super) fn is_registered(&self) -> bool {
+        let me = self.state.as_ref().and_then(|state| state.nodes.get(&self.config.node));
+        me.is_some_and(|r| {
+            let max_memory = self.config.memory.max_memory;
+            r.incarnation == self.config.incarnation && r.addrs == self.config.addrs && r.max_memory == max_memory
+        })
+    }
+
     /// What this node wants of the meta group's leader, repeated until the table shows it, and which leaders it does not know.
     pub(super) fn ask(&mut self, now: Now) {
         let Some(state) = self.state.clone() else {
@@ -237,9 +246,7 @@ impl Host {
         self.repeat_recovery();
         let me = state.nodes.get(&self.config.node);
         let max_memory = self.config.memory.max_memory;
-        let registered = me.is_some_and(|r| {
-            r.incarnation == self.config.incarnation && r.addrs == self.config.addrs && r.max_memory == max_memory
-        });
+        let registered = self.is_registered();
         let fenced = me.is_some_and(|r| r.past.contains(&self.config.incarnation));
         if !registered && !fenced {
             let addrs = self.config.addrs.clone();

@@ -139,6 +139,24 @@ impl Net {
     }
 }
 
+/// A founding record knows no limits of memory: until the table has them, shards would take more than the node has.
+#[test]
+fn a_node_is_not_ready_before_its_memory_is_registered() {
+    let mut net = Net::new(3, 4);
+    let limit = 64 << 20;
+    for host in net.hosts.values_mut() {
+        host.config.memory.max_memory = limit;
+    }
+    net.settle();
+    let is_registered = |h: &Host| h.meta_state().is_some_and(|s| s.nodes[&h.config.node].max_memory == limit);
+    while !net.hosts.values().all(|h| h.view().not_ready.is_none()) {
+        assert!(net.hosts.values().all(|h| h.view().not_ready.is_some() || is_registered(h)));
+        net.run(10);
+        assert!(net.now.mono < MonoTime(20_000_000_000), "it registers");
+    }
+    assert!(net.hosts.values().all(is_registered));
+}
+
 /// Nobody gossips here, and nothing is asked of the cluster: nodes without a replica ask who leads, again and again.
 #[test]
 fn whoever_knows_no_leader_of_a_group_finds_out() {

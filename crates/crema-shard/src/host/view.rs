@@ -161,6 +161,10 @@ impl Host {
         if state.nodes.get(&me).is_none_or(|r| r.incarnation != self.config.incarnation) {
             return Some("joining: this life of the node is not registered yet".into());
         }
+        if !self.is_registered() {
+            // Until then its shards keep to no limit of this node's memory, and others may look for it elsewhere.
+            return Some("joining: this node's addresses and memory are not registered yet".into());
+        }
         if let Some(r) = self.coordinator.replicas().find(|r| r.failed()) {
             return Some(format!("the replica of shard {} failed", r.shard()));
         }
