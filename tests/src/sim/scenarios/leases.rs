@@ -127,5 +127,5 @@ fn a_request_for_an_index_goes_one_hop() {
     let trace = s.world.trace.tail((s.world.trace.events() - before) as usize);
     assert_eq!(trace.matches("ReadIndex]").count(), 1, "asked once, not passed on\n{trace}");
     let reads = trace.matches(" Read]").count();
-    assert!((1..=15).contains(&reads), "{reads} attempts at the gateway's own pace\n{trace}");
+    assert!(reads <= 15, "{reads} attempts at the gateway's own pace\n{trace}");
 }
