@@ -334,7 +334,7 @@ impl Gossip {
                 ClaimOutcome::Changed | ClaimOutcome::Known => claims.push((shard, (term, epoch))),
                 // It has led a later term already.
                 ClaimOutcome::Stale => {}
-                outcome @ (ClaimOutcome::Conflict | ClaimOutcome::Invalid) => {
+                outcome => {
                     tracing::error!(%shard, %term, ?outcome, "own claim to lead a shard was refused");
                 }
             }
@@ -806,9 +806,11 @@ impl Watcher {
         shared.superseded_by.store(self.view.superseded_by().unwrap_or(0), Ordering::Relaxed);
         *shared.overtaken_by.lock().expect("no panic while held") = self.view.overtaken_by();
         shared.refused_members.store(self.view.refused(), Ordering::Relaxed);
-        // State first, then the news about it: whoever hears the news finds it true.
+        // State first, then the news about it: whoever hears the news finds it true. And whoever sees the new state waits for the
+        // lock until the news is out, so that a stop that comes of it does not cut the news off.
+        let mut members = shared.members.lock().expect("no panic while held");
         if !step.changed.is_empty() || !step.gone.is_empty() || !step.forgotten.is_empty() || tick {
-            *shared.members.lock().expect("no panic while held") = self.view.members();
+            *members = self.view.members();
         }
         for node in &step.gone {
             shared.tracker.node_gone(*node);
@@ -826,6 +828,7 @@ impl Watcher {
             shared.updates.publish(&GossipUpdate::Forgotten(node));
         }
         shared.events.publish(&step.events);
+        drop(members);
         for claims in heard {
             self.take_claims(claims);
         }
