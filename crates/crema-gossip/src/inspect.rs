@@ -20,6 +20,9 @@ const MAX_ID_BYTES: usize = 20;
 /// hold up all behind it.
 const MAX_KEY_BYTES: usize = 256;
 const MAX_VALUE_BYTES: usize = 8 * 1024;
+/// Generations are nanoseconds since 1970, or a little above such: this is the year 2116. Whoever is beaten by a made-up one takes
+/// the next, so there must be one.
+const MAX_GENERATION: u64 = 1 << 62;
 /// Versions count the changes of one life.
 const MAX_VERSION: u64 = 1 << 62;
 /// Most that a stream may unpack to, and most entries of it. Thousands of claims are some 100 KiB.
@@ -155,7 +158,9 @@ fn stream(rest: &mut &[u8]) -> Result<Vec<u8>, Unfit> {
 
 fn id(rest: &mut &[u8]) -> Result<(), Unfit> {
     text(rest, MAX_ID_BYTES)?;
-    take::<8>(rest)?;
+    if u64::from_le_bytes(take(rest)?) > MAX_GENERATION {
+        return Err(Unfit("no life has so high a generation"));
+    }
     match take(rest)? {
         [4] => take::<4>(rest).map(|_| ())?,
         [6] => take::<16>(rest).map(|_| ())?,
@@ -352,7 +357,10 @@ pub(crate) mod tests {
             }
         }
         let long_id = id_of("184467440737095516150", 7, addr);
+        let last_life = id_of("7", MAX_GENERATION + 1, addr);
         let unfit = [
+            news(&[&node(&last_life, 0, 0)]),
+            Writer::new(KIND_SYN).stream(&digest_of(&last_life)).text("cluster").0,
             news(&[&head, &pair("k", "v", 8), &max_version(7)]),
             news(&[&head, &pair("k", "v", 8), &pair("l", "v", 8)]),
             news(&[&head, &max_version(8), &max_version(7)]),

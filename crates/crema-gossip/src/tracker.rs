@@ -23,7 +23,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// What is known about one shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeaderEntry {
-    /// The leader; `None` once its node has gone and no other member claims the shard.
+    /// The leader; `None` once its node has gone and no other member claims the shard. Where this node has led it, its last
+    /// leadership shows then, which may be over.
     pub leader: Option<NodeId>,
     /// The term of the claim.
     pub term: Term,

@@ -668,6 +668,8 @@ impl DistributedCache {
             return Err(CacheError::Stopped);
         }
         match tokio::time::timeout(within, self.inner.node.ready()).await {
+            // Its runtime may have gone meanwhile, while its driver is still there.
+            _ if self.inner.client.is_closed() => Err(CacheError::Stopped),
             Ok(Ok(())) => Ok(()),
             Ok(Err(Stopped)) => Err(CacheError::Stopped),
             Err(_) => {

@@ -64,7 +64,10 @@ pub(crate) struct AddressBook {
     configured: BTreeMap<NodeId, String>,
     placed: BTreeMap<NodeId, Placed>,
     gossiped: BTreeMap<NodeId, Gossiped>,
+    /// Who calls.
     callers: Callers,
+    /// Those of them that may be called back although nothing else is known of them.
+    called_back: BTreeSet<NodeId>,
 }
 
 /// A node as gossip knows it.
@@ -87,6 +90,7 @@ impl AddressBook {
             placed: BTreeMap::new(),
             gossiped: BTreeMap::new(),
             callers: Callers::new(),
+            called_back: BTreeSet::new(),
         }
     }
 
@@ -94,6 +98,11 @@ impl AddressBook {
         self.configured.contains_key(&node)
             || self.admitted.contains(&node)
             || self.placed.get(&node).is_some_and(|p| p.approved)
+    }
+
+    /// Whether anybody but the node itself tells of it.
+    fn is_heard_of(&self, node: NodeId) -> bool {
+        self.is_known(node) || self.placed.contains_key(&node) || self.gossiped.contains_key(&node)
     }
 
     /// Gossip speaks of the newest life, placement of the registered one, the configuration of none in particular. Each
@@ -106,7 +115,8 @@ impl AddressBook {
         }
         let placed = self.placed.get(&node);
         let gossiped = |present| self.gossiped.get(&node).filter(|g| g.present == present).map(|g| &*g.address);
-        let caller = self.callers.get(&node).map(|address| &**address);
+        let caller = self.callers.get(&node).filter(|_| self.is_heard_of(node) || self.called_back.contains(&node));
+        let caller = caller.map(|address| &**address);
         let configured = self.configured.get(&node).map(String::as_str);
         let sources = [gossiped(true), placed.map(|p| &*p.address), configured, caller, gossiped(false)];
         let mut addresses: Vec<String> = Vec::new();
@@ -121,9 +131,12 @@ impl AddressBook {
 
     /// Applies `change`, which touches no other nodes than `touched`; returns those which are reached otherwise now.
     fn update(&mut self, touched: impl IntoIterator<Item = NodeId>, change: impl FnOnce(&mut Self)) -> Changes {
-        let touched: BTreeSet<NodeId> = touched.into_iter().collect();
+        let touched: BTreeSet<NodeId> = touched.into_iter().chain(self.callers.keys().copied()).collect();
         let before: Vec<_> = touched.into_iter().map(|node| (node, self.reach(node))).collect();
         change(self);
+        // Whoever has become known makes room for the next.
+        let unknown = self.callers.keys().copied().filter(|node| !self.is_heard_of(*node));
+        self.called_back = unknown.take(MAX_UNKNOWN_CALLERS).collect();
         let now = before.into_iter().map(|(node, old)| (node, self.reach(node), old));
         now.filter(|(_, new, old)| new != old).map(|(node, new, _)| (node, new)).collect()
     }
@@ -146,14 +159,8 @@ impl AddressBook {
         self.update(touched, |book| book.gossiped = new)
     }
 
-    /// Of nodes that are known by nothing but their call at most [`MAX_UNKNOWN_CALLERS`] count.
-    pub(crate) fn set_callers(&mut self, mut new: Callers) -> Changes {
-        let mut unknown = 0;
-        new.retain(|node, _| {
-            let known = self.is_known(*node) || self.placed.contains_key(node) || self.gossiped.contains_key(node);
-            unknown += usize::from(!known);
-            known || unknown <= MAX_UNKNOWN_CALLERS
-        });
+    /// Of nodes that are known by nothing but their call at most [`MAX_UNKNOWN_CALLERS`] are called back at a time.
+    pub(crate) fn set_callers(&mut self, new: Callers) -> Changes {
         let touched: Vec<_> = self.callers.keys().chain(new.keys()).copied().collect();
         self.update(touched, |book| book.callers = new)
     }
@@ -266,10 +273,10 @@ impl Membership {
     }
 
     /// Tells the cluster which shards this node has begun to lead.
-    pub(crate) fn publish(&self, node: NodeId, led: &[LedShard]) {
+    pub(crate) fn publish(&self, led: &[LedShard]) {
         let mut latest = self.led.lock().expect("no panic while held");
         latest.extend(led.iter().map(|l| (l.shard, *l)));
-        publish(node, &self.gossip(), led);
+        publish(&self.gossip(), led);
     }
 
     /// Says goodbye and stops gossip for good, once nobody is left who would start it anew. The port is free then.
@@ -305,7 +312,8 @@ impl Membership {
             let mut pause = RESTART_PAUSE;
             loop {
                 tokio::time::sleep(pause).await;
-                match self.restart(around.node, end, gossip.generation()).await {
+                self.forget_lost(around.node, &around.driver.view());
+                match self.restart(end, gossip.generation()).await {
                     Ok(()) => break,
                     Err(error) => tracing::error!(%error, "gossip does not start"),
                 }
@@ -314,9 +322,20 @@ impl Membership {
         }
     }
 
-    async fn restart(&self, node: NodeId, end: End, last: u64) -> Result<(), GossipError> {
+    /// Forgets leaderships that are over: a new run would take them for more true than what others claim.
+    fn forget_lost(&self, this: NodeId, view: &RoutingView) {
+        let is_over = |led: &LedShard| match view.shard(led.shard) {
+            Some(route) => {
+                route.term > led.term || (route.term == led.term && route.leader.is_some_and(|leader| leader != this))
+            }
+            None => led.shard.is_meta() && view.meta_leader.is_some_and(|leader| leader != this),
+        };
+        self.led.lock().expect("no panic while held").retain(|_, led| !is_over(led));
+    }
+
+    async fn restart(&self, end: End, last: u64) -> Result<(), GossipError> {
         let gossip = self.start_anew(end, last).await?;
-        self.succeed(node, gossip)
+        self.succeed(gossip)
     }
 
     /// A new run, which nobody knows of yet.
@@ -339,7 +358,7 @@ impl Membership {
     }
 
     /// Puts a new run in the place of the last one, and tells it what has changed while it was started.
-    fn succeed(&self, node: NodeId, gossip: Gossip) -> Result<(), GossipError> {
+    fn succeed(&self, gossip: Gossip) -> Result<(), GossipError> {
         let gossip = Arc::new(gossip);
         // Under their locks: what changes meanwhile reaches the new run either here or by itself.
         let keys = self.keys.lock().expect("no panic while held");
@@ -348,19 +367,14 @@ impl Membership {
             gossip.set_keys(keys.clone())?;
         }
         let led: Vec<_> = latest.values().copied().collect();
-        publish(node, &gossip, &led);
+        publish(&gossip, &led);
         self.present.store(gossip);
         Ok(())
     }
 }
 
-fn publish(node: NodeId, gossip: &Gossip, led: &[LedShard]) {
-    let tracker = gossip.tracker();
-    let mut claims = Vec::with_capacity(led.len());
-    for LedShard { shard, term, epoch } in led.iter().copied() {
-        tracker.claim(shard, node, term, epoch);
-        claims.push((shard, term, epoch));
-    }
+fn publish(gossip: &Gossip, led: &[LedShard]) {
+    let claims: Vec<_> = led.iter().map(|l| (l.shard, l.term, l.epoch)).collect();
     gossip.publish_leaders(&claims);
 }
 
@@ -564,7 +578,9 @@ async fn tell_gone(driver: &DriverHandle, gone: &mut Vec<NodeId>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crema_core::SlotRange;
     use crema_gossip::NodeMeta;
+    use crema_shard::ShardRoute;
 
     #[test]
     fn all_known_addresses_are_tried_the_likeliest_first_and_only_changes_are_told() {
@@ -644,7 +660,13 @@ mod tests {
         let told = book.set_callers(callers(&calling));
         assert_eq!(told.len(), MAX_UNKNOWN_CALLERS + 1);
         assert_eq!(told.last().map(|(node, reach)| (*node, reach.addresses.len())), Some((real, 3)));
-        assert_eq!(book.set_callers(callers(&[])).len(), MAX_UNKNOWN_CALLERS + 1, "they have hung up");
+        // Some of them become known: the next ones are called back instead, and those as ever.
+        let placed = (10_001..10_011).map(|n| (NodeId(n), at("p"))).chain([(real, at("p"))]).collect();
+        let told = book.set_placed(placed);
+        let new: Vec<u64> = told.iter().map(|(node, _)| node.0).filter(|n| *n > 10_010).collect();
+        let next = 10_001 + MAX_UNKNOWN_CALLERS as u64;
+        assert_eq!(new, (next..next + 10).collect::<Vec<_>>());
+        assert_eq!(book.set_callers(callers(&[])).len(), MAX_UNKNOWN_CALLERS + 11, "they have hung up");
     }
 
     #[test]
@@ -779,7 +801,7 @@ mod tests {
         tell_the_rest(&first, &mut run, &hub, &mut story);
         assert_eq!(events.try_recv(), Some(MemberEvent::Leave { node: NodeId(3) }));
         story.interrupted(NodeId(1));
-        ours.restart(NodeId(1), End::Stopped, first.generation()).await.unwrap();
+        ours.restart(End::Stopped, first.generation()).await.unwrap();
         let second = ours.gossip();
         let mut run = second.events();
         let heard = async {
@@ -900,15 +922,49 @@ mod tests {
         );
         // Meanwhile the run that has ended is still the one that is known.
         ours.set_keys(KeyRing::new(key(3))).unwrap();
-        ours.succeed(NodeId(1), second).unwrap();
+        ours.succeed(second).unwrap();
         assert_eq!(primary(&ours), Some(key(3).id()), "as soon as it is known, it has the newest");
         ours.gossip().shutdown().await;
-        ours.restart(NodeId(1), End::Stopped, ours.gossip().generation()).await.unwrap();
+        ours.restart(End::Stopped, ours.gossip().generation()).await.unwrap();
         assert_eq!(primary(&ours), Some(key(3).id()));
 
         config.keys = None;
         let open = Membership::start(config).await.unwrap();
         assert!(matches!(open.set_keys(KeyRing::new(key(1))), Err(GossipError::NoKeys)));
+    }
+
+    /// They would count more than true claims of others.
+    #[tokio::test]
+    async fn leaderships_that_are_over_are_not_told_again() {
+        let bind = "127.0.0.1:0".parse().unwrap();
+        let config = GossipConfig::new(NodeId(1), Incarnation(1), "127.0.0.1:9001", "test", bind);
+        let ours = Membership::start(config).await.unwrap();
+        let led = |shard, term| LedShard { shard, term: crema_core::Term(term), epoch: crema_core::Epoch(1) };
+        ours.publish(&[0, 1, 2, 3].map(|n| led(ShardId(n), 5)));
+        ours.publish(&[led(ShardId::META, 5)]);
+        let route = |leader: Option<u64>, term| ShardRoute {
+            range: SlotRange { start: 0, end: 4_096 },
+            leader: leader.map(NodeId),
+            term: crema_core::Term(term),
+            published: None,
+            own_term: crema_core::Term(0),
+            replicas: Vec::new(),
+            down: None,
+        };
+        // As ever, not seen yet, lost to another, and lost to nobody yet.
+        let shards = vec![route(Some(1), 5), route(Some(2), 4), route(Some(2), 6), route(None, 6)];
+        let view = |meta_leader: u64| RoutingView {
+            shards: shards.clone(),
+            meta_leader: Some(NodeId(meta_leader)),
+            ..RoutingView::default()
+        };
+        let kept = |ours: &Membership| ours.led.lock().unwrap().keys().copied().collect::<Vec<_>>();
+        ours.forget_lost(NodeId(1), &view(1));
+        assert_eq!(kept(&ours), [ShardId(0), ShardId(1), ShardId::META]);
+        ours.forget_lost(NodeId(1), &view(2));
+        assert_eq!(kept(&ours), [ShardId(0), ShardId(1)]);
+        ours.forget_lost(NodeId(1), &RoutingView::default());
+        assert_eq!(kept(&ours), [ShardId(0), ShardId(1)]);
     }
 
     /// Two runs under one node id: the registered one wins its peers' ears back.
@@ -923,7 +979,7 @@ mod tests {
         };
         let ours = Membership::start(config(1)).await.unwrap();
         let led = LedShard { shard: ShardId(3), term: crema_core::Term(5), epoch: crema_core::Epoch(1) };
-        ours.publish(NodeId(1), &[led]);
+        ours.publish(&[led]);
         let first = ours.gossip();
         let addr = first.addr();
 
@@ -942,7 +998,7 @@ mod tests {
         assert_eq!(by, rival.generation());
 
         first.shutdown().await;
-        ours.restart(NodeId(1), End::Superseded(by), first.generation()).await.unwrap();
+        ours.restart(End::Superseded(by), first.generation()).await.unwrap();
         let second = ours.gossip();
         assert_eq!(second.addr(), addr, "it comes back where it was");
         assert!(second.generation() > by);

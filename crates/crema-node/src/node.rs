@@ -733,7 +733,7 @@ impl Node {
                 reach: reach_changed,
                 events: events.clone(),
             };
-            let (node, publisher) = (config.node_id, membership.clone());
+            let publisher = membership.clone();
             let closing = CloseEvents(events.clone());
             tasks.push(tokio::spawn(async move {
                 let _closing = closing;
@@ -741,7 +741,7 @@ impl Node {
             }));
             tasks.push(tokio::spawn(async move {
                 while let Some(led) = led.recv().await {
-                    publisher.publish(node, &led);
+                    publisher.publish(&led);
                 }
             }));
         }
@@ -860,7 +860,7 @@ impl Node {
     }
 
     /// Whether a node that does not answer, or has not joined, is about to: gossip hears it. Without gossip: it is known where
-    /// to reach it, so that it may be.
+    /// to reach it, or it has connected, so that it may be.
     pub(crate) fn may_come(&self, node: NodeId) -> bool {
         match self.membership() {
             Some(membership) => {
@@ -870,6 +870,7 @@ impl Node {
             None => {
                 self.inner.watch.driver.view().nodes.contains_key(&node)
                     || self.inner.config.static_peers.contains_key(&node)
+                    || self.inner.peers.callers().borrow().contains_key(&node)
             }
         }
     }

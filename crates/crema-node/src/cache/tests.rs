@@ -495,10 +495,17 @@ async fn without_gossip_all_leaders_are_known_and_a_further_node_joins() {
             Err(error) => panic!("{error}"),
         }
     };
+    // It has just begun to call, which is waited for.
+    let calls = async {
+        while !nodes[0].inner.node.may_come(crema_core::NodeId(5)) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), calls).await.expect("it calls");
+    nodes[0].add_peer(5).await.unwrap();
     is_complete(&joined).await;
     joined.put("k", "v").await.unwrap();
     assert_eq!(nodes[0].get("k").await, Ok(Some("v".into())));
-    nodes[0].add_peer(5).await.unwrap();
     let counts = async {
         while joined.voters() != [1, 2, 3, 4, 5] {
             tokio::task::yield_now().await;
@@ -1071,7 +1078,6 @@ async fn full_memory_is_no_mistake_of_the_caller() {
     let config = CacheConfig::new(1, addr("127.0.0.1:0")).with_max_memory(16 << 20).with_eviction(None).with_shards(1);
     let cache = DistributedCache::new(config).await.unwrap();
     cache.wait_until_ready(Duration::from_secs(30)).await.unwrap();
-    // The limit counts from when the node is registered with it, a moment after it is ready.
     let filled = async {
         for i in 0..512 {
             if let Err(error) = cache.put(format!("{i}"), vec![1; 1 << 20]).await {
